@@ -1,0 +1,45 @@
+"""Run the migrations: on the connection that is handed over, or on a database named on the command line."""
+
+import os
+
+from alembic import context
+from sqlalchemy import Connection
+
+from outbox.database import create_file, default_url, open_engine, writing
+from outbox.models import Base
+from outbox.schema import VERSION_TABLE, include_name
+
+
+def run(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        version_table=VERSION_TABLE,
+        include_name=include_name,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def named_url() -> str:
+    named = context.get_x_argument(as_dictionary=True).get("database")
+    return (
+        named
+        or os.environ.get("OUTBOX_DATABASE_URL")
+        or context.config.get_main_option("sqlalchemy.url")
+        or default_url().render_as_string(hide_password=False)
+    )
+
+
+if context.is_offline_mode():
+    context.configure(url=named_url(), version_table=VERSION_TABLE, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+elif (handed_over := context.config.attributes.get("connection")) is not None:
+    run(handed_over)
+else:
+    engine = open_engine(named_url())
+    create_file(engine.url)
+    with writing(engine) as own:
+        run(own)
+    engine.dispose()

@@ -1,0 +1,74 @@
+"""The table of events, as difflore's observation uploader creates it.
+
+A database that already holds the table is adopted: nothing in it changes, it is only stamped.
+"""
+
+import sqlalchemy as sa
+from alembic import context, op
+
+revision = "outbox_0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+COLUMNS = (
+    "id",
+    "event_type",
+    "rule_id",
+    "rule_ids_json",
+    "session_id",
+    "file_path",
+    "occurred_at_ms",
+    "payload_json",
+    "status",
+    "retry_count",
+    "next_attempt_at_ms",
+    "last_error",
+    "created_at_ms",
+    "sent_at_ms",
+)
+
+
+def upgrade() -> None:
+    if not context.is_offline_mode():
+        inspector = sa.inspect(op.get_bind())
+        if inspector.has_table("observation_events"):
+            present = {column["name"] for column in inspector.get_columns("observation_events")}
+            missing = [name for name in COLUMNS if name not in present]
+            if missing:
+                raise RuntimeError(f"the table observation_events is there, but without {', '.join(missing)}")
+            return
+    key = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+    name = sa.Text().with_variant(sa.String(191), "mysql", "mariadb")
+    op.create_table(
+        "observation_events",
+        sa.Column("id", key, primary_key=True, autoincrement=True),
+        sa.Column("event_type", name, nullable=False),
+        sa.Column("rule_id", sa.Text),
+        sa.Column("rule_ids_json", sa.Text, nullable=False, server_default=sa.text("'[]'")),
+        sa.Column("session_id", name, nullable=False, server_default=sa.text("''")),
+        sa.Column("file_path", sa.Text),
+        sa.Column("occurred_at_ms", sa.BigInteger, nullable=False),
+        sa.Column("payload_json", sa.Text, nullable=False),
+        sa.Column("status", name, nullable=False, server_default=sa.text("'pending'")),
+        sa.Column("retry_count", sa.Integer, nullable=False, server_default=sa.text("0")),
+        sa.Column("next_attempt_at_ms", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+        sa.Column("last_error", sa.Text),
+        sa.Column("created_at_ms", sa.BigInteger, nullable=False),
+        sa.Column("sent_at_ms", sa.BigInteger),
+        sa.CheckConstraint(
+            "status IN ('pending', 'sending', 'sent', 'parked', 'abandoned')",
+            name="observation_events_status_check",
+        ),
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "observation_events_pending_idx", "observation_events", ["status", "next_attempt_at_ms", "created_at_ms"]
+    )
+    op.create_index(
+        "observation_events_recent_idx", "observation_events", ["event_type", "session_id", "occurred_at_ms"]
+    )
+
+
+def downgrade() -> None:
+    """Leave the table: it may be difflore's, and it holds events. A later upgrade adopts it again."""

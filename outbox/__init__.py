@@ -1,0 +1,74 @@
+"""A durable outbox: events recorded in your database reach an HTTP service, whatever goes wrong in between."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outbox.events import (
+    Event,
+    FixOutcome,
+    Instant,
+    McpRuleServed,
+    RuleActuallyCited,
+    RuleCitedInEdit,
+    RuleFired,
+)
+from outbox.failures import (
+    ConfigurationError,
+    HttpFailure,
+    IllegalTransition,
+    InvalidEvent,
+    OutboxError,
+    SchemaError,
+    StorageError,
+    TransportFailure,
+    UploadFailure,
+)
+from outbox.flusher import BatchItem, FlushReport, UploadClient
+from outbox.lifecycle import Status
+from outbox.maintenance import RequeueReport
+from outbox.models import ObservationEvent
+from outbox.outbox import Outbox
+from outbox.policy import Policy
+from outbox.stats import Stats
+
+if TYPE_CHECKING:
+    from outbox.client import HttpClient
+
+__all__ = [
+    "BatchItem",
+    "ConfigurationError",
+    "Event",
+    "FixOutcome",
+    "FlushReport",
+    "HttpClient",
+    "HttpFailure",
+    "IllegalTransition",
+    "Instant",
+    "InvalidEvent",
+    "McpRuleServed",
+    "ObservationEvent",
+    "Outbox",
+    "OutboxError",
+    "Policy",
+    "RequeueReport",
+    "RuleActuallyCited",
+    "RuleCitedInEdit",
+    "RuleFired",
+    "SchemaError",
+    "Stats",
+    "Status",
+    "StorageError",
+    "TransportFailure",
+    "UploadClient",
+    "UploadFailure",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The HTTP client brings requests along, which a program that only enqueues need not load.
+    if name == "HttpClient":
+        from outbox.client import HttpClient  # noqa: PLC0415 - that is the point
+
+        return HttpClient
+    raise AttributeError(f"module 'outbox' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""How databases are opened and how transactions begin."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from outbox.failures import ConfigurationError, StorageError
+
+Synchronous = Literal["FULL", "NORMAL"]
+
+BUSY_TIMEOUT_MS = 30_000
+"""How long a writer waits for another one before it gives up."""
+
+_READING = {"outbox_reading": True}
+
+_own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> Engine:
+    """Return an engine of our own, which the caller disposes of.
+
+    On SQLite: write-ahead log, writing transactions begin with BEGIN IMMEDIATE, and `synchronous` FULL keeps an
+    event that enqueue accepted even through a power cut, NORMAL only through a crash of the program. The file
+    itself is not created here. Raises `ConfigurationError` for what is no SQLAlchemy URL.
+    """
+    url = _parse(database)
+    if synchronous not in ("FULL", "NORMAL"):
+        raise ConfigurationError(f"synchronous is {synchronous!r}, expected 'FULL' or 'NORMAL'")
+    if url.get_backend_name() != "sqlite":
+        engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
+    else:
+        options: dict[str, Any] = {"poolclass": QueuePool}
+        if sqlite_file(url) is None:
+            # A database in memory lives in one connection, which the threads share in turns.
+            options |= {"pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
+        engine = create_engine(url, hide_parameters=True, **options)
+        _set_up_sqlite(engine, synchronous)
+    _own_engines.add(engine)
+    return engine
+
+
+def default_url() -> URL:
+    """Return the URL of the per-user default file; the folder is created, readable by its owner only."""
+    from platformdirs import user_data_path  # noqa: PLC0415 - who names a database needs no default
+
+    folder = user_data_path("observation-outbox", appauthor=False)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return URL.create("sqlite", database=str(folder / "outbox.db"))
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """Return the file of an SQLite database, or None for one in memory and for other databases."""
+    name = url.database
+    in_memory = not name or name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
+    if url.get_backend_name() != "sqlite" or in_memory:
+        return None
+    return Path(str(name).removeprefix("file:").partition("?")[0])
+
+
+def create_file(url: URL) -> None:
+    """Create the file of an SQLite database, readable by its owner only, unless it is there already.
+
+    SQLite gives the files of the write-ahead log the same mode. Raises `StorageError` where it can't be created.
+    """
+    path = sqlite_file(url)
+    if path is None:
+        return
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StorageError(f"can't create the database {path}: {error.strerror}") from error
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction that holds the write lock from its start; commit at the end, roll back on an exception.
+
+    A transaction that read first and wants to write later fails on SQLite as soon as another one wrote in between.
+    Raises `StorageError` for what the database refuses.
+    """
+    try:
+        with engine.begin() as connection:
+            if engine.dialect.name == "sqlite" and not _in_transaction(connection):
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+    except DBAPIError as error:
+        raise _storage_error(engine, error) from error
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
+    try:
+        with engine.execution_options(**_READING).connect() as connection:
+            yield connection
+    except DBAPIError as error:
+        raise _storage_error(engine, error) from error
+
+
+def _parse(database: str | URL) -> URL:
+    try:
+        return make_url(database)
+    except ArgumentError:
+        raise ConfigurationError(
+            "the database is not an SQLAlchemy URL; expected one such as sqlite:///outbox.db"
+        ) from None
+
+
+def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself
+        # Text that is not UTF-8 must spoil its own row, not the claim that comes upon it.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        _enter_wal(connection)
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        reading = connection.get_execution_options().get("outbox_reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _enter_wal(connection: Any) -> None:
+    # Of several processes that open a new file, SQLite refuses some at once, without the busy time-out.
+    for _ in range(BUSY_TIMEOUT_MS // 10):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except connection.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _in_transaction(connection: Connection) -> bool:
+    dbapi_connection: Any = connection.connection.dbapi_connection
+    return bool(dbapi_connection.in_transaction)
+
+
+def _storage_error(engine: Engine, error: DBAPIError) -> StorageError:
+    # Only the driver's own words: SQLAlchemy's would repeat the statement.
+    return StorageError(f"{engine.url.render_as_string(hide_password=True)}: {error.orig}")
+
+
+def _forget_connections() -> None:
+    # A connection that parent and child both use would mix their transactions.
+    for engine in list(_own_engines):
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_connections)

@@ -1,0 +1,271 @@
+"""Payload types, and the JSON that goes on the wire.
+
+An application adds a type of its own by defining a subclass:
+
+    class OrderShipped(Event, tag="order_shipped"):
+        order_id: str
+        occurred_at: Instant
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Annotated, Any, ClassVar, Union
+
+import msgspec
+
+from outbox.failures import ConfigurationError, InvalidEvent
+
+MAX_PAYLOAD_BYTES = 256 * 1024
+"""How large one event may be as JSON."""
+
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+"""A time with an offset. On the wire it is RFC 3339 in UTC."""
+
+# Filled at first use and emptied when a type is defined: tag → type, and the decoder of their union.
+_registry: dict[str, Any] = {}
+_UNION_DECODER = ""  # no event type can have the empty tag
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MILLISECOND = timedelta(milliseconds=1)
+_INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:00Z"
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="event_type", tag=str.lower):
+    """The base of all payload types; a subclass is registered by being defined.
+
+    `tag` names the type on the wire and in the table. Fields named `rule_id`, `rule_ids`, `session_id` and
+    `file_path` are also written to the columns of that name. `occurred_at_field` names the field that tells when
+    it happened; a type without that field happened when it was enqueued.
+    """
+
+    occurred_at_field: ClassVar[str] = "occurred_at"
+
+    def __init_subclass__(cls, **config: Any) -> None:
+        super().__init_subclass__(**config)
+        _registry.clear()
+
+
+class RuleFired(Event, tag="rule_fired", frozen=True, kw_only=True, omit_defaults=True):
+    """Rules matched and were brought up."""
+
+    occurred_at_field = "fired_at"
+
+    rule_ids: list[str]
+    file_path: str | None = None
+    intent: str | None = None
+    session_id: str
+    fired_at: Instant
+
+
+class McpRuleServed(Event, tag="mcp_rule_served", frozen=True, kw_only=True, omit_defaults=True):
+    """Rules were served to a tool over MCP."""
+
+    occurred_at_field = "served_at"
+
+    tool: str
+    session_id: str
+    repo_full_name: str | None = None
+    file_path: str | None = None
+    query_hash: str
+    rule_ids: list[str]
+    top_k: int
+    was_empty: bool
+    strict_match_count: int
+    estimated_tokens: int
+    served_at: Instant
+
+
+class RuleCitedInEdit(Event, tag="rule_cited_in_edit", frozen=True, kw_only=True, omit_defaults=True):
+    """An edit cites a rule."""
+
+    occurred_at_field = "cited_at"
+
+    rule_id: str
+    session_id: str
+    file_path: str
+    diff_excerpt: str
+    cited_at: Instant
+
+
+class RuleActuallyCited(Event, tag="rule_actually_cited", frozen=True, kw_only=True, omit_defaults=True):
+    """An answer cites a rule."""
+
+    occurred_at_field = "cited_at"
+
+    rule_id: str
+    session_id: str
+    file_path: str | None = None
+    citation_excerpt: str
+    cited_at: Instant
+
+
+class FixOutcome(Event, tag="fix_outcome", frozen=True, kw_only=True, omit_defaults=True):
+    """A proposed fix was taken or turned down."""
+
+    rule_id: str
+    session_id: str
+    file_path: str | None = None
+    accepted: bool
+    occurred_at: Instant
+    mcp_serve_event_ids: list[str | int] = msgspec.field(default_factory=list)
+
+
+def event_types() -> dict[str, type[Event]]:
+    """Return the registered types by tag. Raises `ConfigurationError` where two types share a tag."""
+    return {tag: known for tag, known in _registered().items() if tag != _UNION_DECODER}
+
+
+def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
+    """Return the event, validated, and the JSON text that is stored and sent.
+
+    A mapping names its type as `event_type`; keys that the type does not know are kept. Times are turned to UTC.
+    Raises `InvalidEvent`, naming the field and what it should be.
+    """
+    known = _type_of(event)
+    name = known.__struct_config__.tag
+    try:
+        document = _in_utc(event) if isinstance(event, Event) else _canonical(event, known)
+        raw = msgspec.json.encode(document)
+        if b"null" in raw:
+            _refuse_not_finite(document)
+        if len(raw) > MAX_PAYLOAD_BYTES:
+            raise InvalidEvent(f"{len(raw)} bytes as JSON, at most {MAX_PAYLOAD_BYTES} are accepted")
+        return msgspec.json.decode(raw, type=known), raw.decode()
+    except UnicodeEncodeError as error:
+        raise InvalidEvent(f"{name}: {error.object!a} is not valid Unicode text") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidEvent(f"{name}: {_in_words(str(error), known)}") from None
+
+
+def decode(payload_json: str) -> Event:
+    """Return the event that a stored payload holds; fields that its type does not know are left out.
+
+    Raises `InvalidEvent` for anything that is not the JSON of a registered type.
+    """
+    try:
+        event: Event = _registered()[_UNION_DECODER].decode(payload_json)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidEvent(_in_words(str(error))) from None
+    return event
+
+
+def content_hash(payload_json: str) -> str:
+    """Return what the server tells events apart by: the first 16 hex digits of the payload's SHA-256."""
+    return hashlib.sha256(payload_json.encode()).hexdigest()[:16]
+
+
+def epoch_ms(when: datetime) -> int:
+    """Return a time with an offset as epoch milliseconds, rounded down."""
+    return (when - _EPOCH) // _MILLISECOND
+
+
+def columns(event: Event, *, now_ms: int) -> dict[str, Any]:
+    """Return the columns that repeat parts of the payload, for look-ups."""
+    rule_id = _text_or_none(event, "rule_id")
+    rule_ids = getattr(event, "rule_ids", None)
+    if not isinstance(rule_ids, list):
+        rule_ids = [] if rule_id is None else [rule_id]
+    happened = getattr(event, type(event).occurred_at_field, None)
+    return {
+        "event_type": type(event).__struct_config__.tag,
+        "rule_id": rule_id,
+        "rule_ids_json": msgspec.json.encode(rule_ids).decode(),
+        "session_id": _text_or_none(event, "session_id") or "",
+        "file_path": _text_or_none(event, "file_path"),
+        "occurred_at_ms": epoch_ms(happened) if isinstance(happened, datetime) else now_ms,
+    }
+
+
+def _text_or_none(event: Event, name: str) -> str | None:
+    value = getattr(event, name, None)
+    return value if isinstance(value, str) else None
+
+
+def _registered() -> dict[str, Any]:
+    if not _registry:
+        for known in _subclasses(Event):
+            tag = str(known.__struct_config__.tag)
+            other = _registry.setdefault(tag, known)
+            if (other.__module__, other.__qualname__) != (known.__module__, known.__qualname__):
+                _registry.clear()
+                raise ConfigurationError(f"{other.__qualname__} and {known.__qualname__} share the tag {tag!r}")
+            _registry[tag] = known  # a type defined again, in a notebook say, replaces its former self
+        _registry[_UNION_DECODER] = msgspec.json.Decoder(Union[tuple(_registry.values())])  # noqa: UP007 - of types known only at run time
+    return _registry
+
+
+def _subclasses(base: type[Event]) -> Iterator[type[Event]]:
+    for known in base.__subclasses__():
+        yield known
+        yield from _subclasses(known)
+
+
+def _type_of(event: object) -> type[Event]:
+    if isinstance(event, Event):
+        return type(event)
+    if not isinstance(event, Mapping):
+        raise InvalidEvent(f"expected an Event or a mapping with event_type, got {type(event).__name__}")
+    tag = event.get("event_type")
+    known = event_types()
+    if not isinstance(tag, str) or tag not in known:
+        raise InvalidEvent(f"event_type is {tag!a}, expected one of {', '.join(sorted(known))}")
+    return known[tag]
+
+
+def _canonical(event: Mapping[str, Any], known: type[Event]) -> dict[str, Any]:
+    """Return the mapping with its known fields in order and in their form on the wire, the others behind them."""
+    typed = msgspec.convert(dict(event), known)
+    others = {key: event[key] for key in event if key not in known.__struct_fields__}
+    return {**msgspec.to_builtins(_in_utc(typed)), **others}
+
+
+def _in_utc(event: Event) -> Event:
+    changed = {}
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        if isinstance(value, datetime) and value.tzinfo is not timezone.utc and value.utcoffset() is not None:
+            changed[name] = value.astimezone(timezone.utc)
+    return msgspec.structs.replace(event, **changed) if changed else event
+
+
+def _refuse_not_finite(document: object) -> None:
+    # JSON has no such numbers, and the encoder would silently write null for them.
+    stack: list[tuple[str, object]] = [("", document)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidEvent(f"{path}: {value!r} is not a number that JSON can hold")
+        if isinstance(value, msgspec.Struct):
+            value = {field: getattr(value, field) for field in value.__struct_fields__}
+        if isinstance(value, Mapping):
+            stack += [(f"{path}.{key}" if path else str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            stack += [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
+
+
+def _in_words(message: str, known: type[Event] | None = None) -> str:
+    """Put the field first: "Expected `str`, got `int` - at `$.tool`" becomes "tool: expected `str`, got `int`"."""
+    what, _, path = message.partition(" - at `$")
+    where = path.rstrip("`").lstrip(".")
+    missing = re.fullmatch(r"Object missing required field `(.+)`", what)
+    if missing:
+        what = "missing" + _expectation(known, missing.group(1))
+        where = f"{where}.{missing.group(1)}".lstrip(".")
+    elif "timezone component" in what or "RFC3339" in what:
+        what = f"expected {_INSTANT_IN_WORDS}"
+    what = re.sub(r"^(Expected|Invalid|Encoding)", lambda first: first.group().lower(), what)
+    return f"{where}: {what}" if where else what
+
+
+def _expectation(known: type[Event] | None, name: str) -> str:
+    kinds = {field.name: field.type for field in msgspec.structs.fields(known)} if known else {}
+    if name not in kinds:
+        return ""
+    kind = kinds[name]
+    words = _INSTANT_IN_WORDS if kind == Instant else f"`{kind.__name__ if isinstance(kind, type) else kind}`"
+    return f", expected {words}"

@@ -1,0 +1,291 @@
+"""Claim, upload, settle; and the isolation of what the server rejects. Rules are in policy, SQL is in store."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from outbox import maintenance
+from outbox.clock import now_ms
+from outbox.events import Event, decode
+from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
+from outbox.policy import Outcome, Policy, Verdict, abandonment, decide, verdict
+from outbox.store import ClaimedRow, Store
+
+log = logging.getLogger("outbox")
+
+_ONE_BY_ONE = 8
+"""A claim of up to this many rows is isolated row by row to its end."""
+
+
+class BatchItem(NamedTuple):
+    """One event of an upload."""
+
+    id: int
+    event_type: str
+    payload_json: str
+    retry_count: int
+    created_at_ms: int
+    revived_at_ms: int | None
+    event: Event
+
+
+class UploadClient(Protocol):
+    """What takes events to the server.
+
+    A client that can bound its uploads says so in an attribute `deadline_ms`, at most three quarters of the lease.
+    """
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether it makes sense to try; a flush without leaves everything as it is."""
+        ...
+
+    def upload(self, batch: Sequence[BatchItem], /) -> None:
+        """Deliver the whole batch or raise an `UploadFailure`. Anything else that it raises is taken for a bug."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlushReport:
+    """What one flush did, in numbers of events; reports add up."""
+
+    claimed: int = 0
+    attempted: int = 0
+    """Claimed, and their payload could be decoded."""
+    sent: int = 0
+    rescheduled: int = 0
+    parked: int = 0
+    abandoned: int = 0
+    lost_leases: int = 0
+    """Rows that had another owner when their outcome was to be written; it was dropped."""
+    verdict: Verdict | None = None
+    """The verdict that held for the whole batch, where one did: no use in flushing on at once."""
+    failure: str | None = None
+    """The text of the last failure."""
+
+    def __add__(self, other: FlushReport) -> FlushReport:
+        return FlushReport(
+            self.claimed + other.claimed,
+            self.attempted + other.attempted,
+            self.sent + other.sent,
+            self.rescheduled + other.rescheduled,
+            self.parked + other.parked,
+            self.abandoned + other.abandoned,
+            self.lost_leases + other.lost_leases,
+            other.verdict,
+            other.failure or self.failure,
+        )
+
+
+def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
+    """Send one batch.
+
+    An exception that is no `UploadFailure`, KeyboardInterrupt too, releases the rows and reaches the caller.
+    """
+    if not client.logged_in:
+        return FlushReport()
+    _refuse_long_deadline(policy, client)
+    now = now_ms()
+    lease_ms = now + policy.lease_ms
+    rows = store.claim(now_ms=now, lease_ms=lease_ms, batch_size=policy.batch_size)
+    if not rows:
+        return FlushReport()
+    claim = _Claim(store, policy, client, rows, lease_ms)
+    try:
+        return claim.work_off()
+    except BaseException:
+        claim.let_go()
+        raise
+
+
+def flush_all(
+    store: Store, policy: Policy, client: UploadClient, progress: Callable[[FlushReport], object] | None
+) -> FlushReport:
+    """Flush batch after batch until nothing is due or a verdict holds for all; call `progress` after each."""
+    total = FlushReport()
+    while True:
+        report = flush(store, policy, client)
+        total += report
+        if report.claimed == 0:
+            return total
+        if progress is not None:
+            progress(report)
+        if report.verdict is not None:
+            return total
+
+
+def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
+    deadline_ms = getattr(client, "deadline_ms", 0)
+    at_most = policy.lease_ms * 3 // 4
+    if deadline_ms > at_most:
+        raise ConfigurationError(
+            f"the client's deadline_ms is {deadline_ms}, expected at most {at_most}:"
+            f" three quarters of the policy's lease_ms {policy.lease_ms}, or an upload could outlast its lease"
+        )
+
+
+class _Claim:
+    """The rows of one claim, from the lease to their outcomes."""
+
+    def __init__(
+        self, store: Store, policy: Policy, client: UploadClient, rows: Sequence[ClaimedRow], lease_ms: int
+    ) -> None:
+        self._store = store
+        self._policy = policy
+        self._client = client
+        self._rows = rows
+        self._lease_ms = lease_ms
+        # Rows without an outcome; and what the server took and the database does not know yet.
+        self._open = {row.id for row in rows}
+        self._accepted: list[int] = []
+        self._sent = 0
+        self._landed: Counter[str] = Counter()
+        self._lost_leases = 0
+
+    def work_off(self) -> FlushReport:
+        batch = self._decode()
+        judged, failure = self._deliver(batch)
+        if batch:
+            now = now_ms()
+            if self._sent:
+                maintenance.unpark(self._store, self._policy, now_ms=now)
+            maintenance.cap(self._store, self._policy, now_ms=now)
+        return FlushReport(
+            claimed=len(self._rows),
+            attempted=len(batch),
+            sent=self._sent,
+            rescheduled=self._landed["reschedule"],
+            parked=self._landed["park"],
+            abandoned=self._landed["abandon"],
+            lost_leases=self._lost_leases,
+            verdict=judged,
+            failure=None if failure is None else str(failure),
+        )
+
+    def let_go(self) -> None:
+        """Record what the server took, for that is a fact, and give back the rest."""
+        now = now_ms()
+        released = Outcome("release", {"next_attempt_at_ms": now})
+        delivered = Outcome("deliver", {"sent_at_ms": now})
+        try:
+            self._store.settle(
+                [(row_id, delivered if row_id in self._accepted else released) for row_id in self._open],
+                lease_ms=self._lease_ms,
+            )
+        except OutboxError as error:
+            log.warning("releasing %d events failed, their lease will run out: %s", len(self._open), error)
+
+    def _decode(self) -> list[BatchItem]:
+        batch = []
+        undecodable = []
+        for row in self._rows:
+            try:
+                batch.append(BatchItem(*row, decode(row.payload_json)))
+            except InvalidEvent as error:
+                undecodable.append((row.id, abandonment(f"permanent: decode observation event: {error}")))
+        self._settle(undecodable)
+        return batch
+
+    def _deliver(self, batch: list[BatchItem]) -> tuple[Verdict | None, UploadFailure | None]:
+        """Upload the batch and settle it; return the last failure, and its verdict if that held for all rows."""
+        held = self._keep(batch)
+        if not held:
+            return None, None
+        failure = self._upload(held)
+        if failure is None:
+            self._settle_accepted()
+            return None, None
+        judged = verdict(failure)
+        if judged is Verdict.PERMANENT:
+            return self._isolate(batch)
+        self._settle(self._judge(judged, ((item, failure) for item in batch)))
+        return judged, failure
+
+    def _isolate(self, batch: list[BatchItem]) -> tuple[Verdict | None, UploadFailure | None]:
+        """Find the rows that the server rejects: one by one until it accepts something, then by halving.
+
+        A rejection counts against a row only once the server was seen to accept another one of the claim. Until then
+        the row is a candidate; if nothing is accepted, the route or the schema drifted and no row is to blame.
+        """
+        parts = [[item] for item in reversed(batch)]  # a stack: the next part is the last
+        candidates: list[tuple[BatchItem, UploadFailure]] = []
+        failure: UploadFailure | None = None
+        while parts:
+            part = self._keep(parts.pop())
+            if not part:
+                continue
+            failed = self._upload(part)
+            if failed is None:
+                if not self._sent and len(batch) > _ONE_BY_ONE:
+                    parts = [[item for single in reversed(parts) for item in single]]
+                self._settle_accepted(self._judge(Verdict.PERMANENT, candidates))
+                candidates = []
+                continue
+            failure = failed
+            judged = verdict(failure)
+            if judged is not Verdict.PERMANENT:
+                self._settle(self._judge(judged, [(item, failure) for item in batch]))
+                return judged, failure
+            if len(part) > 1:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+            elif self._sent or len(batch) == 1:
+                self._settle(self._judge(Verdict.PERMANENT, [(part[0], failure)]))
+            else:
+                candidates.append((part[0], failure))
+        if not candidates:
+            return None, failure
+        self._settle(self._judge(Verdict.TRANSIENT, candidates))
+        return Verdict.TRANSIENT, failure
+
+    def _keep(self, items: list[BatchItem]) -> list[BatchItem]:
+        """Renew the lease where an eighth of it is gone; return the items that are still ours."""
+        now = now_ms()
+        if self._lease_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
+            new_lease_ms = now + self._policy.lease_ms
+            held = self._store.renew(sorted(self._open), lease_ms=self._lease_ms, new_lease_ms=new_lease_ms)
+            self._lease_ms = new_lease_ms
+            self._count_lost(len(self._open) - len(held))
+            self._open = held
+        return [item for item in items if item.id in self._open]
+
+    def _upload(self, batch: list[BatchItem]) -> UploadFailure | None:
+        try:
+            self._client.upload(batch)
+        except UploadFailure as failure:
+            return failure
+        self._accepted = [item.id for item in batch]
+        return None
+
+    def _judge(
+        self, judged: Verdict, failed: Iterable[tuple[BatchItem, UploadFailure]]
+    ) -> list[tuple[int, Outcome]]:
+        now = now_ms()
+        return [
+            (item.id, decide(judged, failure, item, now_ms=now, policy=self._policy))
+            for item, failure in failed
+            if item.id in self._open
+        ]
+
+    def _settle_accepted(self, others: Iterable[tuple[int, Outcome]] = ()) -> None:
+        delivered = Outcome("deliver", {"sent_at_ms": now_ms()})
+        self._settle([*((row_id, delivered) for row_id in self._accepted), *others])
+        self._sent += len(self._accepted)
+        self._accepted = []
+
+    def _settle(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        """Write outcomes in one transaction. Those of rows with another owner are dropped, and counted."""
+        landed = self._store.settle(outcomes, lease_ms=self._lease_ms)
+        self._open -= {row_id for row_id, _ in outcomes}
+        self._landed += landed
+        fenced = sum(outcome.trigger != "deliver" for _, outcome in outcomes)
+        self._count_lost(fenced - (landed.total() - landed["deliver"]))
+
+    def _count_lost(self, lost: int) -> None:
+        if lost:
+            log.debug("%d events have another owner now, their outcome is dropped", lost)
+        self._lost_leases += lost

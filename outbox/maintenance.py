@@ -1,0 +1,50 @@
+"""What keeps the queue in order beside the flushing itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from outbox.failures import StorageError
+
+if TYPE_CHECKING:
+    from outbox.policy import Policy
+    from outbox.store import Store
+
+log = logging.getLogger("outbox")
+
+
+@dataclass(frozen=True)
+class RequeueReport:
+    """How many abandoned events were brought back, or would be; `per_type` by name, ascending."""
+
+    total: int = 0
+    per_type: dict[str, int] = field(default_factory=dict)
+
+
+def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> RequeueReport:
+    """Bring back what was abandoned and was created before the cutoff."""
+    per_type = store.requeue(cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
+    return RequeueReport(sum(per_type.values()), per_type)
+
+
+def unpark(store: Store, policy: Policy, *, now_ms: int) -> None:
+    """Bring back parked rows after a success. A failure is logged: it must not undo what was sent."""
+    limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
+    _attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+
+
+def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
+    """Delete what is over the cap. A failure is logged: the next enqueue or flush tries again."""
+    _attempt("capping", lambda: store.trim(max_rows=policy.max_rows, now_ms=now_ms))
+
+
+def _attempt(what: str, operation: Callable[[], int]) -> None:
+    try:
+        count = operation()
+    except StorageError as error:
+        log.warning("%s the queue failed, the next one will try again: %s", what, error)
+    else:
+        log.debug("%s the queue: %d events", what, count)

@@ -1,0 +1,172 @@
+"""The ORM model of the one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, String, Text, event, inspect, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.attributes import set_attribute
+
+from outbox.failures import IllegalTransition
+from outbox.lifecycle import MOVES, Status, fire
+
+# SQLite gives only INTEGER PRIMARY KEY an automatic value.
+_ID = BigInteger().with_variant(Integer, "sqlite")
+# MySQL can neither index nor default a TEXT of unknown length.
+_NAME = Text().with_variant(String(191), "mysql", "mariadb")
+
+STATUSES_IN_SQL = ", ".join(f"'{status.value}'" for status in Status)
+UNDELIVERED = "status IN ('pending', 'sending')"
+
+
+class Base(DeclarativeBase):
+    """The declarative base of the outbox's own tables, apart from any of the host's."""
+
+
+class ObservationEvent(Base):
+    """One event on its way. All times are Unix epoch milliseconds, UTC.
+
+    `status` is changed by the methods that are named after the moves, never by assignment, and only the store
+    writes it: an ORM flush that would is refused, for it knows no lease. The methods of a row set its attributes
+    alone, they write nothing. Each raises `IllegalTransition` when the move does not start from the row's status.
+    """
+
+    __tablename__ = "observation_events"
+
+    id: Mapped[int] = mapped_column(_ID, primary_key=True, autoincrement=True)
+    event_type: Mapped[str] = mapped_column(_NAME)
+    rule_id: Mapped[str | None] = mapped_column(Text)
+    rule_ids_json: Mapped[str] = mapped_column(Text, server_default=text("'[]'"))
+    session_id: Mapped[str] = mapped_column(_NAME, server_default=text("''"))
+    file_path: Mapped[str | None] = mapped_column(Text)
+    occurred_at_ms: Mapped[int] = mapped_column(BigInteger)
+    payload_json: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(_NAME, server_default=text("'pending'"))
+    retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    next_attempt_at_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """When the row is due; while it is `sending`, the lease."""
+    last_error: Mapped[str | None] = mapped_column(Text)
+    created_at_ms: Mapped[int] = mapped_column(BigInteger)
+    sent_at_ms: Mapped[int | None] = mapped_column(BigInteger)
+    revived_at_ms: Mapped[int | None] = mapped_column(BigInteger)
+    """When an operator, or a recovered server, last gave the row a full new chance."""
+
+    __table_args__ = (
+        CheckConstraint(f"status IN ({STATUSES_IN_SQL})", name="observation_events_status_check"),
+        Index("observation_events_pending_idx", "status", "next_attempt_at_ms", "created_at_ms"),
+        Index("observation_events_recent_idx", "event_type", "session_id", "occurred_at_ms"),
+        # One index for each order in which rows are taken; each holds only the rows of its states. On SQLite the
+        # plus keeps the planner from the baseline's status index, which it would otherwise always take.
+        Index(
+            "observation_events_claim_idx",
+            "created_at_ms",
+            "id",
+            "next_attempt_at_ms",
+            "status",
+            sqlite_where=text(f"+{UNDELIVERED}"),
+            postgresql_where=text(UNDELIVERED),
+        ),
+        *(
+            Index(
+                f"observation_events_{status.value}_idx",
+                time,
+                "id",
+                sqlite_where=text(f"+status = '{status.value}'"),
+                postgresql_where=text(f"status = '{status.value}'"),
+            )
+            for status, time in (
+                (Status.SENT, "sent_at_ms"),
+                (Status.PARKED, "created_at_ms"),
+                (Status.ABANDONED, "created_at_ms"),
+            )
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+    def __init__(self, **columns: Any) -> None:
+        status = Status(columns.pop("status", Status.PENDING)).value
+        defaults = {"rule_ids_json": "[]", "session_id": "", "retry_count": 0, "next_attempt_at_ms": 0}
+        super().__init__(**{**defaults, **columns})
+        set_attribute(self, "status", status)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "status":
+            raise IllegalTransition(
+                f"status of event {self.id} can't be assigned, it is changed by a move: {', '.join(MOVES)}"
+            )
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<ObservationEvent {self.id} {self.event_type} {self.status}>"
+
+    @property
+    def _machine_status(self) -> str:
+        return self.status
+
+    @_machine_status.setter
+    def _machine_status(self, status: str) -> None:
+        set_attribute(self, "status", status)
+
+    def _move(self, trigger: str, **columns: object) -> None:
+        fire(self, trigger)
+        for name, value in columns.items():
+            setattr(self, name, value)
+
+    def claim(self, *, now_ms: int, lease_ms: int) -> None:
+        """Take the row under a lease that ends at now + `lease_ms`; it has to be due."""
+        if self.next_attempt_at_ms > now_ms:
+            raise IllegalTransition(f"event {self.id} is not due before {self.next_attempt_at_ms}, it is {now_ms}")
+        self._move("claim", next_attempt_at_ms=now_ms + lease_ms)
+
+    def deliver(self, *, sent_at_ms: int) -> None:
+        """Record that the server accepted the event."""
+        self._move("deliver", sent_at_ms=sent_at_ms)
+
+    def reschedule(self, *, retry_count: int, next_attempt_at_ms: int, last_error: str) -> None:
+        """Let the row wait until `next_attempt_at_ms`."""
+        self._move(
+            "reschedule", retry_count=retry_count, next_attempt_at_ms=next_attempt_at_ms, last_error=last_error
+        )
+
+    def park(self, *, last_error: str) -> None:
+        """Stop the row until the server accepts the token again."""
+        self._move("park", last_error=last_error)
+
+    def abandon(self, *, last_error: str) -> None:
+        """Give the row up; it stays, with its reason."""
+        self._move("abandon", last_error=last_error)
+
+    def release(self, *, now_ms: int) -> None:
+        """Give the row back untried."""
+        self._move("release", next_attempt_at_ms=now_ms)
+
+    def unpark(self, *, now_ms: int, spread_ms: int) -> None:
+        """Give the row a full new chance, at a time within `spread_ms` that its id decides."""
+        self._move(
+            "unpark",
+            retry_count=0,
+            last_error=None,
+            next_attempt_at_ms=now_ms + self.id % spread_ms,
+            revived_at_ms=now_ms,
+        )
+
+    def retry_now(self, *, now_ms: int) -> None:
+        """Make a row due that is parked or waits."""
+        if self.status == Status.PENDING and self.next_attempt_at_ms <= now_ms:
+            raise IllegalTransition(f"event {self.id} is due already, since {self.next_attempt_at_ms}")
+        revived_at_ms = now_ms if self.status == Status.PARKED else self.revived_at_ms
+        self._move("retry_now", next_attempt_at_ms=now_ms, revived_at_ms=revived_at_ms)
+
+    def requeue(self, *, now_ms: int) -> None:
+        """Give an abandoned row a full new chance."""
+        self._move("requeue", retry_count=0, last_error=None, next_attempt_at_ms=now_ms, revived_at_ms=now_ms)
+
+
+@event.listens_for(ObservationEvent, "before_update")
+def _refuse_status_change(_mapper: object, _connection: object, row: ObservationEvent) -> None:
+    # An UPDATE that the ORM writes compares neither status nor lease, so it could undo what a flusher did.
+    if inspect(row).attrs.status.history.has_changes():
+        raise IllegalTransition(
+            f"status of event {row.id} can't be written by an ORM flush; use the methods of Outbox"
+        )

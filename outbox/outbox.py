@@ -1,0 +1,202 @@
+"""The facade: what applications call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import URL, Engine
+
+from outbox import flusher, maintenance, schema, stats
+from outbox.clock import now_ms
+from outbox.database import Synchronous, create_file, default_url, open_engine
+from outbox.events import Event, columns, encode, epoch_ms
+from outbox.failures import ConfigurationError
+from outbox.lifecycle import Status
+from outbox.policy import Policy
+from outbox.store import Store
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+    from typing_extensions import Self
+
+    from outbox.models import ObservationEvent
+
+
+class Outbox:
+    """A durable outbox in one database. Safe to share between threads; a forked child may go on using it.
+
+    `database` is an SQLAlchemy URL, or an `Engine` of the host's, whose settings are kept. The schema is not
+    touched: raises `SchemaError`, saying what to do, where it is missing, older or newer than this program.
+    `Outbox.open` upgrades it first. `synchronous` is SQLite's: FULL keeps an event that `enqueue` accepted through
+    a power cut, NORMAL only through a crash of the program.
+    """
+
+    def __init__(
+        self, database: str | URL | Engine, *, policy: Policy | None = None, synchronous: Synchronous = "FULL"
+    ) -> None:
+        self._owns_engine = not isinstance(database, Engine)
+        self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
+        self.policy = policy or Policy()
+        self._store = Store(self.engine)
+        try:
+            schema.check(self.engine)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        database: str | URL | Engine | None = None,
+        *,
+        policy: Policy | None = None,
+        synchronous: Synchronous = "FULL",
+    ) -> Self:
+        """Open an outbox after creating or upgrading its schema; None is the per-user default file.
+
+        A new SQLite file is readable by its owner only.
+        """
+        if isinstance(database, Engine):
+            schema.upgrade(database)
+            return cls(database, policy=policy)
+        engine = open_engine(default_url() if database is None else database)
+        try:
+            create_file(engine.url)
+            schema.upgrade(engine)
+        finally:
+            engine.dispose()
+        return cls(engine.url, policy=policy, synchronous=synchronous)
+
+    def enqueue(
+        self, event: Event | Mapping[str, Any], *, session: Session | scoped_session[Session] | None = None
+    ) -> int | None:
+        """Record one event; return its row id, or None when the environment says OUTBOX_CAPTURE=false.
+
+        It is durable when this returns. With `session`, the caller's own, it is one INSERT in the caller's
+        transaction instead: it comes with the commit and goes with the rollback, and nothing of the session is
+        flushed, expired or committed. A mapping names its type as `event_type`.
+
+        Raises `InvalidEvent`, naming the field and what it should be, and `StorageError`; nothing is written then.
+        """
+        ids = self.enqueue_many([event], session=session)
+        return ids[0] if ids else None
+
+    def enqueue_many(
+        self,
+        events: Iterable[Event | Mapping[str, Any]],
+        *,
+        session: Session | scoped_session[Session] | None = None,
+    ) -> list[int]:
+        """Record events in one transaction, all or none; return their row ids in order.
+
+        Like `enqueue` in everything else. The list is empty when the environment says OUTBOX_CAPTURE=false.
+        """
+        if os.environ.get("OUTBOX_CAPTURE") == "false":
+            return []
+        now = now_ms()
+        rows = [_row(event, now) for event in events]
+        if not rows:
+            return []
+        if session is not None:
+            return self._store.insert_in(session, rows)
+        ids, over_cap = self._store.insert(rows, max_rows=self.policy.max_rows, now_ms=now)
+        if over_cap:
+            maintenance.cap(self._store, self.policy, now_ms=now)
+        return ids
+
+    def flush(self, client: flusher.UploadClient) -> flusher.FlushReport:
+        """Send one batch of due events; a failed upload is data in the report, it is not raised.
+
+        What the client raises beside an `UploadFailure`, and an interrupt, release the events and reach the caller.
+        """
+        return flusher.flush(self._store, self.policy, client)
+
+    def flush_all(
+        self,
+        client: flusher.UploadClient,
+        *,
+        progress: Callable[[flusher.FlushReport], object] | None = None,
+    ) -> flusher.FlushReport:
+        """Send batch after batch until nothing is due, or a failure holds for all; return the sum.
+
+        `progress` is called with the report of each batch.
+        """
+        return flusher.flush_all(self._store, self.policy, client, progress)
+
+    def retry_now(self) -> int:
+        """Make everything due that is parked or waits, not what is being sent; return the number of rows."""
+        return self._store.retry_now(now_ms=now_ms())
+
+    def requeue_abandoned(self, *, older_than: datetime | int, dry_run: bool = False) -> maintenance.RequeueReport:
+        """Give abandoned events created before `older_than` a full new chance; a dry run only counts.
+
+        `older_than` is a datetime with a time zone, or epoch milliseconds.
+        """
+        return maintenance.requeue_abandoned(
+            self._store, cutoff_ms=_epoch_ms(older_than), now_ms=now_ms(), dry_run=dry_run
+        )
+
+    def pending_count(self) -> int:
+        """Return how many events are on their way: pending or being sent. Parked ones do not count."""
+        return self._store.pending_count()
+
+    def stats(self) -> stats.Stats:
+        """Return what is queued, what is stuck, and the likely cause."""
+        return stats.gather(self._store, now_ms=now_ms(), lease_ms=self.policy.lease_ms)
+
+    def get(self, row_id: int) -> ObservationEvent | None:
+        """Return one event, detached from the database, or None."""
+        return self._store.get(row_id)
+
+    def find(
+        self,
+        *,
+        status: Status | str | None = None,
+        event_type: str | None = None,
+        older_than: datetime | int | None = None,
+        limit: int = 100,
+    ) -> list[ObservationEvent]:
+        """Return the oldest events that fit all that is given, detached from the database."""
+        return self._store.find(
+            status=None if status is None else Status(status).value,
+            event_type=event_type,
+            created_before_ms=None if older_than is None else _epoch_ms(older_than),
+            limit=limit,
+        )
+
+    def close(self) -> None:
+        """Close the connections. An engine of the host's stays as it is."""
+        if self._owns_engine:
+            self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
+    valid, payload_json = encode(event)
+    return {
+        **columns(valid, now_ms=now),
+        "payload_json": payload_json,
+        "next_attempt_at_ms": now,
+        "created_at_ms": now,
+    }
+
+
+def _epoch_ms(when: datetime | int) -> int:
+    if not isinstance(when, datetime):
+        return when
+    if when.utcoffset() is None:
+        raise ConfigurationError(
+            f"older_than is {when.isoformat()} without a time zone; expected one, UTC for example"
+        )
+    return epoch_ms(when)

@@ -1,0 +1,200 @@
+"""What a failed upload means for its rows: verdicts, back-off, jitter, Retry-After. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from outbox.failures import ConfigurationError, HttpFailure, UploadFailure
+
+MAX_ERROR_LENGTH = 2_048
+"""How many characters of a failure's text a row keeps."""
+
+RETRY_AFTER_MIN_MS, RETRY_AFTER_MAX_MS = 1_000, 300_000
+"""A server's wish for a delay is clamped to these."""
+
+_MAX_DOUBLINGS = 5
+_DAY_MS = 24 * 60 * 60 * 1_000
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How much, how often and how long. Times are milliseconds.
+
+    Raises `ConfigurationError` for a value that is not a whole number above zero.
+    """
+
+    batch_size: int = 64
+    """Rows claimed and uploaded at once."""
+    lease_ms: int = 60_000
+    """How long a claim keeps other flushers away. An upload must end within three quarters of it."""
+    backoff_ms: int = 60_000
+    """The unit of the back-off: doubled for each transient failure of a row, at most five times."""
+    rate_limit_ms: int = 60_000
+    """The delay after a 429 that names none."""
+    max_age_ms: int = 7 * _DAY_MS
+    """A row older than this is abandoned at its next transient failure."""
+    max_rows: int = 10_000
+    """The cap: over it, delivered rows are deleted first, then abandoned ones, then the oldest."""
+    unpark_limit: int = 256
+    """How many parked rows one success brings back."""
+    unpark_spread_ms: int = 5_000
+    """They come back spread over this time, so that recovery is no stampede."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"policy: {field.name} is {value!r}, expected a whole number above 0")
+
+
+class Verdict(Enum):
+    """What a failure means. All but `PERMANENT` are shared: they hold for every row of the claim."""
+
+    TRANSIENT = "transient"
+    RATE_LIMITED = "rate limited"
+    AUTH_BLOCKED = "auth blocked"
+    PERMANENT = "permanent"
+
+
+class Outcome(NamedTuple):
+    """What becomes of one row: the trigger of its move, and the columns that the move writes."""
+
+    trigger: str
+    values: dict[str, Any]
+
+
+class Judged(Protocol):
+    """A row as far as `decide` has to know it."""
+
+    @property
+    def id(self) -> int:
+        """Seeds the jitter."""
+
+    @property
+    def retry_count(self) -> int:
+        """Transient failures so far."""
+
+    @property
+    def created_at_ms(self) -> int:
+        """When it was enqueued."""
+
+    @property
+    def revived_at_ms(self) -> int | None:
+        """When it was last given a full new chance."""
+
+
+def verdict(failure: UploadFailure) -> Verdict:
+    """Judge a failure by its HTTP status; one without a status is transient."""
+    if not isinstance(failure, HttpFailure):
+        return Verdict.TRANSIENT
+    if failure.status == 429:
+        return Verdict.RATE_LIMITED
+    if failure.status in (401, 403):
+        return Verdict.AUTH_BLOCKED
+    if failure.status in (408, 425):
+        return Verdict.TRANSIENT
+    return Verdict.PERMANENT if 400 <= failure.status <= 499 else Verdict.TRANSIENT
+
+
+def decide(judged: Verdict, failure: UploadFailure, row: Judged, *, now_ms: int, policy: Policy) -> Outcome:
+    """Decide what a failure that was judged so does to one row."""
+    text = str(failure)
+    if judged is Verdict.AUTH_BLOCKED:
+        return Outcome("park", {"last_error": _cut(text)})
+    if judged is Verdict.PERMANENT:
+        return abandonment(f"permanent: {text}")
+    aged_out = now_ms - max(row.created_at_ms, row.revived_at_ms or 0) > policy.max_age_ms
+    if judged is Verdict.RATE_LIMITED:
+        if aged_out:
+            return abandonment(f"aged-out (rate-limited): {text}")
+        delay_ms = _asked_delay_ms(failure) or policy.rate_limit_ms
+        retry_count = row.retry_count
+    else:
+        if aged_out:
+            return abandonment(f"aged-out: {text}")
+        retry_count = row.retry_count + 1
+        delay_ms = backoff(retry_count, policy.backoff_ms)
+        if isinstance(failure, HttpFailure) and failure.status == 503:
+            delay_ms = max(delay_ms, _asked_delay_ms(failure) or 0)
+    return Outcome(
+        "reschedule",
+        {
+            "retry_count": retry_count,
+            "next_attempt_at_ms": now_ms + delay_ms + jitter(delay_ms, now_ms ^ row.id),
+            "last_error": _cut(text),
+        },
+    )
+
+
+def abandonment(reason: str) -> Outcome:
+    """Give the row up, for this reason."""
+    return Outcome("abandon", {"last_error": _cut(reason)})
+
+
+def backoff(retry_count: int, unit_ms: int = Policy.backoff_ms) -> int:
+    """Return the delay in ms after so many transient failures: unit * 2^min(max(count, 0), 5).
+
+    With the default unit: 0 → 60 000, 1 → 120 000, 2 → 240 000, 3 → 480 000, 4 → 960 000, 5 and more → 1 920 000.
+    """
+    return int(unit_ms << min(max(retry_count, 0), _MAX_DOUBLINGS))
+
+
+def jitter(base_ms: int, seed: int) -> int:
+    """Return 0 to a quarter of `base_ms`, decided by the seed alone, so that rows spread and tests know."""
+    return seed % max(1, base_ms // 4)
+
+
+def retry_after(body: str) -> int | None:
+    """Return the delay in ms that a response body asks for, clamped to 1 000 … 300 000, or None.
+
+    A JSON body: the integer `retryAfterSec` of the outermost object that has one. Any other, one that was cut off
+    for example: the digits after the first `"retryAfterSec"` and a colon.
+    """
+    try:
+        seconds = _outermost_retry_after(msgspec.json.decode(body))
+    except (ValueError, RecursionError):
+        seconds = _textual_retry_after(body)
+    return None if seconds is None else clamp_retry_after(seconds)
+
+
+def clamp_retry_after(seconds: int) -> int:
+    """Turn seconds into ms between 1 000 and 300 000."""
+    return min(max(seconds * 1_000, RETRY_AFTER_MIN_MS), RETRY_AFTER_MAX_MS)
+
+
+def _outermost_retry_after(document: object) -> int | None:
+    level = [document]
+    while level:
+        for value in level:
+            if isinstance(value, dict) and type(value.get("retryAfterSec")) is int:
+                return int(value["retryAfterSec"])
+        level = [inner for value in level for inner in _children(value)]
+    return None
+
+
+def _children(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _textual_retry_after(body: str) -> int | None:
+    _, found, rest = body.partition('"retryAfterSec"')
+    # Eighteen digits are more than the clamp lets through, and a number without end is not read.
+    digits = re.match(r"\s*:\s*([0-9]{1,18})", rest) if found else None
+    return int(digits.group(1)) if digits else None
+
+
+def _asked_delay_ms(failure: UploadFailure) -> int | None:
+    if not isinstance(failure, HttpFailure):
+        return None
+    return retry_after(failure.body_snippet) if failure.retry_after_ms is None else failure.retry_after_ms
+
+
+def _cut(text: str) -> str:
+    return text[:MAX_ERROR_LENGTH]

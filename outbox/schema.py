@@ -1,0 +1,108 @@
+"""The schema of the database: what it is, what this program needs, and how to get there. Alembic does the work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, inspect
+
+from outbox.database import reading, sqlite_file, writing
+from outbox.failures import SchemaError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+REVISIONS = ("outbox_0001", "outbox_0002")
+"""The revisions that this program knows, oldest first. Kept here so that a look at them needs no Alembic."""
+
+VERSION_TABLE = "outbox_alembic_version"
+"""A version table of our own: a host's Alembic history in the same database stays untouched."""
+
+TABLES = frozenset({"observation_events", VERSION_TABLE})
+
+# Alembic works through module globals, so two upgrades in one process would mix, even of different databases.
+_alembic_lock = threading.Lock()
+
+
+def check(engine: Engine) -> None:
+    """Raise `SchemaError` unless the database has exactly the schema of this program; change nothing."""
+    where = engine.url.render_as_string(hide_password=True)
+    path = sqlite_file(engine.url)
+    if path is not None and not path.exists():
+        raise SchemaError(f"there is no database {path}; `outbox upgrade` or Outbox.open() creates it")
+    with reading(engine) as connection:
+        revision = current_revision(connection)
+    if revision is None:
+        raise SchemaError(f"{where} has no outbox schema; `outbox upgrade` or Outbox.open() creates it")
+    _refuse_newer(revision, where)
+    if revision != REVISIONS[-1]:
+        raise SchemaError(
+            f"{where} has the schema {revision}, this program needs {REVISIONS[-1]};"
+            " `outbox upgrade` or Outbox.open() upgrades it"
+        )
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the schema to what this program needs; do nothing where it is already there.
+
+    Safe when many threads and processes start at once: on SQLite all of it happens in one transaction that holds
+    the write lock. A failure leaves the database as it was. Raises `SchemaError` for one newer than this program.
+    """
+    with reading(engine) as connection:
+        if current_revision(connection) == REVISIONS[-1]:
+            return
+    from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
+
+    with _alembic_lock, writing(engine) as connection:
+        revision = current_revision(connection)
+        if revision is not None:
+            _refuse_newer(revision, engine.url.render_as_string(hide_password=True))
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Return the revision of the schema, or None where the database has no version of ours."""
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    revision: str | None = connection.exec_driver_sql("SELECT version_num FROM outbox_alembic_version").scalar()
+    return revision
+
+
+def alembic_config() -> Config:
+    """Return the Alembic configuration of this package's own migrations, without a file and without a URL."""
+    from alembic.config import Config  # noqa: PLC0415 - as above
+
+    here = Path(__file__).parent
+    installed = here / "migrations"
+    config = Config()
+    location = installed if installed.is_dir() else here.parent / "migrations"
+    config.set_main_option("script_location", str(location).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def exclude_name(name: str | None, type_: str, parent_names: Mapping[Any, str | None]) -> bool:
+    """Keep the outbox's tables out of a host's autogenerate: `context.configure(include_name=exclude_name, …)`."""
+    return not _is_ours(name, type_, parent_names)
+
+
+def include_name(name: str | None, type_: str, parent_names: Mapping[Any, str | None]) -> bool:
+    """Keep a host's tables out of our own `alembic check`."""
+    return type_ == "schema" or _is_ours(name, type_, parent_names)
+
+
+def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, str | None]) -> bool:
+    return (name if type_ == "table" else parent_names.get("table_name")) in TABLES
+
+
+def _refuse_newer(revision: str, where: str) -> None:
+    if revision not in REVISIONS:
+        raise SchemaError(
+            f"{where} has the schema {revision}, newer than this program knows ({REVISIONS[-1]});"
+            " upgrade observation-outbox"
+        )

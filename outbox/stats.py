@@ -1,0 +1,97 @@
+"""What is queued, what is stuck and why, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outbox.lifecycle import Status
+
+if TYPE_CHECKING:
+    from outbox.store import Store, Trouble
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The state of the queue at one moment. Times are Unix epoch milliseconds."""
+
+    counts: dict[str, int]
+    """Events by status; every status is there."""
+    by_type: dict[str, dict[str, int]]
+    """The same for each event type."""
+    oldest_pending_age_ms: int | None
+    """The age of the oldest event that is pending or being sent."""
+    next_due_at_ms: int | None
+    """When the next pending event is due."""
+    likely_cause: str | None
+    """Why events are not delivered at present, and what to do, in words."""
+
+
+def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
+    """Look at the queue as it is now."""
+    seen = store.overview()
+    counts = dict.fromkeys((status.value for status in Status), 0)
+    by_type: dict[str, dict[str, int]] = {}
+    for event_type, status, count in seen.counts:
+        counts[status] = counts.get(status, 0) + count
+        by_type.setdefault(event_type, {})[status] = count
+    oldest = seen.oldest_pending_ms
+    return Stats(
+        counts=counts,
+        by_type=by_type,
+        oldest_pending_age_ms=None if oldest is None else max(0, now_ms - oldest),
+        next_due_at_ms=seen.next_due_at_ms,
+        likely_cause=_likely_cause(seen.parked, seen.waiting, counts, now_ms=now_ms, lease_ms=lease_ms),
+    )
+
+
+def duration(ms: int) -> str:
+    """Return a time span in words, in its largest whole unit: "12 minutes"."""
+    seconds = max(0, ms) // 1_000
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= size:
+            return _number(seconds // size, unit)
+    return _number(seconds, "second")
+
+
+def failure_in_words(last_error: str) -> str:
+    """Say what a stored failure means."""
+    status = last_error[:3]
+    if last_error.startswith("transport: "):
+        meaning = "the server can't be reached"
+    elif status == "429":
+        meaning = "the server asks to slow down"
+    elif status in ("401", "403"):
+        meaning = "the token was rejected"
+    else:
+        meaning = "the server could not take them"
+    return f"{meaning} ({last_error})"
+
+
+def _likely_cause(
+    parked: Trouble | None, waiting: Trouble | None, counts: dict[str, int], *, now_ms: int, lease_ms: int
+) -> str | None:
+    if parked is not None:
+        # A parked row keeps the lease of its last claim, so that tells when it was tried.
+        ago = duration(now_ms - (parked.next_attempt_at_ms - lease_ms))
+        return (
+            f"the token was rejected {ago} ago ({parked.last_error}); {_are(counts['parked'])} parked;"
+            " run `outbox retry` after logging in"
+        )
+    if waiting is not None:
+        due_in = waiting.next_attempt_at_ms - now_ms
+        next_try = f"in {duration(due_in)}" if due_in > 0 else "due now"
+        return (
+            f"{failure_in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
+        )
+    if counts["abandoned"]:
+        return f"{_are(counts['abandoned'])} abandoned; `outbox list --state abandoned` shows why"
+    return None
+
+
+def _are(count: int) -> str:
+    return f"{_number(count, 'event')} {'is' if count == 1 else 'are'}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
