@@ -266,7 +266,7 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - any buffer, as in the base
+    def readinto(self, buffer: Any) -> int | None:
         self._sock.settimeout(_deadline.timeout())
         return self._raw.readinto(buffer)
 
@@ -284,7 +284,7 @@ class _Response(http.client.HTTPResponse):
 class _Connection(HTTPConnection):
     response_class = _Response
 
-    def send(self, data: Any) -> None:  # noqa: ANN401 - wider in the base; here it is bytes
+    def send(self, data: Any) -> None:
         if self.sock is None:
             self.connect()
         rest = memoryview(data)
@@ -305,7 +305,7 @@ class _Adapter(HTTPAdapter):
         verify: bool | str | None,  # noqa: FBT001 - the base's signature
         proxies: Mapping[str, str] | None = None,
         cert: tuple[str, str] | str | None = None,
-    ) -> Any:  # noqa: ANN401 - the stubs name a base class, which has no ConnectionCls
+    ) -> Any:
         pool: Any = super().get_connection_with_tls_context(request, verify, proxies, cert)
         pool.ConnectionCls = _TlsConnection if pool.scheme == "https" else _Connection
         return pool
@@ -377,15 +377,16 @@ def _proxy(
     proxy = chosen if "://" in chosen else f"http://{chosen}"
     try:
         parts = parse_url(proxy)
+        user, password = utils.get_auth_from_url(proxy)
+        basic = base64.b64encode(f"{user}:{password}".encode("latin-1")).decode()
+        is_usable = parts.scheme in ("http", "https") and parts.host
     except (urllib3.exceptions.HTTPError, ValueError):
-        parts = None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.host:
+        is_usable = False
+    if not is_usable:
         raise ConfigurationError(
             "the proxy for base_url (from proxies, or HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) can't be used, "
-            "expected http:// or https:// and a host; SOCKS is not supported"
+            "expected http:// or https://, a host, and a password of latin-1 if any; SOCKS is not supported"
         )
-    user, password = utils.get_auth_from_url(proxy)
-    basic = base64.b64encode(f"{user}:{password}".encode()).decode()
     return {"all": proxy}, (password, basic) if password else ()
 
 

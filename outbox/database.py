@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from outbox.failures import ConfigurationError, StorageError
 
@@ -19,8 +20,6 @@ Synchronous = Literal["FULL", "NORMAL"]
 
 BUSY_TIMEOUT_MS = 30_000
 """How long a writer waits for another one before it gives up."""
-
-_READING = {"outbox_reading": True}
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -86,35 +85,45 @@ def create_file(url: URL) -> None:
 def writing(engine: Engine) -> Iterator[Connection]:
     """Open a transaction that holds the write lock from its start; commit at the end, roll back on an exception.
 
-    A transaction that read first and wants to write later fails on SQLite as soon as another one wrote in between.
+    On SQLite a transaction that read first fails as soon as it wants to write and another one wrote in between.
     Raises `StorageError` for what the database refuses.
     """
-    try:
-        with engine.begin() as connection:
-            if engine.dialect.name == "sqlite" and not _in_transaction(connection):
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield connection
-    except DBAPIError as error:
-        raise _storage_error(engine, error) from error
+    with _translated(engine), engine.begin() as connection:
+        if engine.dialect.name == "sqlite" and not _in_transaction(connection):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
+    with _translated(engine), engine.execution_options(outbox_reading=True).connect() as connection:
+        yield connection
+
+
+@contextmanager
+def _translated(engine: Engine) -> Iterator[None]:
+    # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them.
     try:
-        with engine.execution_options(**_READING).connect() as connection:
-            yield connection
-    except DBAPIError as error:
-        raise _storage_error(engine, error) from error
+        yield
+    except (DBAPIError, PoolTimeoutError, engine.dialect.loaded_dbapi.Error) as error:
+        # Only the driver's own words: SQLAlchemy's would repeat the statement.
+        words = getattr(error, "orig", None) or error
+        raise StorageError(f"{engine.url.render_as_string(hide_password=True)}: {words}") from error
 
 
 def _parse(database: str | URL) -> URL:
+    # No message repeats the URL: a password may stand in it.
     try:
-        return make_url(database)
-    except ArgumentError:
+        url = make_url(database)
+        url.get_dialect().import_dbapi()
+    except (ArgumentError, ValueError):
         raise ConfigurationError(
             "the database is not an SQLAlchemy URL; expected one such as sqlite:///outbox.db"
         ) from None
+    except ImportError as error:
+        raise ConfigurationError(f"the database's driver is not installed: {error}") from None
+    return url
 
 
 def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
@@ -135,11 +144,11 @@ def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
 
 def _enter_wal(connection: Any) -> None:
     # Of several processes that open a new file, SQLite refuses some at once, without the busy time-out.
-    for _ in range(BUSY_TIMEOUT_MS // 10):
+    for tries_left in range(BUSY_TIMEOUT_MS // 10, -1, -1):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
         except connection.OperationalError as error:
-            if "locked" not in str(error):
+            if "locked" not in str(error) or not tries_left:
                 raise
             time.sleep(0.01)
         else:
@@ -149,11 +158,6 @@ def _enter_wal(connection: Any) -> None:
 def _in_transaction(connection: Connection) -> bool:
     dbapi_connection: Any = connection.connection.dbapi_connection
     return bool(dbapi_connection.in_transaction)
-
-
-def _storage_error(engine: Engine, error: DBAPIError) -> StorageError:
-    # Only the driver's own words: SQLAlchemy's would repeat the statement.
-    return StorageError(f"{engine.url.render_as_string(hide_password=True)}: {error.orig}")
 
 
 def _forget_connections() -> None:

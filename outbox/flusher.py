@@ -119,9 +119,9 @@ def flush_all(
 
 
 def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
-    deadline_ms = getattr(client, "deadline_ms", 0)
+    deadline_ms = getattr(client, "deadline_ms", None)
     at_most = policy.lease_ms * 3 // 4
-    if deadline_ms > at_most:
+    if isinstance(deadline_ms, int) and deadline_ms > at_most:
         raise ConfigurationError(
             f"the client's deadline_ms is {deadline_ms}, expected at most {at_most}:"
             f" three quarters of the policy's lease_ms {policy.lease_ms}, or an upload could outlast its lease"
@@ -208,8 +208,8 @@ class _Claim:
     def _isolate(self, batch: list[BatchItem]) -> tuple[Verdict | None, UploadFailure | None]:
         """Find the rows that the server rejects: one by one until it accepts something, then by halving.
 
-        A rejection counts against a row only once the server was seen to accept another one of the claim. Until then
-        the row is a candidate; if nothing is accepted, the route or the schema drifted and no row is to blame.
+        A rejection counts against a row only once the server was seen to accept another one of the claim. Until
+        then the row is a candidate; if nothing is accepted, the route or the schema drifted, not the rows.
         """
         parts = [[item] for item in reversed(batch)]  # a stack: the next part is the last
         candidates: list[tuple[BatchItem, UploadFailure]] = []

@@ -61,15 +61,19 @@ class Outbox:
         A new SQLite file is readable by its owner only.
         """
         if isinstance(database, Engine):
-            schema.upgrade(database)
-            return cls(database, policy=policy)
-        engine = open_engine(default_url() if database is None else database)
+            engine = database
+        else:
+            engine = open_engine(default_url() if database is None else database, synchronous=synchronous)
         try:
             create_file(engine.url)
             schema.upgrade(engine)
-        finally:
-            engine.dispose()
-        return cls(engine.url, policy=policy, synchronous=synchronous)
+            opened = cls(engine, policy=policy)
+        except BaseException:
+            if engine is not database:
+                engine.dispose()
+            raise
+        opened._owns_engine = engine is not database
+        return opened
 
     def enqueue(
         self, event: Event | Mapping[str, Any], *, session: Session | scoped_session[Session] | None = None
@@ -111,7 +115,7 @@ class Outbox:
     def flush(self, client: flusher.UploadClient) -> flusher.FlushReport:
         """Send one batch of due events; a failed upload is data in the report, it is not raised.
 
-        What the client raises beside an `UploadFailure`, and an interrupt, release the events and reach the caller.
+        Whatever else the client raises, and an interrupt, releases the events and reaches the caller.
         """
         return flusher.flush(self._store, self.policy, client)
 
@@ -193,10 +197,8 @@ def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
 
 
 def _epoch_ms(when: datetime | int) -> int:
-    if not isinstance(when, datetime):
+    if isinstance(when, datetime) and when.utcoffset() is not None:
+        return epoch_ms(when)
+    if isinstance(when, int):
         return when
-    if when.utcoffset() is None:
-        raise ConfigurationError(
-            f"older_than is {when.isoformat()} without a time zone; expected one, UTC for example"
-        )
-    return epoch_ms(when)
+    raise ConfigurationError(f"older_than is {when!r}, expected a datetime with a time zone or epoch milliseconds")

@@ -55,38 +55,58 @@ def duration(ms: int) -> str:
 
 
 def failure_in_words(last_error: str) -> str:
-    """Say what a stored failure means."""
-    status = last_error[:3]
-    if last_error.startswith("transport: "):
-        meaning = "the server can't be reached"
-    elif status == "429":
-        meaning = "the server asks to slow down"
-    elif status in ("401", "403"):
-        meaning = "the token was rejected"
-    else:
-        meaning = "the server could not take them"
-    return f"{meaning} ({last_error})"
+    """Say what a stored failure means; its text follows in brackets."""
+    return f"{_meaning(last_error)} ({last_error})"
+
+
+def _meaning(last_error: str) -> str:
+    for start, meaning in _MEANINGS:
+        if last_error.startswith(start):
+            return meaning
+    return "the upload failed"
+
+
+# By the start of the text, the first that fits.
+_MEANINGS = (
+    ("transport: ", "the server can't be reached"),
+    ("permanent: decode observation event: ", "the payload can't be read"),
+    ("permanent: ", "the server rejected this event"),
+    ("aged-out", "too old for another try"),
+    ("401", "the token was rejected"),
+    ("403", "the token was rejected"),
+    ("408", "the server was too slow"),
+    ("425", "the server was not ready"),
+    ("429", "the server asks to slow down"),
+    ("3", "the server redirects, which is not followed; check the URL"),
+    ("4", "the server rejects whatever is sent; check the URL, and what it accepts"),
+    ("5", "the server is in trouble"),
+)
 
 
 def _likely_cause(
     parked: Trouble | None, waiting: Trouble | None, counts: dict[str, int], *, now_ms: int, lease_ms: int
 ) -> str | None:
+    causes = []
     if parked is not None:
         # A parked row keeps the lease of its last claim, so that tells when it was tried.
         ago = duration(now_ms - (parked.next_attempt_at_ms - lease_ms))
-        return (
-            f"the token was rejected {ago} ago ({parked.last_error}); {_are(counts['parked'])} parked;"
+        text = f" ({parked.last_error})" if parked.last_error else ""
+        causes.append(
+            f"the token was rejected {ago} ago{text}; {_are(counts['parked'])} parked;"
             " run `outbox retry` after logging in"
         )
     if waiting is not None:
         due_in = waiting.next_attempt_at_ms - now_ms
         next_try = f"in {duration(due_in)}" if due_in > 0 else "due now"
-        return (
+        causes.append(
             f"{failure_in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
         )
-    if counts["abandoned"]:
-        return f"{_are(counts['abandoned'])} abandoned; `outbox list --state abandoned` shows why"
-    return None
+    if not causes and counts["abandoned"]:
+        causes.append(
+            f"{_are(counts['abandoned'])} abandoned; `outbox list --state abandoned` shows why,"
+            " `outbox requeue` brings them back"
+        )
+    return ". Also: ".join(causes) or None
 
 
 def _are(count: int) -> str:

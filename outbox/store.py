@@ -330,7 +330,8 @@ class Store:
     def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
         """Bring back the abandoned rows created before the cutoff; return how many by event type, by name."""
         with writing(self.engine) as connection:
-            per_type: dict[str, int] = dict(connection.execute(_COUNT_ABANDONED, {"cutoff": cutoff_ms}).tuples())
+            found = connection.execute(_COUNT_ABANDONED, {"cutoff": cutoff_ms})
+            per_type = {row[0]: row[1] for row in found}
             if per_type and not dry_run:
                 connection.execute(_REQUEUE, {"cutoff": cutoff_ms, "now": now_ms})
         return per_type
@@ -356,7 +357,7 @@ class Store:
             parked = connection.execute(_LAST_PARKED).first()
             waiting = connection.execute(_MOST_WAITING).first()
             return Overview(
-                counts=list(connection.execute(_COUNTS).tuples()),
+                counts=[(row[0], row[1], row[2]) for row in connection.execute(_COUNTS)],
                 oldest_pending_ms=connection.scalar(_OLDEST_PENDING),
                 next_due_at_ms=connection.scalar(_NEXT_DUE),
                 parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),

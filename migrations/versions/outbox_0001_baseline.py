@@ -6,6 +6,8 @@ A database that already holds the table is adopted: nothing in it changes, it is
 import sqlalchemy as sa
 from alembic import context, op
 
+from outbox.failures import SchemaError
+
 revision = "outbox_0001"
 down_revision = None
 branch_labels = None
@@ -36,7 +38,7 @@ def upgrade() -> None:
             present = {column["name"] for column in inspector.get_columns("observation_events")}
             missing = [name for name in COLUMNS if name not in present]
             if missing:
-                raise RuntimeError(f"the table observation_events is there, but without {', '.join(missing)}")
+                raise SchemaError(f"the table observation_events is there, but without {', '.join(missing)}")
             return
     key = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     name = sa.Text().with_variant(sa.String(191), "mysql", "mariadb")

@@ -1,0 +1,89 @@
+"""What tests build rows, events and answers from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import insert, select
+
+from outbox import BatchItem, HttpFailure, ObservationEvent, Outbox, RuleFired, UploadFailure
+from outbox.database import reading, writing
+
+NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
+NOON_MS = 1_795_521_600_000
+
+OK = None
+REJECTED = HttpFailure(422, "Unprocessable Entity", "bad row")
+REVOKED = HttpFailure(401, "Unauthorized", '{"error":"session_revoked"}')
+DOWN = HttpFailure(503, "Service Unavailable")
+SLOW_DOWN = HttpFailure(429, "Too Many Requests", '{"retryAfterSec":40}')
+
+
+def rule_fired(**fields: Any) -> RuleFired:
+    return RuleFired(**{"rule_ids": ["r1"], "session_id": "s1", "fired_at": NOON, **fields})
+
+
+class ScriptedClient:
+    """An upload client whose answers are given: None accepts, a failure is raised, a function decides."""
+
+    def __init__(self, *answers: UploadFailure | BaseException | Callable[..., Any] | None, logged_in: bool = True):
+        self.answers = list(answers)
+        self.logged_in = logged_in
+        self.batches: list[list[BatchItem]] = []
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(batch) for batch in self.batches]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [[item.id for item in batch] for batch in self.batches]
+
+    def upload(self, batch: Sequence[BatchItem], /) -> None:
+        self.batches.append(list(batch))
+        answer = self.answers.pop(0) if self.answers else OK
+        if callable(answer):
+            answer = answer(batch)
+        if answer is not None:
+            raise answer
+
+
+def rejecting(*bad_ids: int) -> ScriptedClient:
+    """A server that rejects every request with one of these rows in it."""
+    client = ScriptedClient()
+    client.answers = [lambda batch: REJECTED if {item.id for item in batch} & {*bad_ids} else OK] * 1_000
+    return client
+
+
+def add_row(outbox: Outbox, **columns: Any) -> int:
+    """Put a row in any state into the table, past all rules."""
+    payload = '{"event_type":"rule_fired","rule_ids":["r1"],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
+    row = {
+        "event_type": "rule_fired",
+        "occurred_at_ms": NOON_MS,
+        "payload_json": payload,
+        "created_at_ms": NOON_MS,
+        "next_attempt_at_ms": NOON_MS,
+        **columns,
+    }
+    with writing(outbox.engine) as connection:
+        return connection.execute(insert(ObservationEvent.__table__).values(row)).inserted_primary_key[0]
+
+
+def row(outbox: Outbox, row_id: int) -> ObservationEvent:
+    found = outbox.get(row_id)
+    assert found is not None, f"row {row_id} is gone"
+    return found
+
+
+def statuses(outbox: Outbox) -> list[str]:
+    """The status of every row, by id."""
+    events = ObservationEvent.__table__
+    with reading(outbox.engine) as connection:
+        return list(connection.scalars(select(events.c.status).order_by(events.c.id)))
+
+
+def columns_of(found: ObservationEvent) -> dict[str, Any]:
+    return {column.name: getattr(found, column.name) for column in ObservationEvent.__table__.columns}

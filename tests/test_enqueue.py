@@ -1,0 +1,209 @@
+import logging
+import sqlite3
+from pathlib import Path
+
+import pytest
+from freezegun import freeze_time
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+
+from builders import NOON, NOON_MS, ScriptedClient, add_row, row, rule_fired, statuses
+from outbox import InvalidEvent, Outbox, Policy, StorageError
+
+
+class HostBase(DeclarativeBase):
+    pass
+
+
+class Order(HostBase):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+
+
+@pytest.fixture
+def host(outbox: Outbox):
+    """The application's own engine on the same file, with its settings as they come."""
+    engine = create_engine(outbox.engine.url)
+    HostBase.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@freeze_time(NOON)
+def test_a_row_is_pending_and_due_at_once(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(rule_fired(file_path="a.py"))
+    written = row(outbox, row_id)
+    assert row_id > 0
+    assert (written.status, written.retry_count, written.last_error) == ("pending", 0, None)
+    assert written.created_at_ms == written.next_attempt_at_ms == written.occurred_at_ms == NOON_MS
+    assert (written.event_type, written.rule_ids_json, written.file_path) == ("rule_fired", '["r1"]', "a.py")
+    assert (written.sent_at_ms, written.revived_at_ms) == (None, None)
+
+
+def test_what_was_enqueued_is_there_for_another_process(outbox: Outbox, url: str) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as other:
+        assert other.execute("SELECT id FROM observation_events").fetchall() == [(row_id,)]
+    other.close()
+
+
+def test_many_events_get_their_ids_in_order(outbox: Outbox) -> None:
+    ids = outbox.enqueue_many(rule_fired(session_id=f"s{number}") for number in range(2_500))
+    assert ids == sorted(set(ids))
+    assert [row(outbox, row_id).session_id for row_id in (ids[0], ids[1_234], ids[-1])] == ["s0", "s1234", "s2499"]
+
+
+def test_many_events_are_written_all_or_none(outbox: Outbox) -> None:
+    with pytest.raises(InvalidEvent, match="rule_ids"):
+        outbox.enqueue_many([rule_fired(), rule_fired(rule_ids=7), rule_fired()])
+    assert statuses(outbox) == []
+
+
+def test_no_events_are_no_rows(outbox: Outbox) -> None:
+    assert outbox.enqueue_many([]) == []
+
+
+def test_ids_are_never_used_again(outbox: Outbox) -> None:
+    first = outbox.enqueue(rule_fired())
+    with outbox.engine.begin() as connection:
+        connection.execute(text("DELETE FROM observation_events"))
+    assert outbox.enqueue(rule_fired()) > first
+
+
+def test_what_an_sql_injection_would_use_is_data(outbox: Outbox) -> None:
+    nasty = "'); DROP TABLE observation_events; --\"\\ %s :x ? \x00"
+    row_id = outbox.enqueue(rule_fired(session_id=nasty, file_path=nasty, rule_ids=[nasty]))
+    assert row(outbox, row_id).session_id == row(outbox, row_id).file_path == nasty
+    client = ScriptedClient()
+    outbox.flush(client)
+    assert client.batches[0][0].event.session_id == nasty
+
+
+@pytest.mark.parametrize("value", ["FALSE", "False", "0", "no", "off", "", " false", "false ", "true"])
+def test_every_value_but_false_captures(outbox: Outbox, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("OUTBOX_CAPTURE", value)
+    assert outbox.enqueue(rule_fired()) == 1
+
+
+def test_capture_false_writes_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    assert outbox.enqueue(rule_fired()) is None
+    assert outbox.enqueue_many([rule_fired(), rule_fired()]) == []
+    with Session(outbox.engine) as session:
+        assert outbox.enqueue(rule_fired(), session=session) is None
+    assert statuses(outbox) == []
+
+
+def test_in_the_callers_session_the_row_comes_with_the_commit(outbox: Outbox, host) -> None:
+    with Session(host) as session:
+        session.add(Order(name="shoes"))
+        row_id = outbox.enqueue(rule_fired(), session=session)
+        assert statuses(outbox) == []
+        session.commit()
+    assert row(outbox, row_id).status == "pending"
+
+
+def test_in_the_callers_session_the_row_goes_with_the_rollback(outbox: Outbox, host) -> None:
+    with Session(host) as session:
+        assert outbox.enqueue_many([rule_fired(), rule_fired()], session=session) == [1, 2]
+        session.rollback()
+    assert statuses(outbox) == []
+
+
+def test_the_callers_session_is_not_flushed_expired_or_committed(outbox: Outbox, host) -> None:
+    with Session(host) as session:
+        shoes = Order(name="shoes")
+        session.add(shoes)
+        session.commit()
+        loaded = shoes.name
+        boots = Order(name="boots")
+        session.add(boots)
+        outbox.enqueue(rule_fired(), session=session)
+        assert boots in session.new
+        assert boots.id is None
+        assert "name" in shoes.__dict__
+        assert loaded == "shoes"
+        assert session.in_transaction()
+        assert list(session.connection().execute(text("SELECT name FROM orders"))) == [("shoes",)]
+
+
+def test_a_scoped_session_and_a_nested_transaction_are_the_callers_too(outbox: Outbox, host) -> None:
+    registry = scoped_session(sessionmaker(host))
+    outbox.enqueue(rule_fired(), session=registry)
+    nested = registry.begin_nested()
+    outbox.enqueue(rule_fired(), session=registry)
+    nested.rollback()
+    registry.commit()
+    registry.remove()
+    assert statuses(outbox) == ["pending"]
+
+
+def test_an_invalid_event_leaves_the_callers_transaction_usable(outbox: Outbox, host) -> None:
+    with Session(host) as session:
+        session.add(Order(name="shoes"))
+        with pytest.raises(InvalidEvent):
+            outbox.enqueue(rule_fired(rule_ids=7), session=session)
+        outbox.enqueue(rule_fired(), session=session)
+        session.commit()
+        assert session.query(Order).count() == 1
+    assert statuses(outbox) == ["pending"]
+
+
+def test_in_the_callers_session_the_queue_is_capped_by_the_next_one_of_our_own(url: str, host) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=2)) as outbox:
+        with Session(host) as session:
+            outbox.enqueue_many([rule_fired()] * 5, session=session)
+            session.commit()
+        assert len(statuses(outbox)) == 5
+        outbox.enqueue(rule_fired())
+        assert [found.id for found in outbox.find()] == [5, 6]
+
+
+def test_a_cap_that_fails_does_not_fail_the_enqueue(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        with outbox.engine.begin() as connection:
+            connection.execute(
+                text("CREATE TRIGGER keep BEFORE DELETE ON observation_events BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+            )
+        with caplog.at_level(logging.WARNING, "outbox"):
+            ids = [outbox.enqueue(rule_fired()) for _ in range(3)]
+        assert [found.id for found in outbox.find()] == ids
+    assert "capping the queue failed, the events are kept: no" in caplog.text
+
+
+def test_an_insert_that_fails_is_an_error_and_writes_nothing(outbox: Outbox) -> None:
+    with outbox.engine.begin() as connection:
+        connection.execute(
+            text("CREATE TRIGGER full BEFORE INSERT ON observation_events BEGIN SELECT RAISE(ABORT, 'full'); END")
+        )
+    with pytest.raises(StorageError, match="outbox.db: full"):
+        outbox.enqueue(rule_fired())
+    assert statuses(outbox) == []
+
+
+def test_the_enqueue_and_its_cap_are_one_transaction(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        outbox.enqueue(rule_fired())
+        commits = []
+        event.listen(outbox.engine, "commit", commits.append)
+        outbox.enqueue(rule_fired())
+        assert len(commits) == 1
+        assert len(statuses(outbox)) == 1
+
+
+def test_an_enqueue_far_over_the_cap_still_caps_all(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=10)) as outbox:
+        ids = outbox.enqueue_many([rule_fired()] * 3_500)
+        assert [found.id for found in outbox.find()] == ids[-10:]
+
+
+def test_a_host_engine_keeps_its_settings_and_stays_open(outbox: Outbox, host, tmp_path: Path) -> None:
+    with Outbox(host) as hosted:
+        row_id = hosted.enqueue(rule_fired())
+        assert hosted.flush(ScriptedClient()).sent == 1
+        add_row(hosted, status="parked")
+        assert hosted.retry_now() == 1
+    with host.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM observation_events")).scalar() == 2
+    assert row(outbox, row_id).status == "sent"

@@ -1,0 +1,59 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import outbox
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_exported_name_is_there_and_sorted() -> None:
+    assert outbox.__all__ == sorted(outbox.__all__)
+    assert all(hasattr(outbox, name) for name in outbox.__all__)
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(outbox.__all__) == {
+        "BatchItem",
+        "ConfigurationError",
+        "Event",
+        "FixOutcome",
+        "FlushReport",
+        "HttpClient",
+        "HttpFailure",
+        "IllegalTransition",
+        "Instant",
+        "InvalidEvent",
+        "McpRuleServed",
+        "ObservationEvent",
+        "Outbox",
+        "OutboxError",
+        "Policy",
+        "RequeueReport",
+        "RuleActuallyCited",
+        "RuleCitedInEdit",
+        "RuleFired",
+        "SchemaError",
+        "Stats",
+        "Status",
+        "StorageError",
+        "TransportFailure",
+        "UploadClient",
+        "UploadFailure",
+    }
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Inbox'"):
+        _ = outbox.Inbox
+
+
+def test_the_import_loads_nothing_that_an_enqueue_does_not_need() -> None:
+    program = "import sys, outbox; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    assert "sqlalchemy" in loaded
+    assert not {"alembic", "click", "platformdirs", "requests", "rich", "transitions", "urllib3"} & set(loaded)

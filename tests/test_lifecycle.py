@@ -1,0 +1,197 @@
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from builders import NOON_MS, ScriptedClient, add_row, columns_of, row, rule_fired
+from outbox import IllegalTransition, ObservationEvent, Outbox, Status
+from outbox.lifecycle import MOVES, diagram, fire
+from outbox.models import Base
+from outbox.policy import Outcome
+from outbox.store import Store, move
+
+NOW = NOON_MS + 60_000
+LEASE = NOW + 5_000
+
+# Each trigger as a row makes it, and as the store makes it.
+ROW_MOVES = {
+    "claim": lambda r: r.claim(now_ms=NOW, lease_ms=60_000),
+    "deliver": lambda r: r.deliver(sent_at_ms=NOW),
+    "reschedule": lambda r: r.reschedule(retry_count=3, next_attempt_at_ms=NOW + 9, last_error="503"),
+    "park": lambda r: r.park(last_error="401"),
+    "abandon": lambda r: r.abandon(last_error="permanent: 422"),
+    "release": lambda r: r.release(now_ms=NOW),
+    "unpark": lambda r: r.unpark(now_ms=NOW, spread_ms=5_000),
+    "retry_now": lambda r: r.retry_now(now_ms=NOW),
+    "requeue": lambda r: r.requeue(now_ms=NOW),
+}
+
+
+def settle(trigger, **values):
+    return lambda store, row_id: store.settle([(row_id, Outcome(trigger, values))], lease_ms=LEASE)
+
+
+STORE_MOVES = {
+    "claim": lambda store, _: store.claim(now_ms=NOW, lease_ms=NOW + 60_000, batch_size=64),
+    "deliver": settle("deliver", sent_at_ms=NOW),
+    "reschedule": settle("reschedule", retry_count=3, next_attempt_at_ms=NOW + 9, last_error="503"),
+    "park": settle("park", last_error="401"),
+    "abandon": settle("abandon", last_error="permanent: 422"),
+    "release": settle("release", next_attempt_at_ms=NOW),
+    "unpark": lambda store, _: store.unpark(now_ms=NOW, limit=256, spread_ms=5_000),
+    "retry_now": lambda store, _: store.retry_now(now_ms=NOW),
+    "requeue": lambda store, _: store.requeue(cutoff_ms=NOW, now_ms=NOW, dry_run=False),
+}
+
+
+def next_attempt(trigger: str) -> int:
+    """A due time under which the trigger's own condition holds; for fenced moves the lease."""
+    return {"claim": NOW, "retry_now": NOW + 1}.get(trigger, LEASE)
+
+
+@pytest.mark.parametrize("trigger", MOVES)
+@pytest.mark.parametrize("status", [status.value for status in Status])
+def test_row_and_update_agree_on_every_status_and_trigger(outbox: Outbox, status: str, trigger: str) -> None:
+    row_id = add_row(
+        outbox,
+        status=status,
+        next_attempt_at_ms=next_attempt(trigger),
+        retry_count=2,
+        last_error="before",
+    )
+    expected = row(outbox, row_id)
+    legal = status in MOVES[trigger].sources
+
+    if legal:
+        ROW_MOVES[trigger](expected)
+        assert expected.status == MOVES[trigger].destination
+    else:
+        before = columns_of(expected)
+        with pytest.raises(IllegalTransition, match=trigger):
+            ROW_MOVES[trigger](expected)
+        assert columns_of(expected) == before
+
+    STORE_MOVES[trigger](outbox._store, row_id)
+
+    assert columns_of(row(outbox, row_id)) == columns_of(expected)
+
+
+def test_every_trigger_of_the_table_has_a_row_method_and_an_operation() -> None:
+    assert set(ROW_MOVES) == set(STORE_MOVES) == set(MOVES)
+    assert all(callable(getattr(ObservationEvent, trigger)) for trigger in MOVES)
+
+
+@pytest.mark.parametrize("trigger", [trigger for trigger, declared in MOVES.items() if declared.fenced])
+def test_a_fenced_move_under_another_lease_changes_nothing(outbox: Outbox, trigger: str) -> None:
+    row_id = add_row(outbox, status="sending", next_attempt_at_ms=LEASE + 1)
+    before = columns_of(row(outbox, row_id))
+
+    landed = STORE_MOVES[trigger](outbox._store, row_id)
+
+    assert landed[trigger] == 0
+    assert columns_of(row(outbox, row_id)) == before
+
+
+@pytest.mark.parametrize("trigger", MOVES)
+def test_every_update_names_its_sources_and_its_destination(trigger: str) -> None:
+    text = str(move(trigger))
+    assert f"status='{MOVES[trigger].destination.value}'" in text
+    assert all(f"'{source.value}'" in text.partition("WHERE")[2] for source in MOVES[trigger].sources)
+    assert ("row_id" in text and "lease" in text) == MOVES[trigger].fenced
+
+
+def test_a_row_that_is_not_due_cannot_be_claimed() -> None:
+    with pytest.raises(IllegalTransition, match="not due before 20"):
+        ObservationEvent(next_attempt_at_ms=20).claim(now_ms=19, lease_ms=60_000)
+
+
+def test_a_row_that_is_due_needs_no_retry_now() -> None:
+    with pytest.raises(IllegalTransition, match="is due already"):
+        ObservationEvent(next_attempt_at_ms=20).retry_now(now_ms=20)
+
+
+def test_status_cannot_be_assigned() -> None:
+    fresh = ObservationEvent(id=7)
+    with pytest.raises(IllegalTransition, match="status of event 7 can't be assigned, .* claim, deliver"):
+        fresh.status = "sent"
+    assert fresh.status == "pending"
+
+
+def test_a_new_row_has_its_defaults_before_any_flush() -> None:
+    fresh = ObservationEvent(event_type="rule_fired")
+    assert (fresh.status, fresh.retry_count, fresh.next_attempt_at_ms) == ("pending", 0, 0)
+    assert (fresh.rule_ids_json, fresh.session_id) == ("[]", "")
+    assert repr(fresh) == "<ObservationEvent None rule_fired pending>"
+
+
+def test_a_new_row_cannot_have_a_status_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="lost"):
+        ObservationEvent(status="lost")
+
+
+def test_an_orm_flush_that_would_change_the_status_is_refused(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    with Session(outbox.engine) as session:
+        loaded = session.get(ObservationEvent, row_id)
+        loaded.deliver(sent_at_ms=NOW)
+        with pytest.raises(IllegalTransition, match=f"status of event {row_id} can't be written by an ORM flush"):
+            session.commit()
+    assert row(outbox, row_id).status == "pending"
+
+
+def test_an_orm_flush_of_other_columns_is_let_through(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    with Session(outbox.engine) as session:
+        session.get(ObservationEvent, row_id).file_path = "a.py"
+        session.commit()
+    assert row(outbox, row_id).file_path == "a.py"
+
+
+def test_the_table_refuses_a_status_that_does_not_exist(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    with Session(outbox.engine) as session, pytest.raises(IntegrityError, match="status_check"):
+        session.execute(update(ObservationEvent).where(ObservationEvent.id == row_id).values(status="lost"))
+
+
+def test_an_unknown_trigger_and_an_unknown_status_are_illegal() -> None:
+    with pytest.raises(IllegalTransition, match="the moves are claim, deliver"):
+        fire(ObservationEvent(), "explode")
+    strange = ObservationEvent()
+    strange.__dict__["status"] = "lost"
+    with pytest.raises(IllegalTransition, match="'lost'"):
+        strange.requeue(now_ms=NOW)
+
+
+def test_the_machine_keeps_no_row_alive() -> None:
+    moved = ObservationEvent()
+    moved.claim(now_ms=NOW, lease_ms=1)
+    gone = weakref.ref(moved)
+    del moved
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_diagram_in_the_docs_is_the_one_of_the_table() -> None:
+    root = Path(__file__).parent.parent
+    for page in ("README.md", "docs/lifecycle.md"):
+        assert f"```mermaid\n{diagram()}\n```" in (root / page).read_text(), f"{page}: run `make diagram`"
+
+
+def test_sent_is_final() -> None:
+    assert not [declared for declared in MOVES.values() if Status.SENT in declared.sources]
+
+
+def test_a_delivered_row_is_left_alone_by_a_late_flusher(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    outbox.flush(ScriptedClient())
+    before = columns_of(row(outbox, row_id))
+    Store(outbox.engine).settle([(row_id, Outcome("deliver", {"sent_at_ms": 1}))], lease_ms=0)
+    assert columns_of(row(outbox, row_id)) == before
+
+
+def test_only_our_tables_are_in_the_metadata() -> None:
+    assert set(Base.metadata.tables) == {"observation_events"}

@@ -1,0 +1,228 @@
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from freezegun import freeze_time
+from sqlalchemy import event
+
+from builders import (
+    DOWN,
+    NOON,
+    NOON_MS,
+    REVOKED,
+    ScriptedClient,
+    add_row,
+    columns_of,
+    row,
+    rule_fired,
+    statuses,
+)
+from outbox import ConfigurationError, Outbox, Policy, RequeueReport, store
+
+WEEK_MS = 7 * 86_400_000
+
+
+@pytest.fixture(autouse=True)
+def noon():
+    with freeze_time(NOON) as frozen:
+        yield frozen
+
+
+def ids_of(outbox: Outbox) -> list[int]:
+    return sorted(found.id for found in outbox.find(limit=100_000))
+
+
+# Unpark
+
+
+def test_a_success_brings_back_the_256_oldest_parked_rows(outbox: Outbox) -> None:
+    young = [add_row(outbox, status="parked", last_error="401") for _ in range(50)]
+    old = [add_row(outbox, status="parked", created_at_ms=NOON_MS - 1, retry_count=4) for _ in range(250)]
+    outbox.enqueue(rule_fired())
+    outbox.flush(ScriptedClient())
+    assert {found.id for found in outbox.find(status="pending", limit=999)} == {*old, *young[:6]}
+    for row_id in (old[0], young[5]):
+        back = row(outbox, row_id)
+        assert (back.retry_count, back.last_error) == (0, None)
+        assert back.next_attempt_at_ms == NOON_MS + row_id % 5_000
+        assert back.revived_at_ms == NOON_MS
+
+
+def test_without_a_success_parked_rows_stay(outbox: Outbox) -> None:
+    parked = add_row(outbox, status="parked")
+    outbox.enqueue(rule_fired())
+    outbox.flush(ScriptedClient(DOWN))
+    assert row(outbox, parked).status == "parked"
+
+
+# Retry now
+
+
+def test_retry_now_makes_due_what_waits_or_is_parked(outbox: Outbox) -> None:
+    waiting = add_row(outbox, next_attempt_at_ms=NOON_MS + 9, retry_count=3, last_error="503")
+    due = add_row(outbox, next_attempt_at_ms=NOON_MS - 9)
+    parked = add_row(outbox, status="parked", retry_count=2, last_error="401")
+    others = [add_row(outbox, status=status, next_attempt_at_ms=NOON_MS + 9) for status in ("sending", "sent")]
+    before = [columns_of(row(outbox, row_id)) for row_id in (due, *others)]
+
+    assert outbox.retry_now() == 2
+
+    assert [columns_of(row(outbox, row_id)) for row_id in (due, *others)] == before
+    for row_id, retry_count, error, revived in ((waiting, 3, "503", None), (parked, 2, "401", NOON_MS)):
+        now_due = row(outbox, row_id)
+        assert (now_due.status, now_due.next_attempt_at_ms) == ("pending", NOON_MS)
+        assert (now_due.retry_count, now_due.last_error, now_due.revived_at_ms) == (retry_count, error, revived)
+
+
+# Pending count
+
+
+def test_the_pending_count_is_what_is_on_its_way(outbox: Outbox) -> None:
+    for status in ("pending", "pending", "sending", "sent", "parked", "abandoned"):
+        add_row(outbox, status=status)
+    assert outbox.pending_count() == 3
+
+
+# Requeue
+
+
+def test_requeue_brings_back_abandoned_rows_older_than_the_cutoff(outbox: Outbox) -> None:
+    old = add_row(outbox, status="abandoned", created_at_ms=NOON_MS - 1, retry_count=3, last_error="aged-out: 503")
+    add_row(outbox, status="abandoned", created_at_ms=NOON_MS - 1, event_type="fix_outcome")
+    add_row(outbox, status="abandoned", created_at_ms=NOON_MS - 1)
+    young = add_row(outbox, status="abandoned", created_at_ms=NOON_MS)
+    parked = add_row(outbox, status="parked", created_at_ms=NOON_MS - 1)
+    before = [columns_of(found) for found in outbox.find()]
+    expected = RequeueReport(3, {"fix_outcome": 1, "rule_fired": 2})
+
+    assert outbox.requeue_abandoned(older_than=NOON, dry_run=True) == expected
+    assert [columns_of(found) for found in outbox.find()] == before
+
+    report = outbox.requeue_abandoned(older_than=NOON_MS)
+    assert report == expected
+    assert list(report.per_type) == ["fix_outcome", "rule_fired"]
+    back = row(outbox, old)
+    assert (back.status, back.retry_count, back.last_error) == ("pending", 0, None)
+    assert (back.next_attempt_at_ms, back.created_at_ms, back.revived_at_ms) == (NOON_MS, NOON_MS - 1, NOON_MS)
+    assert (row(outbox, young).status, row(outbox, parked).status) == ("abandoned", "parked")
+    assert outbox.requeue_abandoned(older_than=NOON_MS) == RequeueReport()
+
+
+def test_a_cutoff_may_be_in_any_time_zone(outbox: Outbox) -> None:
+    add_row(outbox, status="abandoned", created_at_ms=NOON_MS - 1)
+    elsewhere = NOON.astimezone(timezone(timedelta(hours=-7)))
+    assert outbox.requeue_abandoned(older_than=elsewhere).total == 1
+
+
+@pytest.mark.parametrize("cutoff", [datetime(2026, 1, 1), 1.5, "yesterday", None])  # noqa: DTZ001 - the mistake
+def test_a_cutoff_that_says_no_moment_is_refused(outbox: Outbox, cutoff: object) -> None:
+    with pytest.raises(ConfigurationError, match="older_than is .*, expected a datetime with a time zone or epoch"):
+        outbox.requeue_abandoned(older_than=cutoff)
+
+
+@pytest.mark.parametrize("how", ["unpark", "retry_now", "requeue"])
+def test_a_row_that_is_brought_back_gets_a_full_new_chance(outbox: Outbox, noon, how: str) -> None:
+    status = "abandoned" if how == "requeue" else "parked"
+    old = add_row(outbox, status=status, created_at_ms=NOON_MS - 2 * WEEK_MS)
+    if how == "unpark":
+        outbox.enqueue(rule_fired())
+        outbox.flush(ScriptedClient())
+        noon.tick(5)
+    elif how == "retry_now":
+        outbox.retry_now()
+    else:
+        outbox.requeue_abandoned(older_than=NOON_MS)
+    outbox.flush(ScriptedClient(DOWN))
+    assert row(outbox, old).status == "pending"
+    noon.tick(7 * 86_400 + 10)
+    outbox.flush(ScriptedClient(DOWN))
+    assert (row(outbox, old).status, row(outbox, old).last_error) == (
+        "abandoned",
+        "aged-out: 503 Service Unavailable",
+    )
+
+
+# Cap
+
+
+def test_the_cap_deletes_sent_then_abandoned_then_the_oldest(url: str) -> None:
+    with Outbox.open(url) as outbox:
+        pending = [add_row(outbox, created_at_ms=NOON_MS - 100 + number) for number in range(3)]
+        parked = add_row(outbox, status="parked", created_at_ms=NOON_MS - 99)
+        abandoned = [add_row(outbox, status="abandoned", created_at_ms=NOON_MS - number) for number in (1, 2)]
+        sent = [add_row(outbox, status="sent", sent_at_ms=NOON_MS - number) for number in (1, 3, 2)]
+        order = [sent[1], sent[2], sent[0], abandoned[1], abandoned[0], pending[0], pending[1], parked, pending[2]]
+        everything = set(ids_of(outbox))
+        for deleted in range(1, len(order) + 1):
+            outbox._store.trim(max_rows=len(order) - deleted, now_ms=NOON_MS)
+            assert everything - set(ids_of(outbox)) == set(order[:deleted])
+
+
+def test_the_cap_holds_after_every_enqueue_and_flush(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=100)) as outbox:
+        ids = outbox.enqueue_many([rule_fired()] * 100)
+        outbox.flush(ScriptedClient())
+        newest = outbox.enqueue(rule_fired())
+        assert ids_of(outbox) == [*ids[1:], newest]
+        for number in range(50):
+            add_row(outbox, status="sent", sent_at_ms=number)
+        outbox.flush(ScriptedClient(DOWN))
+        assert len(ids_of(outbox)) == 100
+
+
+def test_rows_in_flight_are_never_trimmed(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        in_flight = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 1, created_at_ms=1)
+        lease_run_out = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS, created_at_ms=2)
+        outbox.enqueue(rule_fired())
+        assert ids_of(outbox) == [in_flight]
+        assert lease_run_out not in ids_of(outbox)
+
+
+def test_an_enqueue_during_an_upload_trims_nothing_of_the_batch(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=3)) as outbox:
+        ids = outbox.enqueue_many([rule_fired()] * 3)
+        report = outbox.flush(ScriptedClient(lambda _: outbox.enqueue(rule_fired()) and None))
+        assert report.sent == 3
+        assert len(ids_of(outbox)) <= 3
+        assert set(ids_of(outbox)) <= {*ids, ids[-1] + 1}
+
+
+def test_two_enqueues_at_once_trim_what_one_would(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=10)) as outbox, Outbox(url, policy=outbox.policy) as other:
+        outbox.enqueue_many([rule_fired()] * 10)
+
+        @event.listens_for(outbox.engine, "before_cursor_execute", once=True)
+        def _meanwhile(*_):
+            other.enqueue(rule_fired())
+
+        outbox.enqueue(rule_fired())
+        assert len(ids_of(outbox)) == 10
+
+
+def plan_of(outbox: Outbox, statement) -> list[str]:
+    text = str(statement.compile(outbox.engine))
+    with outbox.engine.connect() as connection:
+        found = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", (1,) * text.count("?"))
+        return [step[3] for step in found]
+
+
+@pytest.mark.parametrize("statement", [*store._TRIM[:2], store._UNPARK])
+def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> None:
+    plan = plan_of(outbox, statement)
+    assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
+
+
+def test_the_claim_looks_at_its_own_index_only(outbox: Outbox) -> None:
+    assert "SCAN observation_events USING COVERING INDEX observation_events_claim_idx" in plan_of(outbox, store._CLAIM)
+
+
+def test_a_revoked_token_parks_and_a_new_login_brings_all_back(outbox: Outbox, noon) -> None:
+    outbox.enqueue_many([rule_fired()] * 5)
+    outbox.flush(ScriptedClient(REVOKED))
+    assert statuses(outbox) == ["parked"] * 5
+    noon.tick(3_600)
+    outbox.enqueue(rule_fired())
+    outbox.flush_all(ScriptedClient())
+    noon.tick(5)
+    outbox.flush_all(ScriptedClient())
+    assert statuses(outbox) == ["sent"] * 6
