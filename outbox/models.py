@@ -1,4 +1,4 @@
-"""The ORM model of the one table."""
+"""The ORM models: the table of events, and the ledger of those that were deleted."""
 
 from __future__ import annotations
 
@@ -161,6 +161,21 @@ class ObservationEvent(Base):
     def requeue(self, *, now_ms: int) -> None:
         """Give an abandoned row a full new chance."""
         self._move("requeue", retry_count=0, last_error=None, next_attempt_at_ms=now_ms, revived_at_ms=now_ms)
+
+
+class LedgerEntry(Base):
+    """How many events of one kind were deleted for one reason, over the life of the database.
+
+    It is written in the transaction that deletes, so rows ever enqueued = rows there + events counted here.
+    """
+
+    __tablename__ = "observation_events_ledger"
+
+    status: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    """Where the events stood when they were deleted."""
+    event_type: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    reason: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    events: Mapped[int] = mapped_column(BigInteger)
 
 
 @event.listens_for(ObservationEvent, "before_update")

@@ -11,17 +11,18 @@ from sqlalchemy import Connection, Engine, inspect
 
 from outbox.database import reading, sqlite_file, writing
 from outbox.failures import SchemaError
+from outbox.models import Base
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("outbox_0001", "outbox_0002")
+REVISIONS = ("outbox_0001", "outbox_0002", "outbox_0003")
 """The revisions that this program knows, oldest first. Kept here so that a look at them needs no Alembic."""
 
 VERSION_TABLE = "outbox_alembic_version"
 """A version table of our own: a host's Alembic history in the same database stays untouched."""
 
-TABLES = frozenset({"observation_events", VERSION_TABLE})
+TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
 
 # Alembic works through module globals, so two upgrades in one process would mix, even of different databases.
 _alembic_lock = threading.Lock()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from outbox.lifecycle import Status
 
 if TYPE_CHECKING:
-    from outbox.store import Store, Trouble
+    from outbox.store import Deleted, Store, Trouble
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Stats:
     """The age of the oldest event that is pending or being sent."""
     next_due_at_ms: int | None
     """When the next pending event is due."""
+    deleted: list[Deleted]
+    """What was deleted over the life of the database, by status, event type and reason."""
+    left_undelivered: int
+    """How many of those had not been delivered."""
     likely_cause: str | None
     """Why events are not delivered at present, and what to do, in words."""
 
@@ -41,6 +45,8 @@ def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
         by_type=by_type,
         oldest_pending_age_ms=None if oldest is None else max(0, now_ms - oldest),
         next_due_at_ms=seen.next_due_at_ms,
+        deleted=seen.deleted,
+        left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
         likely_cause=_likely_cause(seen.parked, seen.waiting, counts, now_ms=now_ms, lease_ms=lease_ms),
     )
 

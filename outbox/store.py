@@ -37,13 +37,14 @@ from sqlalchemy.sql.functions import FunctionElement
 from outbox.database import reading, writing
 from outbox.failures import StorageError
 from outbox.lifecycle import MOVES, Status
-from outbox.models import ObservationEvent
+from outbox.models import LedgerEntry, ObservationEvent
 from outbox.policy import Outcome
 
 log = logging.getLogger("outbox")
 
 events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
 _c = events.c
+ledger: Table = LedgerEntry.__table__  # type: ignore[assignment]  # as above
 
 
 class ClaimedRow(NamedTuple):
@@ -65,6 +66,15 @@ class Trouble(NamedTuple):
     events: int
 
 
+class Deleted(NamedTuple):
+    """How many events of one kind were deleted for one reason."""
+
+    status: str
+    event_type: str
+    reason: str
+    events: int
+
+
 class Overview(NamedTuple):
     """What `Store.overview` sees, in one snapshot."""
 
@@ -73,6 +83,7 @@ class Overview(NamedTuple):
     next_due_at_ms: int | None
     parked: Trouble | None
     waiting: Trouble | None
+    deleted: list[Deleted]
 
 
 class _Unindexed(FunctionElement[str]):
@@ -231,7 +242,7 @@ _ROWS_AT_MOST = select(func.max(_c.id) - func.min(_c.id) + 1)
 
 # What the cap deletes, in this order.
 _TRIM = tuple(
-    delete(events).where(_c.id.in_(chosen))
+    delete(events).where(_c.id.in_(chosen)).returning(_c.status, _c.event_type)
     for chosen in (
         select(_first(_in(_unindexed_status, Status.SENT), _c.sent_at_ms, _c.id).subquery().c.id),
         select(_first(_in(_unindexed_status, Status.ABANDONED), *_oldest_first).subquery().c.id),
@@ -240,6 +251,14 @@ _TRIM = tuple(
 )
 
 _TRIM_SLICE = 1_000
+
+_COUNT_DELETED = (
+    update(ledger)
+    .where(*(column == bindparam(f"the_{column.name}") for column in ledger.primary_key))
+    .values(events=ledger.c.events + bindparam("more"))
+)
+_FIRST_DELETED = insert(ledger)
+_DELETED = select(ledger).order_by(*ledger.primary_key)
 
 
 class Store:
@@ -362,6 +381,7 @@ class Store:
                 next_due_at_ms=connection.scalar(_NEXT_DUE),
                 parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),
                 waiting=None if waiting is None else Trouble(*waiting),
+                deleted=[Deleted(*row) for row in connection.execute(_DELETED)],
             )
 
     def get(self, row_id: int) -> ObservationEvent | None:
@@ -394,8 +414,19 @@ def _trim(connection: Connection, *, max_rows: int, now_ms: int) -> int:
     if (connection.scalar(_ROWS_AT_MOST) or 0) <= max_rows:
         return 0
     excess = min((connection.scalar(_ROWS) or 0) - max_rows, _TRIM_SLICE)
-    deleted = 0
+    deleted: Counter[tuple[str, str]] = Counter()
     for statement in _TRIM:
-        if deleted < excess:
-            deleted += connection.execute(statement, {"excess": excess - deleted, "now": now_ms}).rowcount
-    return deleted
+        missing = excess - deleted.total()
+        if missing > 0:
+            rows = connection.execute(statement, {"excess": missing, "now": now_ms})
+            deleted.update((status, event_type) for status, event_type in rows)
+    _count_deleted(connection, deleted, reason="cap")
+    return deleted.total()
+
+
+def _count_deleted(connection: Connection, deleted: Counter[tuple[str, str]], *, reason: str) -> None:
+    for (status, event_type), number in deleted.items():
+        key = {"status": status, "event_type": event_type, "reason": reason}
+        counted = {f"the_{name}": value for name, value in key.items()} | {"more": number}
+        if not connection.execute(_COUNT_DELETED, counted).rowcount:
+            connection.execute(_FIRST_DELETED, {**key, "events": number})

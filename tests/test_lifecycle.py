@@ -194,4 +194,4 @@ def test_a_delivered_row_is_left_alone_by_a_late_flusher(outbox: Outbox) -> None
 
 
 def test_only_our_tables_are_in_the_metadata() -> None:
-    assert set(Base.metadata.tables) == {"observation_events"}
+    assert set(Base.metadata.tables) == {"observation_events", "observation_events_ledger"}

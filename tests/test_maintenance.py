@@ -169,6 +169,34 @@ def test_the_cap_holds_after_every_enqueue_and_flush(url: str) -> None:
         assert len(ids_of(outbox)) == 100
 
 
+def test_every_deleted_row_is_counted_in_the_same_transaction(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=2)) as outbox:
+        add_row(outbox, status="sent", sent_at_ms=1)
+        add_row(outbox, status="abandoned", event_type="fix_outcome")
+        outbox.enqueue_many([rule_fired()] * 5)
+        assert outbox.stats().deleted == [
+            ("abandoned", "fix_outcome", "cap", 1),
+            ("pending", "rule_fired", "cap", 3),
+            ("sent", "rule_fired", "cap", 1),
+        ]
+        assert outbox.stats().left_undelivered == 4
+        outbox.enqueue(rule_fired())
+        assert outbox.stats().left_undelivered == 5
+        assert len(ids_of(outbox)) + sum(entry.events for entry in outbox.stats().deleted) == 8
+
+
+def test_a_trim_that_is_rolled_back_counts_nothing(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        outbox.enqueue(rule_fired())
+        with outbox.engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE TRIGGER full BEFORE INSERT ON observation_events_ledger BEGIN SELECT RAISE(ABORT, 'full'); END"
+            )
+        outbox.enqueue(rule_fired())
+        assert len(ids_of(outbox)) == 2
+        assert outbox.stats().deleted == []
+
+
 def test_rows_in_flight_are_never_trimmed(url: str) -> None:
     with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
         in_flight = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 1, created_at_ms=1)
