@@ -196,21 +196,21 @@ def enqueue(context: click.Context, files: tuple[str, ...], *, skip_invalid: boo
     if os.environ.get("OUTBOX_CAPTURE") == "false":
         say("outbox: nothing recorded, capture is off (OUTBOX_CAPTURE=false)", err=True)
         return
-    is_refused = False
+    refused = 0
     with Outbox.open(context.obj) as outbox:
         for name in files or ("-",):
             shown = "standard input" if name == "-" else escape(name)
             events, invalid = _read_events(name, shown, show_all=skip_invalid)
-            if invalid and not skip_invalid:
-                is_refused = True
+            is_refused = invalid > 0 and not skip_invalid
+            ids = [] if is_refused else outbox.enqueue_many(events)
+            refused += is_refused
+            if is_refused:
                 say(f"outbox: {shown}: {invalid} invalid, nothing of it is recorded", err=True)
-                events = []
-            ids = outbox.enqueue_many(events)
             if as_json_:
                 say(as_json({"file": name, "enqueued": len(ids), "invalid": invalid, "ids": ids}))
-            elif ids or not invalid:
+            elif not is_refused:
                 say(f"{shown}: {len(ids)} recorded" + (f", from id {ids[0]} on" if ids else ""))
-    if is_refused:
+    if refused:
         context.exit(MISUSE)
 
 
@@ -263,7 +263,8 @@ def status(database: str | None, *, as_json_: bool) -> None:
         stats = outbox.stats()
         where = outbox.engine.url.render_as_string(hide_password=True)
     if as_json_:
-        say(as_json({"database": where, **dataclasses.asdict(stats)}))
+        deleted = [entry._asdict() for entry in stats.deleted]
+        say(as_json({"database": where, **dataclasses.asdict(stats), "deleted": deleted}))
     else:
         say(status_in_words(stats, where, now_ms=now_ms()))
 

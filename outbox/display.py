@@ -87,7 +87,11 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
     if stats.likely_cause is not None:
         facts.append(("likely cause", stats.likely_cause))
-    return f"{_facts(facts)}\n\n{table(rows)}"
+    text = f"{_facts(facts)}\n\n{table(rows)}"
+    if stats.deleted:
+        text += f"\n\ndeleted so far, {stats.left_undelivered} of them undelivered:\n"
+        text += table([("state", "type", "reason", "events"), *stats.deleted])
+    return text
 
 
 def list_in_words(rows: Sequence[ObservationEvent]) -> str:

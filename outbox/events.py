@@ -13,11 +13,12 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, Union
 
 import msgspec
 
+from outbox.clock import epoch_ms
 from outbox.failures import ConfigurationError, InvalidEvent
 
 MAX_PAYLOAD_BYTES = 256 * 1024
@@ -30,8 +31,6 @@ Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 _registry: dict[str, Any] = {}
 _UNION_DECODER = ""  # no event type can have the empty tag
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_MILLISECOND = timedelta(milliseconds=1)
 _INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:00Z"
 
 
@@ -157,11 +156,6 @@ def decode(payload_json: str) -> Event:
 def content_hash(payload_json: str) -> str:
     """Return what the server tells events apart by: the first 16 hex digits of the payload's SHA-256."""
     return hashlib.sha256(payload_json.encode()).hexdigest()[:16]
-
-
-def epoch_ms(when: datetime) -> int:
-    """Return a time with an offset as epoch milliseconds, rounded down."""
-    return (when - _EPOCH) // _MILLISECOND
 
 
 def columns(event: Event, *, now_ms: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, Engine
 
 from outbox import flusher, maintenance, schema, stats
-from outbox.clock import now_ms
+from outbox.clock import epoch_ms, now_ms
 from outbox.database import Synchronous, create_file, default_url, open_engine
-from outbox.events import Event, columns, encode, epoch_ms
+from outbox.events import Event, columns, encode
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.policy import Policy

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -22,15 +23,16 @@ from builders import NOON, NOON_MS, add_row, row, rule_fired, statuses
 from click.testing import CliRunner
 from freezegun import freeze_time
 
-from outbox import Event, Outbox, cli, display
+from outbox import Event, Outbox, Policy, cli, display
 from outbox.cli import main
 from outbox.database import writing
 from outbox.events import MAX_PAYLOAD_BYTES
 from outbox.failures import StorageError
-from outbox.receiver import IngestServer, Mode
-from outbox.stats import Stats, duration, failure_in_words
+from outbox.receiver import Answer, IngestServer, Mode
+from outbox.schema import REVISIONS
+from outbox.stats import duration, failure_in_words
 
-TOKEN = "tok-0123456789"
+TOKEN = "tok-0123456789"  # noqa: S105 - made up
 GOOD = '{"event_type":"rule_fired","rule_ids":["r1"],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
 HOSTILE = "\x1b[31mred\x07\x9b2J\u202e\x7f\nnext"
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
@@ -275,13 +277,13 @@ def test_a_module_of_types_that_is_not_there_is_misuse(run):
 
 def test_upgrade_says_from_where_to_where(run, url, tmp_path):
     first = run("upgrade")
-    assert (first.exit_code, first.stdout) == (0, f"{url}: upgraded from no outbox schema to outbox_0002\n")
+    assert (first.exit_code, first.stdout) == (0, f"{url}: upgraded from no outbox schema to {REVISIONS[-1]}\n")
     assert stat.S_IMODE((tmp_path / "outbox.db").stat().st_mode) == 0o600
-    assert run("upgrade").stdout == f"{url}: nothing to do, the schema is outbox_0002\n"
+    assert run("upgrade").stdout == f"{url}: nothing to do, the schema is {REVISIONS[-1]}\n"
     assert json.loads(run("upgrade", "--json").stdout) == {
         "database": url,
-        "from": "outbox_0002",
-        "to": "outbox_0002",
+        "from": REVISIONS[-1],
+        "to": REVISIONS[-1],
     }
 
 
@@ -457,10 +459,11 @@ def test_json_of_flush_is_the_report(run, outbox, server, logged_in):
     assert (report["verdict"], report["failure"][:3]) == ("rate limited", "429")
 
 
+@pytest.mark.usefixtures("logged_in")
 @pytest.mark.parametrize(
     ("mode", "status"), [("down", "pending"), ("overloaded", "pending"), ("revoked", "parked")]
 )
-def test_what_was_not_sent_is_exit_code_3(run, outbox, server, logged_in, mode, status):
+def test_what_was_not_sent_is_exit_code_3(run, outbox, server, mode, status):
     server.set_mode(mode)
     outbox.enqueue(rule_fired())
     result = run("flush", "--all")
@@ -523,8 +526,8 @@ def test_the_token_file_is_read_before_each_request(run, outbox, server, monkeyp
     def renewing(self, client, *, progress):
         def renew(report):
             progress(report)
-            server._token = "another-token"
             file.write_text("another-token")
+            server._token = file.read_text()
 
         return flush_all(self, client, progress=renew)
 
@@ -549,12 +552,13 @@ def test_the_token_itself_comes_before_its_file(run, outbox, logged_in, monkeypa
         (b"two words-of-it", "OUTBOX_TOKEN_FILE holds white space or other than ASCII"),
     ],
 )
-def test_a_token_file_that_can_not_work_is_misuse(run, outbox, server, monkeypatch, tmp_path, content, message):
+@pytest.mark.usefixtures("outbox")
+def test_a_token_file_that_can_not_work_is_misuse(run, monkeypatch, tmp_path, content, message):
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
     monkeypatch.setenv("OUTBOX_TOKEN_FILE", str(file))
-    result = run("flush", "--url", server.url)
+    result = run("flush", "--url", "http://localhost")
     assert result.exit_code == 2
     assert message in result.stderr
     assert "words-of-it" not in result.output
@@ -567,17 +571,15 @@ def test_a_token_that_is_no_word_is_misuse(run, outbox, logged_in, monkeypatch):
     assert "cret-token" not in result.output
 
 
-@pytest.mark.parametrize("url", [None, "ftp://example.com", "http://example.com"])
-def test_a_server_url_that_can_not_work_is_misuse(run, outbox, monkeypatch, url):
+@pytest.mark.parametrize("target", [None, "ftp://example.com", "http://example.com"])
+def test_a_server_url_that_can_not_work_is_misuse(run, outbox, monkeypatch, target):
     monkeypatch.setenv("OUTBOX_TOKEN", TOKEN)
-    result = run("flush", *(["--url", url] if url else []))
+    result = run("flush", *(["--url", target] if target else []))
     assert result.exit_code == 2
     assert "url" in result.stderr
 
 
 def test_the_token_is_in_no_output(run, outbox, server, logged_in):
-    from outbox.receiver import Answer
-
     outbox.enqueue(rule_fired())
     server.script(Answer(500, f"go away {TOKEN}"))
     outputs = [run("flush"), run("status"), run("list"), run("show", 1), run("list", "--json")]
@@ -659,19 +661,26 @@ all        0        0     0       0          0
     )
 
 
-def test_a_state_of_another_program_is_counted():
-    text = display.status_in_words(
-        Stats(
-            {**dict.fromkeys(("pending", "sending", "sent", "parked", "abandoned"), 0), "odd": 3},
-            {"t": {"odd": 3}},
-            None,
-            None,
-            None,
-        ),
-        "db",
-        now_ms=0,
-    )
+def test_a_state_of_another_program_is_counted(outbox):
+    stats = outbox.stats()
+    odd = replace(stats, counts={**stats.counts, "odd": 3}, by_type={"rule_fired": {"odd": 3}})
+    text = display.status_in_words(odd, "db", now_ms=NOON_MS)
     assert text.splitlines()[-1].split() == ["all", "0", "0", "0", "0", "0", "3"]
+
+
+def test_status_tells_what_was_deleted(run, url):
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        add_row(outbox, status="sent", sent_at_ms=NOON_MS)
+        outbox.enqueue_many([rule_fired()] * 3)
+    assert run("status").stdout.endswith("""
+deleted so far, 2 of them undelivered:
+state    type        reason  events
+pending  rule_fired  cap          2
+sent     rule_fired  cap          1
+""")
+    stats = json.loads(run("status", "--json").stdout)
+    assert stats["left_undelivered"] == 2
+    assert stats["deleted"][1] == {"status": "sent", "event_type": "rule_fired", "reason": "cap", "events": 1}
 
 
 # --- list and show ---
@@ -755,7 +764,7 @@ last error    the server is in trouble (503 Service Unavailable)
 rules         ["r1"]
 session       s1
 file          a.py
-content hash  c51ab94e0fdbac85
+content hash  b6dc97a47e194612
 
 {
   "event_type": "rule_fired",
