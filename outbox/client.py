@@ -29,7 +29,7 @@ from urllib3.util import parse_url
 
 from outbox import policy
 from outbox.clock import now_ms
-from outbox.failures import ConfigurationError, HttpFailure, TransportFailure
+from outbox.failures import ConfigurationError, HttpFailure, TransportFailure, UploadFailure
 
 if TYPE_CHECKING:
     import socket
@@ -151,26 +151,9 @@ class HttpClient:
             raise TransportFailure(f"token: {problem}")
         request = self._request(batch, str(token))
         secrets = sorted((str(token), *self._proxy_secrets), key=len, reverse=True)
-        _deadline.start(self.deadline_ms, self._read_s)
-        try:
-            # The adapter and no session: a session would read the whole of a redirect's body, keep cookies
-            # and replace the Authorization header by what .netrc says.
-            with self._adapter().send(
-                request,
-                stream=True,
-                timeout=(self._connect_s, self._read_s),
-                verify=self._verify,
-                proxies=self._proxies,
-            ) as response:
-                if 200 <= response.status_code <= 299:  # noqa: PLR2004 - success, as HTTP defines it
-                    _drain(response)
-                else:
-                    raise _failure(response, secrets)
-        except _TRANSPORT_ERRORS as error:
-            over = f"no complete answer within {self.deadline_ms} ms"
-            text = over if _deadline.is_over() else _describe(error)
-            # Without the cause: its text may repeat a credential, and a traceback would show it.
-            raise TransportFailure(_one_line(_redact(text, secrets))) from None
+        failure = self._exchange(request, secrets)
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Close the connections of all threads. A later upload opens new ones."""
@@ -211,6 +194,32 @@ class HttpClient:
         request.body = body
         request.headers["Content-Length"] = str(len(body))
         return request
+
+    def _exchange(self, request: requests.PreparedRequest, secrets: Sequence[str]) -> UploadFailure | None:
+        """Send the request, and return what went wrong.
+
+        Raised by the caller, the failure has no context: the error below it may repeat a credential, and the
+        frames of its traceback hold the token and the connection.
+        """
+        _deadline.start(self.deadline_ms, self._read_s)
+        try:
+            # The adapter and no session: a session would read the whole of a redirect's body, keep cookies
+            # and replace the Authorization header by what .netrc says.
+            with self._adapter().send(
+                request,
+                stream=True,
+                timeout=(self._connect_s, self._read_s),
+                verify=self._verify,
+                proxies=self._proxies,
+            ) as response:
+                if 200 <= response.status_code <= 299:  # noqa: PLR2004 - success, as HTTP defines it
+                    _drain(response)
+                    return None
+                return _failure(response, secrets)
+        except _TRANSPORT_ERRORS as error:
+            over = f"no complete answer within {self.deadline_ms} ms"
+            text = over if _deadline.is_over() else _describe(error)
+            return TransportFailure(_one_line(_redact(text, secrets)))
 
     def _adapter(self) -> _Adapter:
         key = os.getpid(), threading.get_ident()

@@ -93,8 +93,8 @@ def serve() -> None:
     """Be the demo's server: print the port, and answer until the standard input ends."""
     port, store = sys.argv[1:]
     with IngestServer(port=int(port), token=_TOKEN, store=store) as server:
-        sys.stdout.write(server.url.rpartition(":")[2])
-        sys.stdout.close()
+        sys.stdout.write(server.url.rpartition(":")[2] + "\n")
+        sys.stdout.flush()
         sys.stdin.read()
 
 
@@ -324,7 +324,7 @@ class _Server:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the demo, which then ends the server
         )
-        port = self._process.stdout.read() if self._process.stdout else b""
+        port = self._process.stdout.readline() if self._process.stdout else b""
         if not port:
             raise OutboxError("the demo's server did not start")
         self._port = int(port)

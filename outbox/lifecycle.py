@@ -40,20 +40,19 @@ class Move:
     sources: tuple[Status, ...]
     destination: Status
     fenced: bool = False
-    condition: str = ""
 
 
 PENDING, SENDING, SENT, PARKED, ABANDONED = Status
 
 TRANSITIONS = (
-    Move("claim", (PENDING, SENDING), SENDING, condition="due, or lease run out"),
+    Move("claim", (PENDING, SENDING), SENDING),
     Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT),
     Move("reschedule", (SENDING,), PENDING, fenced=True),
     Move("park", (SENDING,), PARKED, fenced=True),
     Move("abandon", (SENDING,), ABANDONED, fenced=True),
     Move("release", (SENDING,), PENDING, fenced=True),
     Move("unpark", (PARKED,), PENDING),
-    Move("retry_now", (PENDING, PARKED), PENDING, condition="not due yet, or parked"),
+    Move("retry_now", (PENDING, PARKED), PENDING),
     Move("requeue", (ABANDONED,), PENDING),
 )
 
@@ -104,7 +103,6 @@ def diagram() -> str:
     """Return the moves as a Mermaid state diagram, as the documentation shows it."""
     lines = ["stateDiagram-v2", "    [*] --> pending: enqueue"]
     for move in TRANSITIONS:
-        label = move.trigger + (f" ({move.condition})" if move.condition else "")
-        lines += [f"    {source.value} --> {move.destination.value}: {label}" for source in move.sources]
+        lines += [f"    {source.value} --> {move.destination.value}: {move.trigger}" for source in move.sources]
     lines.append("    sent --> [*]")
     return "\n".join(lines)

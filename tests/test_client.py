@@ -857,7 +857,7 @@ def test_a_credential_is_taken_out_of_a_transport_failure():
         failure = failure_of(client)
 
     assert str(failure) == "transport: ConnectionError: nonsense [REDACTED-TOKEN] nonsense"
-    assert failure.__suppress_context__
+    assert failure.__context__ is None
 
 
 # --- settings ---

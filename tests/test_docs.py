@@ -1,0 +1,81 @@
+"""What the documentation shows is run, or checked where it can't be run here."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outbox.receiver import IngestServer
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE_SERVER = "https://ingest.example.com"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture
+def server():
+    with IngestServer(token="my-token") as started:
+        yield started
+
+
+def test_the_code_of_the_readme_runs(server: IngestServer, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks("README.md", "python"):
+        exec(compile(block.replace(EXAMPLE_SERVER, server.url), "README.md", "exec"), namespace)  # noqa: S102 - our own
+    assert capsys.readouterr().out == "1 sent; all is well\n"
+    assert len(server.received) == 1
+    assert namespace["outbox"].pending_count() == 1
+    namespace["outbox"].close()
+    namespace["engine"].dispose()
+
+
+def test_the_shell_commands_of_the_readme_run(server: IngestServer, tmp_path: Path) -> None:
+    (tmp_path / ".token").write_text("my-token\n")
+    run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
+    script = "\n".join(["set -euo pipefail", f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}', *run])
+    result = subprocess.run(
+        ["bash", "-c", script.replace(EXAMPLE_SERVER, server.url)],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(server.received) == 1
+    assert "sent" in result.stdout
+
+
+def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"demo", "test", "check"} <= {*named}
+    assert {*named} <= {*targets}
+    project = re.search(r'^name = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"pip install {project.group(1)}" in commands("README.md")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md"])
+def test_every_command_that_the_docs_name_exists(page: str) -> None:
+    from outbox.cli import main
+
+    named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert named
+    assert {*named} <= {*main.commands}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md"])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / target).exists(), target
