@@ -20,7 +20,7 @@ import click
 import msgspec
 
 from outbox import schema
-from outbox.clock import now_ms
+from outbox.clock import epoch_ms, now_ms
 from outbox.database import create_file, default_url, open_engine, reading
 from outbox.display import (
     Bar,
@@ -33,7 +33,7 @@ from outbox.display import (
     status_in_words,
     what_next,
 )
-from outbox.events import MAX_PAYLOAD_BYTES, encode, epoch_ms
+from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
 from outbox.lifecycle import Status
 from outbox.outbox import Outbox

@@ -40,8 +40,8 @@ from outbox.stats import Stats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-POLICY = Policy(backoff_ms=400, unpark_spread_ms=1_500)
-"""The usual policy with its times compressed."""
+POLICY = Policy(backoff_ms=400)
+"""The usual policy but for the back-off, or the demo would take a quarter of an hour."""
 
 RETRY_AFTER_SEC = 2
 """What the overloaded server asks for."""
@@ -76,13 +76,15 @@ def run(*, console: Console | None = None) -> int:
     server = _Server(folder / "received.ndjson")
     url = f"sqlite:///{(folder / 'outbox.db').as_posix()}"
     try:
-        with server, Outbox.open(url, policy=POLICY) as outbox, HttpClient(server.url, token=_TOKEN) as client:
-            play = _Play(stage, server, outbox, client)
-            with stage:
-                for scene in (_opening, _good_day, _outage, _overload, _revoked_token, _poison):
-                    scene(play)
-            adds_up = _tally(play)
-            _what_next(play, url)
+        with server, Outbox.open(url, policy=POLICY) as outbox:
+            server.start()
+            with HttpClient(server.url, token=_TOKEN) as client:
+                play = _Play(stage, server, outbox, client)
+                with stage:
+                    for scene in _SCENES:
+                        scene(play)
+                adds_up = _tally(play)
+                _what_next(play, url)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -131,7 +133,7 @@ def _opening(play: _Play) -> None:
 
 def _good_day(play: _Play) -> None:
     play.scene("1. A good day", "Events are recorded in a local database first. Nothing waits for the network.")
-    play.record(40)
+    play.record(play.examples(40))
     play.flush()
 
 
@@ -141,7 +143,7 @@ def _outage(play: _Play) -> None:
         "Recording goes on. What can't be sent waits in the database, each time twice as long.",
     )
     play.server.stop()
-    play.record(110)
+    play.record(play.examples(110))
     play.flush()
     play.wait()
     play.flush()
@@ -157,7 +159,7 @@ def _overload(play: _Play) -> None:
         f"It names {RETRY_AFTER_SEC} seconds (Retry-After). They are kept, and count as no failure of the events.",
     )
     play.server.control(mode="overloaded", retryAfterSec=RETRY_AFTER_SEC)
-    play.record(50)
+    play.record(play.examples(50))
     play.flush()
     play.server.control(mode="ok")
     play.wait()
@@ -170,12 +172,12 @@ def _revoked_token(play: _Play) -> None:
         "Trying again would not help, so the events are parked, for as long as it takes.",
     )
     play.server.control(mode="revoked")
-    play.record(30)
+    play.record(play.examples(30))
     play.flush()
     play.stage.hold(READING_S)
     play.server.control(mode="ok")
     play.say("A new login. The first success brings the parked events back, spread out a little:")
-    play.record(8)
+    play.record(play.examples(8))
     play.flush()
     play.wait()
     play.flush()
@@ -186,12 +188,13 @@ def _poison(play: _Play) -> None:
         "5. 422: two poisoned events spoil their batch",
         "The batch is halved until the two stand alone. Only they are given up, the others get through.",
     )
-    play.record(20)
-    play.record_one(_poisoned("+    spool.lock().map_err(|_poisoned| Error::Spool)?"))
-    play.record(30)
-    play.record_one(_poisoned("+    Err(poisoned) => poisoned.into_inner(),"))
-    play.record(12)
+    one = _poisoned("+    spool.lock().map_err(|_poisoned| Error::Spool)?")
+    other = _poisoned("+    Err(poisoned) => poisoned.into_inner(),")
+    play.record([*play.examples(20), one, *play.examples(30), other, *play.examples(12)])
     play.flush()
+
+
+_SCENES = (_opening, _good_day, _outage, _overload, _revoked_token, _poison)
 
 
 def _poisoned(diff_excerpt: str) -> RuleCitedInEdit:
@@ -258,16 +261,19 @@ class _Play:
         self.say(comment)
         self.stage.hold(READING_S)
 
-    def record(self, count: int) -> None:
-        """Record the next examples, one by one, as an application does."""
-        started = time.perf_counter()
-        for example in islice(self._examples, count):
-            self.record_one(example)
-        self.say(f"  {count} events recorded, in {time.perf_counter() - started:.1f} s", style="dim")
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """Take the next example events."""
+        return list(islice(self._examples, count))
 
-    def record_one(self, event: Event | Mapping[str, Any]) -> None:
-        self.recorded += self.outbox.enqueue(event) is not None
-        self._draw()
+    def record(self, events: Sequence[Event | Mapping[str, Any]]) -> None:
+        """Record events one by one, as an application does."""
+        spent_s = 0.0
+        for event in events:
+            started = time.perf_counter()
+            self.recorded += self.outbox.enqueue(event) is not None
+            spent_s += time.perf_counter() - started
+            self._draw()
+        self.say(f"  {len(events)} events recorded, {spent_s / len(events) * 1_000:.1f} ms each")
 
     def flush(self) -> None:
         """Send all that is due, batch after batch, also after one that failed for all of its events."""
@@ -279,6 +285,7 @@ class _Play:
         """Wait until all that is pending is due, for the due times are spread."""
         pending = self.outbox.find(status=Status.PENDING, limit=POLICY.max_rows)
         due_ms = max((row.next_attempt_at_ms for row in pending), default=0)
+        self.say(f"  waiting for {max(0, due_ms - now_ms()) / 1_000:.1f} s, until they are due")
         while (left_ms := due_ms - now_ms()) > 0:
             self._draw()
             time.sleep(min(left_ms / 1_000, _TICK_S))
@@ -330,12 +337,12 @@ class _Server:
         self._port = int(port)
 
     def stop(self) -> None:
+        """Let it end and wait for that; leaving the context does the same."""
         if self._process is not None:
             self._process.communicate()
             self._process = None
 
     def __enter__(self) -> Self:
-        self.start()
         return self
 
     def __exit__(
@@ -374,9 +381,8 @@ class _Stage:
         self._live.stop()
 
     def say(self, text: str, *, style: str = "") -> None:
-        # Cut to the width on a terminal, where a folded line would push the table about; a URL must stay whole.
-        width = {"overflow": "ellipsis", "no_wrap": True} if self._live.is_started else {"soft_wrap": True}
-        self._console.print(Text(text, style), **width)
+        # Without the table lines stay in one piece, so that a URL can be copied.
+        self._console.print(Text(text, style), soft_wrap=not self._live.is_started)
 
     def hold(self, seconds: float) -> None:
         """Leave what is seen for a moment, where somebody sees it."""

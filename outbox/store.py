@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    Connection,
     Engine,
     Select,
     Table,
@@ -29,12 +28,11 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.functions import FunctionElement
 
-from outbox.database import reading, writing
+from outbox.database import Transaction, Writer, reading
 from outbox.failures import StorageError
 from outbox.lifecycle import MOVES, Status
 from outbox.models import LedgerEntry, ObservationEvent
@@ -132,12 +130,26 @@ def move(trigger: str, *, status: ColumnElement[str] = _unindexed_status) -> Upd
 
 
 _held = _c.next_attempt_at_ms == bindparam("lease")
-_ids = _c.id.in_(bindparam("row_ids", expanding=True))
 _now = bindparam("now", type_=BigInteger)
 _oldest_first = (_c.created_at_ms, _c.id)
 
-_INSERT = insert(events)
-_INSERT_MANY = insert(events).returning(_c.id, sort_by_parameter_order=True)
+_INSERT = insert(events).values(
+    {
+        name: bindparam(name)
+        for name in (
+            "event_type",
+            "rule_id",
+            "rule_ids_json",
+            "session_id",
+            "file_path",
+            "occurred_at_ms",
+            "payload_json",
+            "next_attempt_at_ms",
+            "created_at_ms",
+        )
+    }
+)
+_INSERT_IN_SESSION = insert(events).returning(_c.id, sort_by_parameter_order=True)
 
 _CLAIM = (
     move("claim")
@@ -155,14 +167,12 @@ _CLAIM = (
 
 _RENEW = (
     update(events)
-    .where(_ids, _in(_unindexed_status, Status.SENDING), _held)
+    .where(_c.id == bindparam("row_id"), _in(_unindexed_status, Status.SENDING), _held)
     .values(next_attempt_at_ms=bindparam("new_lease"))
-    .returning(_c.id)
 )
 
-_DELIVER = move("deliver").where(_ids).values(sent_at_ms=bindparam("sent_at"))
-
 _SETTLE = {
+    "deliver": move("deliver").where(_c.id == bindparam("row_id")).values(sent_at_ms=bindparam("new_sent_at_ms")),
     "reschedule": move("reschedule").values(
         retry_count=bindparam("new_retry_count"),
         next_attempt_at_ms=bindparam("new_next_attempt_at_ms"),
@@ -237,8 +247,8 @@ _MOST_WAITING = (
 )
 
 _ROWS = select(func.count()).select_from(events)
-# No more rows than this: both ends of the primary key are found without counting.
-_ROWS_AT_MOST = select(func.max(_c.id) - func.min(_c.id) + 1)
+# No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
+_ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.min(_c.id)).scalar_subquery() + 1)
 
 # What the cap deletes, in this order.
 _TRIM = tuple(
@@ -257,7 +267,7 @@ _COUNT_DELETED = (
     .where(*(column == bindparam(f"the_{column.name}") for column in ledger.primary_key))
     .values(events=ledger.c.events + bindparam("more"))
 )
-_FIRST_DELETED = insert(ledger)
+_FIRST_DELETED = insert(ledger).values({column.name: bindparam(column.name) for column in ledger.c})
 _DELETED = select(ledger).order_by(*ledger.primary_key)
 
 
@@ -266,6 +276,7 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._writer = Writer(engine)
 
     def insert(self, rows: Sequence[dict[str, Any]], *, max_rows: int, now_ms: int) -> tuple[list[int], bool]:
         """Insert rows and trim one slice of what is over the cap, in one transaction, for it costs one sync.
@@ -273,94 +284,81 @@ class Store:
         Return the ids in the order of the rows, and whether more may be over the cap. A trim that fails is logged,
         and the rows are inserted without it.
         """
-        trouble: DBAPIError | None = None
+        trimming = False
         try:
-            with writing(self.engine) as connection:
-                ids = _insert(connection, rows)
-                try:
-                    deleted = _trim(connection, max_rows=max_rows, now_ms=now_ms)
-                except DBAPIError as error:
-                    trouble = error
-                    raise
+            with self._writer.transaction() as transaction:
+                ids = transaction.insert(_INSERT, rows)
+                trimming = True
+                deleted = _trim(transaction, max_rows=max_rows, now_ms=now_ms)
+                trimming = False
             return ids, deleted == _TRIM_SLICE
-        except StorageError:
-            if trouble is None:
+        except StorageError as error:
+            if not trimming:
                 raise
-        log.warning("capping the queue failed, the events are kept: %s", trouble.orig)
-        with writing(self.engine) as connection:
-            return _insert(connection, rows), False
+            log.warning("capping the queue failed, the events are kept: %s", error)
+        with self._writer.transaction() as transaction:
+            return transaction.insert(_INSERT, rows), False
 
     def insert_in(self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]]) -> list[int]:
         """Insert rows on the connection of the caller's session, in its transaction, and do nothing else."""
-        return _insert(session.connection(bind_arguments={"mapper": ObservationEvent}), rows)
+        connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+        return list(connection.scalars(_INSERT_IN_SESSION, rows))
 
     def claim(self, *, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
         """Move the oldest due rows to sending, under the lease; return them, oldest first."""
-        with writing(self.engine) as connection:
-            found = connection.execute(_CLAIM, {"now": now_ms, "lease": lease_ms, "batch_size": batch_size})
-            rows = [ClaimedRow(*row) for row in found]
-        return sorted(rows, key=lambda row: (row.created_at_ms, row.id))
+        with self._writer.transaction() as transaction:
+            found = transaction.rows(_CLAIM, now=now_ms, lease=lease_ms, batch_size=batch_size)
+        return sorted((ClaimedRow(*row) for row in found), key=lambda row: (row.created_at_ms, row.id))
 
-    def renew(self, row_ids: Sequence[int], *, lease_ms: int, new_lease_ms: int) -> set[int]:
+    def renew(self, row_ids: Iterable[int], *, lease_ms: int, new_lease_ms: int) -> set[int]:
         """Put off the end of a lease; return the ids of the rows that were still held under it."""
-        with writing(self.engine) as connection:
-            parameters = {"row_ids": list(row_ids), "lease": lease_ms, "new_lease": new_lease_ms}
-            return set(connection.scalars(_RENEW, parameters))
+        with self._writer.transaction() as transaction:
+            return {
+                row_id
+                for row_id in row_ids
+                if transaction.change(_RENEW, row_id=row_id, lease=lease_ms, new_lease=new_lease_ms)
+            }
 
     def settle(self, outcomes: Iterable[tuple[int, Outcome]], *, lease_ms: int) -> Counter[str]:
         """Make the move of each row, one statement a trigger; return how many landed, by trigger.
 
         A fenced move that finds its row with another owner is left out; `deliver` needs no lease.
         """
-        by_trigger: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+        by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row_id, outcome in outcomes:
-            by_trigger[outcome.trigger].append((row_id, outcome.values))
+            values = {f"new_{name}": value for name, value in outcome.values.items()}
+            by_trigger[outcome.trigger].append({"row_id": row_id, "lease": lease_ms, **values})
         landed: Counter[str] = Counter()
         if by_trigger:
-            with writing(self.engine) as connection:
+            with self._writer.transaction() as transaction:
                 for trigger, rows in by_trigger.items():
-                    if trigger == "deliver":
-                        parameters: Any = {
-                            "row_ids": [row_id for row_id, _ in rows],
-                            "sent_at": rows[0][1]["sent_at_ms"],
-                        }
-                        statement = _DELIVER
-                    else:
-                        parameters = [
-                            {"row_id": row_id, "lease": lease_ms} | {f"new_{k}": v for k, v in values.items()}
-                            for row_id, values in rows
-                        ]
-                        statement = _SETTLE[trigger]
-                    landed[trigger] += connection.execute(statement, parameters).rowcount
+                    landed[trigger] = transaction.change_many(_SETTLE[trigger], rows)
         return landed
 
     def unpark(self, *, now_ms: int, limit: int, spread_ms: int) -> int:
         """Bring back the oldest parked rows; return how many."""
-        with writing(self.engine) as connection:
-            return connection.execute(
-                _UNPARK, {"now": now_ms, "unpark_limit": limit, "spread": spread_ms}
-            ).rowcount
+        with self._writer.transaction() as transaction:
+            return transaction.change(_UNPARK, now=now_ms, unpark_limit=limit, spread=spread_ms)
 
     def retry_now(self, *, now_ms: int) -> int:
         """Make every row due that is parked or waits; return how many."""
-        with writing(self.engine) as connection:
-            return connection.execute(_RETRY_NOW, {"now": now_ms}).rowcount
+        with self._writer.transaction() as transaction:
+            return transaction.change(_RETRY_NOW, now=now_ms)
 
     def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
         """Bring back the abandoned rows created before the cutoff; return how many by event type, by name."""
-        with writing(self.engine) as connection:
-            found = connection.execute(_COUNT_ABANDONED, {"cutoff": cutoff_ms})
-            per_type = {row[0]: row[1] for row in found}
+        with self._writer.transaction() as transaction:
+            per_type = dict(transaction.rows(_COUNT_ABANDONED, cutoff=cutoff_ms))
             if per_type and not dry_run:
-                connection.execute(_REQUEUE, {"cutoff": cutoff_ms, "now": now_ms})
+                transaction.change(_REQUEUE, cutoff=cutoff_ms, now=now_ms)
         return per_type
 
     def trim(self, *, max_rows: int, now_ms: int) -> int:
         """Delete what is over the cap, never a row in flight, in slices; return how many."""
         deleted = 0
         while True:
-            with writing(self.engine) as connection:
-                in_slice = _trim(connection, max_rows=max_rows, now_ms=now_ms)
+            with self._writer.transaction() as transaction:
+                in_slice = _trim(transaction, max_rows=max_rows, now_ms=now_ms)
             deleted += in_slice
             if in_slice < _TRIM_SLICE:
                 return deleted
@@ -404,29 +402,22 @@ class Store:
             return list(session.scalars(statement))
 
 
-def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> list[int]:
-    if len(rows) == 1:
-        return list(connection.execute(_INSERT, rows[0]).inserted_primary_key or ())
-    return list(connection.scalars(_INSERT_MANY, rows))
-
-
-def _trim(connection: Connection, *, max_rows: int, now_ms: int) -> int:
-    if (connection.scalar(_ROWS_AT_MOST) or 0) <= max_rows:
+def _trim(transaction: Transaction, *, max_rows: int, now_ms: int) -> int:
+    if (transaction.value(_ROWS_AT_MOST) or 0) <= max_rows:
         return 0
-    excess = min((connection.scalar(_ROWS) or 0) - max_rows, _TRIM_SLICE)
-    deleted: Counter[tuple[str, str]] = Counter()
+    excess = min(transaction.value(_ROWS) - max_rows, _TRIM_SLICE)
+    deleted: Counter[tuple[Any, ...]] = Counter()
     for statement in _TRIM:
         missing = excess - deleted.total()
         if missing > 0:
-            rows = connection.execute(statement, {"excess": missing, "now": now_ms})
-            deleted.update((status, event_type) for status, event_type in rows)
-    _count_deleted(connection, deleted, reason="cap")
+            deleted.update(transaction.rows(statement, excess=missing, now=now_ms))
+    _count_deleted(transaction, deleted, reason="cap")
     return deleted.total()
 
 
-def _count_deleted(connection: Connection, deleted: Counter[tuple[str, str]], *, reason: str) -> None:
+def _count_deleted(transaction: Transaction, deleted: Counter[tuple[Any, ...]], *, reason: str) -> None:
     for (status, event_type), number in deleted.items():
-        key = {"status": status, "event_type": event_type, "reason": reason}
-        counted = {f"the_{name}": value for name, value in key.items()} | {"more": number}
-        if not connection.execute(_COUNT_DELETED, counted).rowcount:
-            connection.execute(_FIRST_DELETED, {**key, "events": number})
+        if not transaction.change(
+            _COUNT_DELETED, the_status=status, the_event_type=event_type, the_reason=reason, more=number
+        ):
+            transaction.change(_FIRST_DELETED, status=status, event_type=event_type, reason=reason, events=number)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import event, insert, select
 
 from outbox import BatchItem, HttpFailure, ObservationEvent, Outbox, RuleFired, UploadFailure
 from outbox.database import reading, writing
@@ -83,6 +83,12 @@ def statuses(outbox: Outbox) -> list[str]:
     events = ObservationEvent.__table__
     with reading(outbox.engine) as connection:
         return list(connection.scalars(select(events.c.status).order_by(events.c.id)))
+
+
+def on_statement(outbox: Outbox, seen: Callable[[str], object]) -> None:
+    """Call `seen` with the text of each statement just before SQLite runs it."""
+    outbox.engine.dispose()  # so that no connection is checked out that does not tell
+    event.listen(outbox.engine, "connect", lambda connection, _: connection.set_trace_callback(seen))
 
 
 def columns_of(found: ObservationEvent) -> dict[str, Any]:

@@ -588,15 +588,12 @@ def test_the_token_is_in_no_output(run, outbox, server, logged_in):
         assert TOKEN not in output.output + output.stderr
 
 
-def test_sigterm_gives_back_what_a_flush_holds(url, outbox):
+def test_sigterm_gives_back_what_a_flush_holds(url, outbox, monkeypatch):
+    monkeypatch.setenv("OUTBOX_TOKEN", TOKEN)
     outbox.enqueue(rule_fired())
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        os.environ["OUTBOX_TOKEN"] = TOKEN  # conftest has taken care of its removal
-        try:
-            target = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            flushing = process("-m", "outbox", "--database", url, "flush", "--url", target, stderr=subprocess.PIPE)
-        finally:
-            del os.environ["OUTBOX_TOKEN"]
+        monkeypatch.setenv("OUTBOX_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        flushing = process("-m", "outbox", "--database", url, "flush", stderr=subprocess.PIPE)
         connection, _ = listener.accept()
         with connection:
             assert connection.recv(4)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from freezegun import freeze_time
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-from builders import NOON, NOON_MS, ScriptedClient, add_row, row, rule_fired, statuses
+from builders import NOON, NOON_MS, ScriptedClient, add_row, on_statement, row, rule_fired, statuses
 from outbox import InvalidEvent, Outbox, Policy, StorageError
 
 
@@ -169,7 +169,7 @@ def test_a_cap_that_fails_does_not_fail_the_enqueue(url: str, caplog: pytest.Log
         with caplog.at_level(logging.WARNING, "outbox"):
             ids = [outbox.enqueue(rule_fired()) for _ in range(3)]
         assert [found.id for found in outbox.find()] == ids
-    assert "capping the queue failed, the events are kept: no" in caplog.text
+    assert "capping the queue failed, the events are kept" in caplog.text
 
 
 def test_an_insert_that_fails_is_an_error_and_writes_nothing(outbox: Outbox) -> None:
@@ -185,10 +185,10 @@ def test_an_insert_that_fails_is_an_error_and_writes_nothing(outbox: Outbox) -> 
 def test_the_enqueue_and_its_cap_are_one_transaction(url: str) -> None:
     with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
         outbox.enqueue(rule_fired())
-        commits = []
-        event.listen(outbox.engine, "commit", commits.append)
+        seen: list[str] = []
+        on_statement(outbox, seen.append)
         outbox.enqueue(rule_fired())
-        assert len(commits) == 1
+        assert seen.count("BEGIN IMMEDIATE") == seen.count("COMMIT") == 1
         assert len(statuses(outbox)) == 1
 
 

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 from freezegun import freeze_time
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 from builders import (
     DOWN,
@@ -15,6 +15,7 @@ from builders import (
     ScriptedClient,
     add_row,
     columns_of,
+    on_statement,
     rejecting,
     row,
     rule_fired,
@@ -32,12 +33,6 @@ def noon():
 
 def enqueue(outbox: Outbox, count: int) -> list[int]:
     return outbox.enqueue_many([rule_fired()] * count)
-
-
-def commits_of(outbox: Outbox) -> list[object]:
-    commits: list[object] = []
-    event.listen(outbox.engine, "commit", commits.append)
-    return commits
 
 
 def jittered(delay: int, row_id: int, now: int = NOON_MS) -> int:
@@ -113,13 +108,14 @@ def test_all_accepted_rows_get_one_time(outbox: Outbox, noon) -> None:
 
 def test_a_flush_is_a_claim_and_a_settlement_and_maintenance(outbox: Outbox) -> None:
     enqueue(outbox, 64)
-    commits = commits_of(outbox)
+    seen: list[str] = []
+    on_statement(outbox, seen.append)
     outbox.flush(ScriptedClient())
-    assert len(commits) == 4
+    assert seen.count("COMMIT") == 4
     enqueue(outbox, 64)
-    commits.clear()
+    seen.clear()
     outbox.flush(ScriptedClient(DOWN))
-    assert len(commits) == 3
+    assert seen.count("COMMIT") == 3
 
 
 def test_no_transaction_is_open_during_an_upload(outbox: Outbox) -> None:
@@ -357,7 +353,7 @@ def test_a_delivery_is_recorded_whoever_owns_the_row(outbox: Outbox, noon) -> No
 
 def test_a_claim_that_waited_for_the_database_renews_its_lease_first(outbox: Outbox, noon) -> None:
     (row_id,) = enqueue(outbox, 1)
-    event.listen(outbox.engine, "commit", lambda _: noon.tick(20), once=True)
+    on_statement(outbox, lambda statement: statement == "COMMIT" and not leases and noon.tick(20))
     leases = []
     outbox.flush(ScriptedClient(lambda _: leases.append(row(outbox, row_id).next_attempt_at_ms)))
     assert leases == [NOON_MS + 80_000]
@@ -366,22 +362,19 @@ def test_a_claim_that_waited_for_the_database_renews_its_lease_first(outbox: Out
 def test_a_claim_that_lost_its_lease_before_the_upload_sends_nothing(outbox: Outbox, noon) -> None:
     enqueue(outbox, 1)
 
-    @event.listens_for(outbox.engine, "commit", once=True)
-    def _outlasted(_):
-        noon.tick(61)
+    seen, taken = [], []
 
-    taken = []
+    def outlasted(statement):
+        seen.append(statement)
+        if statement == "COMMIT" and len(seen) < 5:
+            noon.tick(61)
+        if seen.count("BEGIN IMMEDIATE") == 2 and not taken:
+            with Outbox(outbox.engine.url) as other:
+                taken.append(other.flush(ScriptedClient()).sent)
 
-    def other_takes_it(_):
-        taken.append(outbox.flush(ScriptedClient()).sent)
-
-    real_renew = outbox._store.renew
-    outbox._store.renew = lambda *arguments, **named: (other_takes_it(None), real_renew(*arguments, **named))[1]
-    try:
-        client = ScriptedClient()
-        report = outbox.flush(client)
-    finally:
-        del outbox._store.renew
+    on_statement(outbox, outlasted)
+    client = ScriptedClient()
+    report = outbox.flush(client)
     assert taken == [1]
     assert client.batches == []
     assert (report.attempted, report.sent, report.lost_leases) == (1, 0, 1)

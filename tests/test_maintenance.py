@@ -2,8 +2,6 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from freezegun import freeze_time
-from sqlalchemy import event
-
 from builders import (
     DOWN,
     NOON,
@@ -12,6 +10,7 @@ from builders import (
     ScriptedClient,
     add_row,
     columns_of,
+    on_statement,
     row,
     rule_fired,
     statuses,
@@ -219,11 +218,10 @@ def test_two_enqueues_at_once_trim_what_one_would(url: str) -> None:
     with Outbox.open(url, policy=Policy(max_rows=10)) as outbox, Outbox(url, policy=outbox.policy) as other:
         outbox.enqueue_many([rule_fired()] * 10)
 
-        @event.listens_for(outbox.engine, "before_cursor_execute", once=True)
-        def _meanwhile(*_):
-            other.enqueue(rule_fired())
-
+        meanwhile = [rule_fired()]
+        on_statement(outbox, lambda _: meanwhile and other.enqueue(meanwhile.pop()))
         outbox.enqueue(rule_fired())
+        assert meanwhile == []
         assert len(ids_of(outbox)) == 10
 
 

@@ -116,7 +116,7 @@ def test_gzip_is_understood(server):
     assert list(server.received.values()) == ['{"a":1}']
 
 
-@pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"[]")[:-4]])
+@pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"[]", mtime=0)[:-4]])
 def test_broken_gzip_is_a_bad_request(server, body):
     assert call(server, "POST", OBSERVATIONS, body, {"Content-Encoding": "gzip"})[0] == 400
 
