@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -246,15 +247,16 @@ def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
 
 def _enter_wal(connection: Any) -> None:
     # Of several processes that open a new file, SQLite refuses some at once, without the busy time-out.
-    for tries_left in range(BUSY_TIMEOUT_MS // 10, -1, -1):
+    tries_left = BUSY_TIMEOUT_MS // 10
+    while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
+            return
         except connection.OperationalError as error:
             if "locked" not in str(error) or not tries_left:
                 raise
-            time.sleep(0.01)
-        else:
-            return
+        tries_left -= 1
+        time.sleep(0.01)
 
 
 def _in_transaction(connection: PoolProxiedConnection) -> bool:
@@ -268,5 +270,5 @@ def _forget_connections() -> None:
         engine.dispose(close=False)
 
 
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_connections)

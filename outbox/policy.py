@@ -108,19 +108,18 @@ def decide(judged: Verdict, failure: UploadFailure, row: Judged, *, now_ms: int,
         return Outcome("park", {"last_error": _cut(text)})
     if judged is Verdict.PERMANENT:
         return abandonment(f"permanent: {text}")
+    asked_delay_ms = _asked_delay_ms(failure)
     aged_out = now_ms - max(row.created_at_ms, row.revived_at_ms or 0) > policy.max_age_ms
     if judged is Verdict.RATE_LIMITED:
         if aged_out:
             return abandonment(f"aged-out (rate-limited): {text}")
-        delay_ms = _asked_delay_ms(failure) or policy.rate_limit_ms
+        delay_ms = asked_delay_ms or policy.rate_limit_ms
         retry_count = row.retry_count
     else:
         if aged_out:
             return abandonment(f"aged-out: {text}")
         retry_count = row.retry_count + 1
-        delay_ms = backoff(retry_count, policy.backoff_ms)
-        if isinstance(failure, HttpFailure) and failure.status == 503:
-            delay_ms = max(delay_ms, _asked_delay_ms(failure) or 0)
+        delay_ms = max(backoff(retry_count, policy.backoff_ms), asked_delay_ms or 0)
     return Outcome(
         "reschedule",
         {
@@ -191,7 +190,8 @@ def _textual_retry_after(body: str) -> int | None:
 
 
 def _asked_delay_ms(failure: UploadFailure) -> int | None:
-    if not isinstance(failure, HttpFailure):
+    # The two statuses for which HTTP defines a wish to be left alone for a while.
+    if not isinstance(failure, HttpFailure) or failure.status not in (429, 503):
         return None
     return retry_after(failure.body_snippet) if failure.retry_after_ms is None else failure.retry_after_ms
 

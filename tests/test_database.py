@@ -109,6 +109,20 @@ def test_a_hosts_own_way_to_begin_is_kept(outbox: Outbox, url: str) -> None:
     host.dispose()
 
 
+def test_a_transaction_that_the_hosts_engine_began_is_used(outbox: Outbox, url: str) -> None:
+    host = create_engine(url)
+
+    @event.listens_for(host, "checkout")
+    def _begin(connection, *_):
+        connection.isolation_level = None
+        connection.execute("BEGIN")
+
+    with Outbox(host) as hosted:
+        hosted.enqueue(rule_fired())
+        assert hosted.flush(ScriptedClient()).sent == 1
+    host.dispose()
+
+
 def test_a_reader_waits_for_no_writer(outbox: Outbox) -> None:
     outbox.enqueue(rule_fired())
     with writing(outbox.engine) as connection:

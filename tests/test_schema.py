@@ -388,6 +388,17 @@ def test_our_own_check_does_not_see_the_hosts_tables(outbox: Outbox, url: str) -
     command.check(alembic_here(url))
 
 
+def test_a_hosts_engine_stays_open_when_its_schema_is_too_new(url: str) -> None:
+    Outbox.open(url).close()
+    execute(url, "UPDATE outbox_alembic_version SET version_num = 'outbox_9999'")
+    engine = create_engine(url)
+    pool = engine.pool
+    with pytest.raises(SchemaError, match="outbox_9999"):
+        Outbox.open(engine)
+    assert engine.pool is pool
+    engine.dispose()
+
+
 def test_an_engine_of_ours_can_be_upgraded_by_hand(url: str) -> None:
     engine = open_engine(url)
     schema.upgrade(engine)

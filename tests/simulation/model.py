@@ -1,0 +1,407 @@
+"""What is promised, held against every committed transaction.
+
+Nothing here calls the rules of the package: what a row may become is told again from the outside, from what the
+server answered and what the clock showed. Only the table of moves is taken from it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from outbox import HttpFailure, Policy, UploadFailure
+from outbox.lifecycle import MOVES
+
+if TYPE_CHECKING:
+    from .server import Server
+    from .stage import Process, Stage
+
+WEEK_MS = 7 * 24 * 60 * 60 * 1_000
+
+MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT = (
+    "1 only moves of the table",
+    "2 one owner under valid leases",
+    "3 sent means accepted",
+    "4 conservation",
+    "5 nothing delivered is lost",
+    "6 everything deliverable is delivered",
+    "7 given up for a reason",
+    "8 one answer, one transaction",
+    "9 reports tell the truth",
+)
+
+
+class Violation(Exception):  # noqa: N818 - it is what was found, not what went wrong with the simulation
+    """A promise that was broken."""
+
+    def __init__(self, invariant: str, message: str) -> None:
+        super().__init__(f"{invariant}: {message}")
+        self.invariant = invariant
+
+
+class Row(NamedTuple):
+    id: int
+    event_type: str
+    payload_json: str
+    status: str
+    retry_count: int
+    next_attempt_at_ms: int
+    last_error: str | None
+    created_at_ms: int
+    sent_at_ms: int | None
+    revived_at_ms: int | None
+
+    @property
+    def age(self) -> tuple[int, int]:
+        return self.created_at_ms, self.id
+
+    @property
+    def decodable(self) -> bool:
+        return "spoilt" not in self.payload_json
+
+    @property
+    def poison(self) -> bool:
+        return "poison" in self.payload_json
+
+    def gave_chance_at(self) -> int:
+        return max(self.created_at_ms, self.revived_at_ms or 0)
+
+
+_ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events"
+_LEDGER = "SELECT status, event_type, events FROM observation_events_ledger WHERE reason = 'cap'"
+_EVER_INSERTED = "SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'"
+
+
+@dataclass
+class Request:
+    ids: tuple[int, ...]
+    failure: UploadFailure | None = None
+    accepted: bool = False
+    answered: bool = False
+
+
+@dataclass
+class Operation:
+    """What one process is about, and what it has learnt meanwhile."""
+
+    kind: str
+    cutoff_ms: int = 0
+    readings: list[int] = field(default_factory=list)
+    claim: dict[int, Row] = field(default_factory=dict)
+    lease_ms: int = 0
+    requests: list[Request] = field(default_factory=list)
+    uploading: bool = False
+    settlements: int = 0
+    troubled: bool = False
+    commit_lost: bool = False
+    inserted: int = 0
+
+    @property
+    def now_ms(self) -> int:
+        return self.readings[-1]
+
+    @property
+    def last_failure(self) -> UploadFailure | None:
+        return self.requests[-1].failure if self.requests else None
+
+    def accepted(self) -> set[int]:
+        return {row_id for request in self.requests if request.accepted for row_id in request.ids}
+
+    def rejected_alone(self, row_id: int) -> list[HttpFailure]:
+        """Return the permanent failures of requests that held this row and no other."""
+        return [
+            request.failure
+            for request in self.requests
+            if request.ids == (row_id,) and isinstance(request.failure, HttpFailure) and is_permanent(request.failure)
+        ]
+
+
+def is_permanent(failure: UploadFailure | None) -> bool:
+    status = failure.status if isinstance(failure, HttpFailure) else 0
+    return 400 <= status <= 499 and status not in (401, 403, 408, 425, 429)
+
+
+def is_auth(failure: UploadFailure | None) -> bool:
+    return isinstance(failure, HttpFailure) and failure.status in (401, 403)
+
+
+def is_rate_limit(failure: UploadFailure | None) -> bool:
+    return isinstance(failure, HttpFailure) and failure.status == 429
+
+
+def is_transient(failure: UploadFailure | None) -> bool:
+    return failure is not None and not (is_permanent(failure) or is_auth(failure) or is_rate_limit(failure))
+
+
+class Model:
+    """The table as it was after the last commit, and who holds which row."""
+
+    def __init__(self, observer: sqlite3.Connection, policy: Policy, server: Server, *, equal_clocks: bool) -> None:
+        self._observer = observer
+        self.policy = policy
+        self.server = server
+        self.equal_clocks = equal_clocks
+        self.rows: dict[int, Row] = {}
+        self.deleted: Counter[tuple[str, str]] = Counter()
+        self.ever_inserted = 0
+        self.holders: dict[int, Operation] = {}
+        self.commits = 0
+        self.furthest_ms = 0
+
+    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str]], int]:
+        rows = {row[0]: Row._make(row) for row in self._observer.execute(_ROWS)}
+        deleted = Counter({(status, kind): events for status, kind, events in self._observer.execute(_LEDGER)})
+        return rows, deleted, self._observer.execute(_EVER_INSERTED).fetchone()[0]
+
+    def observe(self, process: Process, stage: Stage) -> None:
+        """Check what the process has just committed."""
+        before, self_deleted, ever_inserted = self.rows, self.deleted, self.ever_inserted
+        self.rows, self.deleted, self.ever_inserted = self.read()
+        self.commits += 1
+        operation = process.operation
+        born = range(ever_inserted + 1, self.ever_inserted + 1)
+        operation.inserted += len(born)
+        gone = [before[row_id] for row_id in before.keys() - self.rows.keys()]
+        self._check_conservation()
+        if born:
+            self._check_born(operation, born)
+        if gone or self.deleted != self_deleted:
+            self._check_deleted(operation, gone, born, self.deleted - self_deleted)
+        changed = [
+            (old, self.rows[old.id]) for old in before.values() if old.id in self.rows and self.rows[old.id] is not old
+        ]
+        changed = [(old, new) for old, new in changed if old != new]
+        if changed:
+            self._check_changed(process, stage, before, changed)
+
+    # Conservation, and what is deleted
+
+    def _check_conservation(self) -> None:
+        there, counted = len(self.rows), self.deleted.total()
+        if self.ever_inserted != there + counted:
+            raise Violation(
+                CONSERVATION, f"{self.ever_inserted} were enqueued, {there} are there and {counted} are counted"
+            )
+
+    def _check_born(self, operation: Operation, born: range) -> None:
+        if operation.kind not in ("enqueue", "session", "foreign"):
+            raise Violation(MOVE, f"{operation.kind} inserted rows")
+        for row_id in born:
+            row = self.rows.get(row_id)
+            if row is not None and operation.kind != "foreign":
+                expected = row._replace(
+                    status="pending", retry_count=0, last_error=None, sent_at_ms=None, revived_at_ms=None,
+                    next_attempt_at_ms=row.created_at_ms,
+                )  # fmt: skip
+                if row != expected or row.created_at_ms not in operation.readings:
+                    raise Violation(MOVE, f"enqueue wrote {row}")
+
+    def _check_deleted(
+        self, operation: Operation, gone: list[Row], born: range, counted: Counter[tuple[str, str]]
+    ) -> None:
+        # Rows that came and went in one transaction were never seen; they are counted as pending.
+        unseen = sum(row_id not in self.rows for row_id in born)
+        seen = Counter((row.status, row.event_type) for row in gone)
+        if not seen <= counted or counted.total() != seen.total() + unseen:
+            raise Violation(CONSERVATION, f"deleted {dict(seen)} and {unseen} new ones, counted {dict(counted)}")
+        if operation.kind not in ("enqueue", "flush"):
+            raise Violation(MOVE, f"{operation.kind} deleted rows")
+        now = operation.now_ms
+        for row in gone:
+            if row.status == "sending" and row.next_attempt_at_ms > now:
+                raise Violation(EXCLUSION, f"at {now} the cap deleted a row in flight: {row}")
+        self._check_order_of_cap(gone, now=now, unseen=unseen)
+
+    def _check_order_of_cap(self, gone: list[Row], *, now: int, unseen: int) -> None:
+        def deletable(row: Row) -> bool:
+            return row.status != "sending" or row.next_attempt_at_ms <= now
+
+        kept = [row for row in self.rows.values() if deletable(row)]
+        if len(self.rows) < self.policy.max_rows or (len(self.rows) > self.policy.max_rows and kept):
+            raise Violation(CONSERVATION, f"the cap left {len(self.rows)} rows, {len(kept)} of them deletable")
+
+        def place(row: Row) -> tuple[int, int, int]:
+            if row.status == "sent":
+                return 0, row.sent_at_ms or 0, row.id
+            return (1 if row.status == "abandoned" else 2), *row.age
+
+        last = max((place(row) for row in gone), default=(2, 0, 0) if unseen else (0, 0, 0))
+        early = [row for row in kept if place(row) < last]
+        if early:
+            raise Violation(CONSERVATION, f"the cap should have deleted {early[0]} before {gone}")
+
+    # Moves
+
+    def _check_changed(
+        self, process: Process, stage: Stage, before: dict[int, Row], changed: list[tuple[Row, Row]]
+    ) -> None:
+        operation = process.operation
+        moves: dict[str, set[int]] = {}
+        for old, new in changed:
+            found = [trigger for trigger, leads in self._explanations(operation, old) if leads == new]
+            if not found:
+                self._say_why_not(operation, old, new)
+            moves.setdefault(found[0], set()).add(old.id)
+            if found[0] in MOVES:
+                self._check_against_table(found[0], old, new)
+        self._check_choice(operation, before, moves)
+        if "claim" in moves:
+            operation.claim = {row_id: before[row_id] for row_id in moves["claim"]}
+            operation.requests = []
+            operation.settlements = 0
+        for trigger, ids in moves.items():
+            if trigger in ("claim", "renew"):
+                operation.lease_ms = self.rows[min(ids)].next_attempt_at_ms
+                self.holders.update(dict.fromkeys(ids, operation))
+            else:
+                for row_id in ids:
+                    self.holders.pop(row_id, None)
+        self._check_settled_at_once(operation, moves)
+        self.furthest_ms = max(self.furthest_ms, *(new.next_attempt_at_ms for _, new in changed))
+        stage.note(process.name, "commits", ", ".join(f"{trigger} {sorted(ids)}" for trigger, ids in moves.items()))
+
+    def _explanations(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
+        """Yield every trigger that this operation may pull on this row, with what the row must then be."""
+        if operation.kind == "flush":
+            yield from self._of_flusher(operation, old)
+            yield from self._of_owner(operation, old)
+        elif operation.kind == "retry_now" and operation.readings:
+            now = operation.now_ms
+            if old.status == "parked":
+                yield "retry_now", old._replace(status="pending", next_attempt_at_ms=now, revived_at_ms=now)
+            elif old.status == "pending" and old.next_attempt_at_ms > now:
+                yield "retry_now", old._replace(next_attempt_at_ms=now)
+        elif operation.kind == "requeue" and old.status == "abandoned" and old.created_at_ms < operation.cutoff_ms:
+            now = operation.now_ms
+            yield "requeue", _revived(old, now=now, due=now)
+
+    def _of_flusher(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
+        now = operation.now_ms
+        lease = now + self.policy.lease_ms
+        if self.holders.get(old.id) is operation and old.status == "sending":
+            yield "renew", old._replace(next_attempt_at_ms=lease)
+        if old.status in ("pending", "sending") and old.next_attempt_at_ms <= now:
+            yield "claim", old._replace(status="sending", next_attempt_at_ms=lease)
+        if old.id in operation.accepted() and old.id in self.server.stored:
+            yield "deliver", old._replace(status="sent", sent_at_ms=now)
+        if old.status == "parked" and operation.accepted():
+            yield "unpark", _revived(old, now=now, due=now + old.id % self.policy.unpark_spread_ms)
+
+    def _of_owner(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
+        """Yield the fenced moves: only who holds the row makes them, with the reason that it was given."""
+        if self.holders.get(old.id) is not operation or old.status != "sending":
+            return
+        if operation.troubled:
+            yield "release", old._replace(status="pending", next_attempt_at_ms=operation.now_ms)
+        abandoned = old._replace(status="abandoned")
+        shared = operation.last_failure
+        alone = operation.rejected_alone(old.id)
+        # The verdict is formed at one reading of the clock; another one may follow before it is written.
+        for now in operation.readings[-2:]:
+            yield from self._of_shared_failure(old, shared, now)
+            for failure in alone:
+                if not operation.accepted():
+                    yield from self._put_off(old, failure, now, retry_count=old.retry_count + 1)
+        if is_auth(shared):
+            yield "park", old._replace(status="parked", last_error=str(shared))
+        if not old.decodable:
+            yield "abandon", abandoned._replace(last_error=self.rows[old.id].last_error)
+        decodable = [row for row in operation.claim.values() if row.decodable]
+        if operation.accepted() or len(decodable) == 1:
+            for failure in alone:
+                yield "abandon", abandoned._replace(last_error=f"permanent: {failure}")
+
+    def _of_shared_failure(self, old: Row, failure: UploadFailure | None, now: int) -> Iterator[tuple[str, Row]]:
+        if is_transient(failure):
+            yield from self._put_off(old, failure, now, retry_count=old.retry_count + 1)
+        elif is_rate_limit(failure):
+            yield from self._put_off(old, failure, now, retry_count=old.retry_count)
+
+    def _put_off(
+        self, old: Row, failure: UploadFailure | None, now: int, *, retry_count: int
+    ) -> Iterator[tuple[str, Row]]:
+        asked_ms = getattr(failure, "retry_after_ms", None)
+        limited = is_rate_limit(failure)
+        if now - old.gave_chance_at() > WEEK_MS:
+            aged_out = "aged-out (rate-limited)" if limited else "aged-out"
+            yield "abandon", old._replace(status="abandoned", last_error=f"{aged_out}: {failure}")
+            return
+        delay = asked_ms or 60_000 if limited else 60_000 << min(retry_count, 5)
+        if not limited and getattr(failure, "status", None) == 503:
+            delay = max(delay, asked_ms or 0)
+        due = now + delay + (now ^ old.id) % max(1, delay // 4)
+        yield "reschedule", old._replace(
+            status="pending", retry_count=retry_count, next_attempt_at_ms=due, last_error=str(failure)
+        )
+
+    def _check_against_table(self, trigger: str, old: Row, new: Row) -> None:
+        move = MOVES[trigger]
+        if old.status not in move.sources or new.status != move.destination:
+            raise Violation(MOVE, f"{trigger} is no move from {old.status} to {new.status}")
+
+    def _check_choice(self, operation: Operation, before: dict[int, Row], moves: dict[str, set[int]]) -> None:
+        """Check that a move that chooses its rows chose the right ones, and all of them."""
+        expected: dict[str, list[Row]] = {}
+        if "claim" in moves:
+            now = operation.now_ms
+            due = [r for r in before.values() if r.status in ("pending", "sending") and r.next_attempt_at_ms <= now]
+            expected["claim"] = sorted(due, key=lambda row: row.age)[: self.policy.batch_size]
+        if "unpark" in moves:
+            parked = [row for row in before.values() if row.status == "parked"]
+            expected["unpark"] = sorted(parked, key=lambda row: row.age)[: self.policy.unpark_limit]
+        if {"retry_now", "requeue"} & moves.keys():
+            (trigger,) = moves
+            expected[trigger] = [row for row in before.values() if any(self._explanations(operation, row))]
+        for trigger, rows in expected.items():
+            if moves[trigger] != {row.id for row in rows}:
+                raise Violation(MOVE, f"{trigger} took {sorted(moves[trigger])}, due were {[row.id for row in rows]}")
+
+    def _check_settled_at_once(self, operation: Operation, moves: dict[str, set[int]]) -> None:
+        settled = {trigger for trigger in moves if trigger in ("deliver", "reschedule", "park", "abandon")}
+        undecodable = any(not self.rows[row_id].decodable for row_id in moves.get("abandon", ()))
+        if settled and not undecodable:
+            operation.settlements += 1
+            if operation.settlements > 1:
+                raise Violation(ATOMICITY, f"a second transaction for one answer: {moves}")
+
+    def _say_why_not(self, operation: Operation, old: Row, new: Row) -> None:
+        what = f"{operation.kind} turned {old} into {new} with {operation.requests}, clock {operation.readings[-2:]}"
+        if new.status == "sent" and old.status != "sent":
+            raise Violation(ACCEPTANCE, what)
+        if old.status == "sending" and self.holders.get(old.id) is not operation:
+            raise Violation(EXCLUSION, what)
+        if new.status == "abandoned":
+            raise Violation(ABANDONMENT, what)
+        raise Violation(MOVE, what)
+
+    # Beside the table
+
+    def upload_starts(self, process: Process, stage: Stage) -> None:
+        """Check that nobody else is uploading the same rows under a lease that still runs."""
+        mine = process.operation
+        if not self.equal_clocks or mine.lease_ms <= stage.now_ms:
+            return
+        for other in stage.processes:
+            theirs = other.operation
+            if other is not process and theirs.uploading and theirs.lease_ms > stage.now_ms and not other.doomed:
+                shared = set(mine.requests[-1].ids) & set(theirs.requests[-1].ids)
+                if shared:
+                    raise Violation(EXCLUSION, f"{process.name} and {other.name} both upload {sorted(shared)}")
+
+    def enqueued(self, ids: list[int]) -> None:
+        """Check that what enqueue returned is durable."""
+        for row_id in ids:
+            if not 0 < row_id <= self.ever_inserted:
+                raise Violation(LOSS, f"enqueue returned {row_id}, which was not committed")
+
+    def undelivered(self) -> list[Row]:
+        """Return the rows that ought to be delivered once nothing fails."""
+        waiting = ("pending", "sending", "parked")
+        return [row for row in self.rows.values() if row.status in waiting and not row.poison and row.decodable]
+
+
+def _revived(old: Row, *, now: int, due: int) -> Row:
+    return old._replace(status="pending", retry_count=0, last_error=None, next_attempt_at_ms=due, revived_at_ms=now)

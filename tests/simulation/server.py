@@ -1,0 +1,67 @@
+"""The service that takes the events, and the client that a flusher reaches it by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from outbox import BatchItem, UploadFailure
+
+from .model import Request
+from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, Process
+
+
+@dataclass
+class Answer:
+    """What becomes of one request. Without an exception the client sees a 2xx."""
+
+    raises: BaseException | None = None
+    stored: bool = True
+
+
+@dataclass
+class Server:
+    """Judges requests by `decide`, and remembers for good what it stored."""
+
+    decide: Callable[[Sequence[BatchItem]], Answer]
+    logged_in: bool = True
+    stored: set[int] = field(default_factory=set)
+
+    def receive(self, batch: Sequence[BatchItem]) -> Answer:
+        answer = self.decide(batch)
+        if answer.stored:
+            self.stored.update(item.id for item in batch)
+        return answer
+
+
+class Client:
+    """The upload client of one process."""
+
+    def __init__(self, process: Process, server: Server) -> None:
+        self._process = process
+        self._server = server
+
+    @property
+    def logged_in(self) -> bool:
+        return self._server.logged_in
+
+    def upload(self, batch: Sequence[BatchItem], /) -> None:
+        process = self._process
+        ids = tuple(item.id for item in batch)
+        process.pause(BEFORE_UPLOAD, ids)
+        request = Request(ids)
+        process.operation.requests.append(request)
+        process.operation.uploading = True
+        process.stage.model.upload_starts(process, process.stage)
+        answer = self._server.receive(batch)
+        process.pause(AFTER_UPLOAD, "stored" if answer.stored else "not stored")
+        process.operation.uploading = False
+        process.operation.settlements = 0
+        request.answered = True
+        process.stage.note(process.name, "is answered", repr(answer.raises) if answer.raises else "ok")
+        if isinstance(answer.raises, UploadFailure):
+            request.failure = answer.raises
+        if answer.raises is not None:
+            process.operation.troubled |= request.failure is None
+            raise answer.raises
+        request.accepted = True
