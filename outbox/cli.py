@@ -21,7 +21,7 @@ import msgspec
 
 from outbox import schema
 from outbox.clock import epoch_ms, now_ms
-from outbox.database import create_file, default_url, open_engine, reading
+from outbox.database import default_url, open_engine
 from outbox.display import (
     Bar,
     as_json,
@@ -164,10 +164,7 @@ def upgrade(database: str | None, *, as_json_: bool) -> None:
     """Create the database, or bring its schema to what this program needs."""
     engine = open_engine(database or default_url())
     try:
-        create_file(engine.url)
-        with reading(engine) as connection:
-            before = schema.current_revision(connection)
-        schema.upgrade(engine)
+        before = schema.upgrade(engine)
     finally:
         engine.dispose()
     where = engine.url.render_as_string(hide_password=True)
@@ -347,6 +344,29 @@ def requeue(database: str | None, *, older_than: int, dry_run: bool, as_json_: b
     say(f"{report.total} would be requeued" if dry_run else f"{report.total} requeued")
     for event_type, count in report.per_type.items():
         say(f"  {escape(event_type)}: {count}")
+
+
+@main.command(epilog="Example: outbox doctor")
+@_json
+@click.pass_obj
+@click.pass_context
+def doctor(context: click.Context, database: str | None, *, as_json_: bool) -> None:
+    """Examine the database and say what is wrong; exit code 1 if anything is."""
+    from outbox.doctor import examine  # noqa: PLC0415 - only this command needs it
+    from outbox.policy import Policy  # noqa: PLC0415 - as above
+
+    engine = open_engine(database or default_url())
+    try:
+        findings = examine(engine, Policy())
+    finally:
+        engine.dispose()
+    if as_json_:
+        say(as_json([finding._asdict() for finding in findings]))
+    else:
+        for finding in findings:
+            say(f"{'ok' if finding.is_well else 'WRONG':5}  {finding.check:11}  {escape(finding.words)}")
+    if not all(finding.is_well for finding in findings):
+        context.exit(FAILED)
 
 
 @main.command(epilog="Example: outbox receive --port 8787 --mode overloaded")

@@ -5,18 +5,11 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import http.client
 import importlib.metadata
-import io
 import ipaddress
 import os
 import re
 import threading
-import time
-import zlib
-from datetime import timezone
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
@@ -24,44 +17,20 @@ import requests
 import urllib3.exceptions
 from requests import utils
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
 
-from outbox import policy
-from outbox.clock import now_ms
-from outbox.failures import ConfigurationError, HttpFailure, TransportFailure, UploadFailure
+from outbox.answer import TRANSPORT_ERRORS, drain, no_answer, rejection
+from outbox.deadline import Connection, TlsConnection, deadline
+from outbox.failures import ConfigurationError, TransportFailure, UploadFailure
+from outbox.redaction import private_locals
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
-MAX_ANSWER_BYTES = 64 * 1024
-"""How much of an answer's body is read, before and after decoding."""
-
-SNIPPET_LENGTH = 200
-"""How many characters of the server's text a failure keeps."""
-
-REDACTED = "[REDACTED-TOKEN]"
-"""What stands in a failure's text where the server repeated a credential."""
-
-_SHORTEST_SECRET = 8
-_LONGEST_SPELLING = 12  # of one character: four percent-encoded bytes
 _GZIP_FROM_BYTES = 1024
-# One TLS record: a larger piece would be several writes, each with the whole time-out for itself.
-_PIECE_BYTES = 16 * 1024
-_DRAIN_MS = 500
-
-_TRANSPORT_ERRORS = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
-    UnicodeError,
-    zlib.error,
-)
 
 
 class Item(Protocol):
@@ -110,31 +79,26 @@ class HttpClient:
         proxies: Mapping[str, str] | None = None,
         verify: str | os.PathLike[str] | Literal[True] | None = None,
     ) -> None:
-        for name, value in (
-            ("connect_timeout_ms", connect_timeout_ms),
-            ("read_timeout_ms", read_timeout_ms),
-            ("deadline_ms", deadline_ms),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} is {value!r}, expected a whole number above 0")
+        try:
+            with private_locals():
+                _check_times(
+                    connect_timeout_ms=connect_timeout_ms, read_timeout_ms=read_timeout_ms, deadline_ms=deadline_ms
+                )
+                self._template, is_plain, is_local = _template(base_url)
+                _check_token(token, base_url, is_readable=is_plain and not is_local and not allow_insecure)
+                self._proxies, self._proxy_secrets = _proxy(str(self._template.url), proxies, is_local=is_local)
+                self._verify = _ca_bundle(verify)
+        except ConfigurationError:
+            # Reports of crashes show the local variables of this frame, too, and the repr of half a client.
+            del self, base_url, token, proxies
+            raise
         self.base_url = base_url
         self.deadline_ms = deadline_ms
         self._connect_s = min(connect_timeout_ms, deadline_ms) / 1_000
         self._read_s = min(read_timeout_ms, deadline_ms) / 1_000
         self._gzip = gzip
-        self._template, is_plain, is_local = _template(base_url)
-        if isinstance(token, str) and (problem := _problem_of(token)):
-            raise ConfigurationError(f"token: {problem}")
-        if token and is_plain and not is_local and not allow_insecure:
-            raise ConfigurationError(
-                f"base_url is {base_url!r}: the token would be readable on its way; expected https, "
-                "or http to localhost, or allow_insecure=True"
-            )
         self._token = token
-        self._proxies, self._proxy_secrets = _proxy(str(self._template.url), proxies, is_local=is_local)
-        self._verify = _ca_bundle(verify)
-        # By process as well: a connection that a fork has copied belongs to the parent.
-        self._adapters: dict[tuple[int, int], _Adapter] = {}
+        self._threads = threading.local()
 
     @property
     def logged_in(self) -> bool:
@@ -146,19 +110,17 @@ class HttpClient:
 
         Whatever the token's callable raises goes through: that is no failure of the upload.
         """
-        token = self._current_token()
-        if problem := _problem_of(token) if token else "none there, not logged in":
-            raise TransportFailure(f"token: {problem}")
-        request = self._request(batch, str(token))
-        secrets = sorted((str(token), *self._proxy_secrets), key=len, reverse=True)
-        failure = self._exchange(request, secrets)
+        # Below are the token and the whole request, which a bug or Ctrl-C must not carry out with its frames.
+        with private_locals():
+            failure = self._try(batch)
+        # Raised here, it has no frames below and no context.
         if failure is not None:
             raise failure
 
     def close(self) -> None:
         """Close the connections of all threads. A later upload opens new ones."""
-        while self._adapters:
-            self._adapters.popitem()[1].close()
+        # A connection is closed when nothing refers to it any more; one in use when its upload ends.
+        self._threads = threading.local()
 
     def __enter__(self) -> Self:
         return self
@@ -176,6 +138,32 @@ class HttpClient:
 
     def _current_token(self) -> str | None:
         return self._token() if callable(self._token) else self._token
+
+    def _try(self, batch: Sequence[Item]) -> UploadFailure | None:
+        token = self._current_token()
+        if problem := _problem_of(token) if token else "none there, not logged in":
+            return TransportFailure(f"token: {problem}")
+        request = self._request(batch, str(token))
+        secrets = sorted((str(token), *self._proxy_secrets), key=len, reverse=True)
+        deadline.start(self.deadline_ms, self._read_s)
+        try:
+            # The adapter and no session: a session would read the whole of a redirect's body, keep cookies
+            # and replace the Authorization header by what .netrc says.
+            with self._adapter().send(
+                request,
+                stream=True,
+                timeout=(self._connect_s, self._read_s),
+                verify=self._verify,
+                proxies=self._proxies,
+            ) as response:
+                if 200 <= response.status_code <= 299:  # noqa: PLR2004 - success, as HTTP defines it
+                    drain(response.raw)
+                    return None
+                return rejection(response.raw, secrets)
+        except TRANSPORT_ERRORS as error:
+            if deadline.is_over():
+                return TransportFailure(f"no complete answer within {self.deadline_ms} ms")
+            return no_answer(error, secrets)
 
     def _request(self, batch: Sequence[Item], token: str) -> requests.PreparedRequest:
         identity = hashlib.sha256()
@@ -195,116 +183,13 @@ class HttpClient:
         request.headers["Content-Length"] = str(len(body))
         return request
 
-    def _exchange(self, request: requests.PreparedRequest, secrets: Sequence[str]) -> UploadFailure | None:
-        """Send the request, and return what went wrong.
-
-        Raised by the caller, the failure has no context: the error below it may repeat a credential, and the
-        frames of its traceback hold the token and the connection.
-        """
-        _deadline.start(self.deadline_ms, self._read_s)
-        try:
-            # The adapter and no session: a session would read the whole of a redirect's body, keep cookies
-            # and replace the Authorization header by what .netrc says.
-            with self._adapter().send(
-                request,
-                stream=True,
-                timeout=(self._connect_s, self._read_s),
-                verify=self._verify,
-                proxies=self._proxies,
-            ) as response:
-                if 200 <= response.status_code <= 299:  # noqa: PLR2004 - success, as HTTP defines it
-                    _drain(response)
-                    return None
-                return _failure(response, secrets)
-        except _TRANSPORT_ERRORS as error:
-            over = f"no complete answer within {self.deadline_ms} ms"
-            text = over if _deadline.is_over() else _describe(error)
-            return TransportFailure(_one_line(_redact(text, secrets)))
-
     def _adapter(self) -> _Adapter:
-        key = os.getpid(), threading.get_ident()
-        adapter = self._adapters.get(key)
-        if adapter is None:
-            adapter = self._adapters[key] = _Adapter(max_retries=0)
+        own = self._threads
+        if getattr(own, "process", None) != os.getpid():
+            # A connection that a fork has copied belongs to the parent.
+            own.process, own.adapter = os.getpid(), _Adapter(max_retries=0)
+        adapter: _Adapter = own.adapter
         return adapter
-
-
-# --- the deadline ---
-
-
-class _Deadline(threading.local):
-    """When the upload that this thread is busy with must end.
-
-    A socket's time-out is for one operation, so a server that sends a byte a second is never late. Therefore
-    every operation is given what is left of the whole, and no more. This needs no second thread, which could
-    not be started while the interpreter shuts down, when a last flush may run.
-    """
-
-    # Bound in the class: tools that freeze time replace the names in modules. By a clock that stands still no
-    # upload would ever end, by one that is moved on it would end at once.
-    _now = staticmethod(time.monotonic)
-    _end = 0.0
-    _longest = 0.0
-
-    def start(self, total_ms: int, operation_s: float) -> None:
-        self._end = self._now() + total_ms / 1_000
-        self._longest = operation_s
-
-    def shorten(self, total_ms: int) -> None:
-        self._end = min(self._end, self._now() + total_ms / 1_000)
-
-    def is_over(self) -> bool:
-        return self._now() >= self._end
-
-    def timeout(self) -> float:
-        """Return the seconds that the next operation may take. Raises TimeoutError when none are left."""
-        left = self._end - self._now()
-        if left <= 0:
-            raise TimeoutError("deadline")
-        return min(left, self._longest)
-
-
-_deadline = _Deadline()
-
-
-class _Reader(io.RawIOBase):
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._sock = sock
-        self._raw = raw
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_deadline.timeout())
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, debuglevel: int = 0, method: str | None = None) -> None:
-        super().__init__(sock, debuglevel, method)
-        self.fp = io.BufferedReader(_Reader(sock, self.fp.detach()))
-
-
-class _Connection(HTTPConnection):
-    response_class = _Response
-
-    def send(self, data: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        rest = memoryview(data)
-        while rest:
-            self.sock.settimeout(_deadline.timeout())
-            super().send(rest[:_PIECE_BYTES])
-            rest = rest[_PIECE_BYTES:]
-
-
-class _TlsConnection(_Connection, HTTPSConnection):
-    pass
 
 
 class _Adapter(HTTPAdapter):
@@ -316,11 +201,17 @@ class _Adapter(HTTPAdapter):
         cert: tuple[str, str] | str | None = None,
     ) -> Any:
         pool: Any = super().get_connection_with_tls_context(request, verify, proxies, cert)
-        pool.ConnectionCls = _TlsConnection if pool.scheme == "https" else _Connection
+        pool.ConnectionCls = TlsConnection if pool.scheme == "https" else Connection
         return pool
 
 
 # --- settings ---
+
+
+def _check_times(**times: object) -> None:
+    for name, value in times.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{name} is {value!r}, expected a whole number above 0")
 
 
 def _template(base_url: str) -> tuple[requests.PreparedRequest, bool, bool]:
@@ -362,6 +253,16 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _check_token(token: object, base_url: str, *, is_readable: bool) -> None:
+    if isinstance(token, str) and (problem := _problem_of(token)):
+        raise ConfigurationError(f"token: {problem}")
+    if token and is_readable:
+        raise ConfigurationError(
+            f"base_url is {base_url!r}: the token would be readable on its way; expected https, "
+            "or http to localhost, or allow_insecure=True"
+        )
 
 
 def _problem_of(token: object) -> str | None:
@@ -408,106 +309,3 @@ def _ca_bundle(verify: str | os.PathLike[str] | Literal[True] | None) -> str:
             f"verify (or REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE) is {path!r}, expected an existing file or folder"
         )
     return path
-
-
-# --- answers ---
-
-
-def _drain(response: requests.Response) -> None:
-    """Read the rest of a short body, so that the connection can be used again."""
-    _deadline.shorten(_DRAIN_MS)
-    try:
-        response.raw.read(MAX_ANSWER_BYTES, decode_content=False)
-    except _TRANSPORT_ERRORS:
-        # The batch is delivered, however the answer goes on.
-        response.close()
-
-
-def _failure(response: requests.Response, secrets: Iterable[str]) -> HttpFailure:
-    body, is_cut = _body(response)
-    text = body.decode(errors="replace")
-    delay_ms = policy.retry_after(text)
-    if delay_ms is None:
-        delay_ms = _header_delay_ms(response.headers.get("Retry-After", ""))
-    if is_cut:
-        # The cut may have gone through a credential, of which no pattern would find the beginning.
-        text = text[: -_LONGEST_SPELLING * max(map(len, secrets))]
-    return HttpFailure(
-        response.status_code,
-        _one_line(_redact(response.reason or "", secrets))[:SNIPPET_LENGTH] or _phrase(response.status_code),
-        _one_line(_redact(text, secrets))[:SNIPPET_LENGTH],
-        retry_after_ms=delay_ms,
-    )
-
-
-def _body(response: requests.Response) -> tuple[bytes, bool]:
-    """Return the body, decoded, and whether it was longer than what is read."""
-    limit = MAX_ANSWER_BYTES
-    body = b""
-    # Until nothing comes: only then a connection that broke off is noticed.
-    while len(body) <= limit and (piece := response.raw.read(limit + 1 - len(body), decode_content=False)):
-        body += piece
-    is_cut = len(body) > limit
-    body = body[:limit]
-    # Asked for or not, a server may compress; a small body may hide a huge one.
-    if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
-        body = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, limit + 1)
-        is_cut = is_cut or len(body) > limit
-    return body[:limit], is_cut
-
-
-def _header_delay_ms(value: str) -> int | None:
-    value = value.strip()
-    if re.fullmatch("[0-9]{1,18}", value):
-        return policy.clamp_retry_after(int(value))
-    try:
-        date = parsedate_to_datetime(value)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=timezone.utc)
-    # Rounded up: to come back a moment too early is to be refused again.
-    return policy.clamp_retry_after(-(-(int(date.timestamp()) * 1_000 - now_ms()) // 1_000))
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
-
-
-def _describe(error: BaseException) -> str:
-    """Return what went wrong in the end: outer errors only repeat the address."""
-    inner: BaseException | None = error
-    root = error
-    while inner is not None:
-        root = inner
-        causes = (root.__cause__, getattr(root, "reason", None), *root.args)
-        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
-    return f"{type(error).__name__}: {root}"
-
-
-def _redact(text: str, secrets: Iterable[str]) -> str:
-    for secret in secrets:
-        if len(secret) >= _SHORTEST_SECRET:
-            text = re.sub(_any_spelling(secret), REDACTED, text, flags=re.IGNORECASE)
-    return text
-
-
-def _any_spelling(secret: str) -> str:
-    """Return a pattern for the text with any of its characters escaped as in JSON or a URL."""
-    # Beyond ASCII a server may answer in another encoding than the one that its text is read in.
-    latin_as_utf8 = secret.encode("latin-1", "replace").decode(errors="replace")
-    utf8_as_latin = secret.encode(errors="replace").decode("latin-1")
-    return "|".join("".join(map(_spelling, reading)) for reading in {secret, latin_as_utf8, utf8_as_latin})
-
-
-def _spelling(char: str) -> str:
-    percent = "".join(f"%{byte:02x}" for byte in char.encode(errors="replace"))
-    return rf"(?:\\?{re.escape(char)}|\\u{ord(char):04x}|{percent})"
-
-
-def _one_line(text: str) -> str:
-    # PostgreSQL takes no NUL in a text, and a failure's text is stored.
-    return " ".join(text.replace("\0", "\ufffd").split())

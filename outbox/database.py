@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +14,16 @@ from typing import Any, Literal
 from sqlalchemy import (
     URL,
     Connection,
-    Dialect,
     Engine,
     PoolProxiedConnection,
     QueuePool,
-    Select,
-    UpdateBase,
     create_engine,
     event,
     make_url,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError, StorageError
 
@@ -33,6 +31,19 @@ Synchronous = Literal["FULL", "NORMAL"]
 
 BUSY_TIMEOUT_MS = 30_000
 """How long a writer waits for another one before it gives up."""
+
+# What to do about an error of SQLite, by a part of its text: that is the same in every version of Python.
+_ADVICE = (
+    ("locked", "another program holds the write lock; end it or wait for it, then try again"),
+    ("full", "make room on the disk, then try again"),
+    ("readonly", "let this user write the file and its folder"),
+    ("unable to open", "let this user read and write the file and its folder"),
+    ("disk I/O error", "look at the disk and its free space, then try again"),
+    ("malformed", "the file is damaged; `outbox doctor` tells more; restore a backup or use .recover of sqlite3"),
+    ("not a database", "name the right file; this one is left as it is"),
+    ("no such table", "`outbox upgrade` creates what is missing"),
+    ("no such column", "`outbox upgrade` creates what is missing"),
+)
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -56,6 +67,7 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
             options |= {"pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
         engine = create_engine(url, hide_parameters=True, **options)
         _set_up_sqlite(engine, synchronous)
+        _watch_file(engine)
     _own_engines.add(engine)
     return engine
 
@@ -94,96 +106,6 @@ def create_file(url: URL) -> None:
         raise StorageError(f"can't create the database {path}: {error.strerror}") from error
 
 
-class Transaction:
-    """A writing transaction on the driver's own cursor.
-
-    It runs SQLAlchemy's statements, but each is compiled only once: SQLAlchemy's own way to run one costs several
-    times what SQLite needs for it.
-    """
-
-    def __init__(self, cursor: Any, dialect: Dialect, compiled: dict[Any, _Compiled]) -> None:
-        self._cursor = cursor
-        self._dialect = dialect
-        self._compiled = compiled
-
-    def rows(self, statement: UpdateBase | Select[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that returns rows."""
-        compiled = self._of(statement)
-        self._cursor.execute(compiled.text, compiled.arguments(parameters))
-        return list(self._cursor.fetchall())
-
-    def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
-        """Run a query for one value; None where there is no row."""
-        rows = self.rows(statement, **parameters)
-        return rows[0][0] if rows else None
-
-    def change(self, statement: UpdateBase, /, **parameters: Any) -> int:
-        """Run a statement and return how many rows it changed."""
-        compiled = self._of(statement)
-        self._cursor.execute(compiled.text, compiled.arguments(parameters))
-        return int(self._cursor.rowcount)
-
-    def change_many(self, statement: UpdateBase, several: list[dict[str, Any]], /) -> int:
-        """Run a statement once for each set of parameters; return how many rows were changed in all."""
-        compiled = self._of(statement)
-        self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
-        return int(self._cursor.rowcount)
-
-    def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
-        """Insert rows one by one, and return their ids."""
-        compiled = self._of(statement)
-        ids = []
-        for row in rows:
-            self._cursor.execute(compiled.text, compiled.arguments(row))
-            ids.append(int(self._cursor.lastrowid))
-        return ids
-
-    def _of(self, statement: UpdateBase | Select[Any]) -> _Compiled:
-        compiled = self._compiled.get(statement)
-        if compiled is None:
-            compiled = self._compiled[statement] = _Compiled(statement, self._dialect)
-        return compiled
-
-
-class _Compiled:
-    """The text of a statement for one driver, and where its parameters go."""
-
-    def __init__(self, statement: UpdateBase | Select[Any], dialect: Dialect) -> None:
-        compiled: Any = statement.compile(dialect=dialect)
-        self.text = str(compiled)
-        self._fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
-        self._positions = compiled.positiontup
-
-    def arguments(self, parameters: dict[str, Any]) -> Any:
-        values = self._fixed | parameters
-        return values if self._positions is None else [values[name] for name in self._positions]
-
-
-class Writer:
-    """Opens writing transactions on one engine, and keeps what they compiled: once for each statement."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._compiled: dict[Any, _Compiled] = {}
-
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Like `writing`, on the driver's own cursor."""
-        with _translated(self.engine):
-            connection = self.engine.raw_connection()
-            try:
-                cursor = connection.cursor()
-                if self.engine.dialect.name == "sqlite" and not _in_transaction(connection):
-                    cursor.execute("BEGIN IMMEDIATE")
-                yield Transaction(cursor, self.engine.dialect, self._compiled)
-                connection.commit()
-            except BaseException:
-                connection.rollback()
-                raise
-            finally:
-                connection.close()
-
-
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """Open a transaction that holds the write lock from its start; commit at the end, roll back on an exception.
@@ -191,8 +113,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
     On SQLite a transaction that read first fails as soon as it wants to write and another one wrote in between.
     Raises `StorageError` for what the database refuses.
     """
-    with _translated(engine), engine.begin() as connection:
-        if engine.dialect.name == "sqlite" and not _in_transaction(connection.connection):
+    with translated(engine), engine.begin() as connection:
+        if engine.dialect.name == "sqlite" and not in_transaction(connection.connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
 
@@ -200,19 +122,34 @@ def writing(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
-    with _translated(engine), engine.execution_options(outbox_reading=True).connect() as connection:
+    with translated(engine), engine.execution_options(outbox_reading=True).connect() as connection:
         yield connection
 
 
 @contextmanager
-def _translated(engine: Engine) -> Iterator[None]:
+def translated(engine: Engine) -> Iterator[None]:
+    """Raise `StorageError` for what the database refuses, in the driver's own words and with advice."""
     # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them.
     try:
         yield
     except (DBAPIError, PoolTimeoutError, engine.dialect.loaded_dbapi.Error) as error:
         # Only the driver's own words: SQLAlchemy's would repeat the statement.
-        words = getattr(error, "orig", None) or error
-        raise StorageError(f"{engine.url.render_as_string(hide_password=True)}: {words}") from error
+        words = str(getattr(error, "orig", None) or error)
+        advice = next((f"; {advice}" for part, advice in _ADVICE if part in words), "")
+        raise StorageError(f"{engine.url.render_as_string(hide_password=True)}: {words}{advice}") from error
+
+
+def damage(engine: Engine) -> list[str]:
+    """Let an SQLite database check itself, which reads all of it; return what it found, nothing if it is sound."""
+    with reading(engine) as connection:
+        found = list(connection.exec_driver_sql("PRAGMA integrity_check(10)").scalars())
+    return [] if found == ["ok"] else found
+
+
+def journal_mode(engine: Engine) -> str:
+    """Return how an SQLite database keeps its journal; `wal` where all is well."""
+    with reading(engine) as connection:
+        return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
 
 
 def _parse(database: str | URL) -> URL:
@@ -245,6 +182,35 @@ def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
 
+def _watch_file(engine: Engine) -> None:
+    """Notice that the file was deleted or replaced: SQLite would go on writing to the one that has no name."""
+    path = sqlite_file(engine.url)
+    if path is None:
+        return
+
+    @event.listens_for(engine, "do_connect")
+    def _refuse_missing(*_: object) -> None:
+        if not path.exists():  # SQLite would create it, empty and readable by all
+            raise StorageError(f"there is no database {path}; restore it, or `outbox upgrade` creates a new one")
+
+    @event.listens_for(engine, "connect")
+    def _remember(_connection: object, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = _identity(path)
+
+    @event.listens_for(engine, "checkout")
+    def _compare(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if record.info["file"] != _identity(path):
+            raise DisconnectionError  # the pool connects anew
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _enter_wal(connection: Any) -> None:
     # Of several processes that open a new file, SQLite refuses some at once, without the busy time-out.
     tries_left = BUSY_TIMEOUT_MS // 10
@@ -259,7 +225,8 @@ def _enter_wal(connection: Any) -> None:
         time.sleep(0.01)
 
 
-def _in_transaction(connection: PoolProxiedConnection) -> bool:
+def in_transaction(connection: PoolProxiedConnection) -> bool:
+    """Tell whether SQLite's driver has a transaction open: the host may begin them in its own way."""
     dbapi_connection: Any = connection.dbapi_connection
     return bool(dbapi_connection.in_transaction)
 

@@ -12,7 +12,7 @@ from sqlalchemy import URL, Engine
 
 from outbox import flusher, maintenance, schema, stats
 from outbox.clock import epoch_ms, now_ms
-from outbox.database import Synchronous, create_file, default_url, open_engine
+from outbox.database import Synchronous, default_url, open_engine
 from outbox.events import Event, columns, encode
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
@@ -65,7 +65,6 @@ class Outbox:
         else:
             engine = open_engine(default_url() if database is None else database, synchronous=synchronous)
         try:
-            create_file(engine.url)
             schema.upgrade(engine)
             opened = cls(engine, policy=policy)
         except BaseException:

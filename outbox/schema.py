@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect
 
-from outbox.database import reading, sqlite_file, writing
+from outbox.database import create_file, reading, sqlite_file, writing
 from outbox.failures import SchemaError
 from outbox.models import Base
 
@@ -46,15 +46,17 @@ def check(engine: Engine) -> None:
         )
 
 
-def upgrade(engine: Engine) -> None:
-    """Bring the schema to what this program needs; do nothing where it is already there.
+def upgrade(engine: Engine) -> str | None:
+    """Bring the schema to what this program needs; return the revision that it had before, None for a new one.
 
     Safe when many threads and processes start at once: on SQLite all of it happens in one transaction that holds
     the write lock. A failure leaves the database as it was. Raises `SchemaError` for one newer than this program.
     """
+    create_file(engine.url)
     with reading(engine) as connection:
-        if current_revision(connection) == REVISIONS[-1]:
-            return
+        revision = current_revision(connection)
+    if revision == REVISIONS[-1]:
+        return revision
     from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
 
     with _alembic_lock, writing(engine) as connection:
@@ -64,6 +66,7 @@ def upgrade(engine: Engine) -> None:
         config = alembic_config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+    return revision
 
 
 def current_revision(connection: Connection) -> str | None:

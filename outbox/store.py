@@ -32,11 +32,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.functions import FunctionElement
 
-from outbox.database import Transaction, Writer, reading
+from outbox.database import reading
 from outbox.failures import StorageError
 from outbox.lifecycle import MOVES, Status
 from outbox.models import LedgerEntry, ObservationEvent
 from outbox.policy import Outcome
+from outbox.transaction import Transaction, Writer
 
 log = logging.getLogger("outbox")
 
@@ -62,6 +63,15 @@ class Trouble(NamedTuple):
     last_error: str
     next_attempt_at_ms: int
     events: int
+
+
+class Oddities(NamedTuple):
+    """How many rows have times that no healthy queue has."""
+
+    leases_run_out: int
+    leases_too_long: int
+    created_in_future: int
+    due_too_late: int
 
 
 class Deleted(NamedTuple):
@@ -246,6 +256,18 @@ _MOST_WAITING = (
     .limit(1)
 )
 
+_ODDITIES = select(
+    *(
+        select(func.count()).where(condition).scalar_subquery()
+        for condition in (
+            and_(_in(_c.status, Status.SENDING), _c.next_attempt_at_ms <= _now),
+            and_(_in(_c.status, Status.SENDING), _c.next_attempt_at_ms > bindparam("longest_lease")),
+            _c.created_at_ms > bindparam("soon"),
+            and_(_in(_c.status, Status.PENDING), _c.next_attempt_at_ms > bindparam("latest_due")),
+        )
+    )
+)
+
 _ROWS = select(func.count()).select_from(events)
 # No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
 _ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.min(_c.id)).scalar_subquery() + 1)
@@ -381,6 +403,12 @@ class Store:
                 waiting=None if waiting is None else Trouble(*waiting),
                 deleted=[Deleted(*row) for row in connection.execute(_DELETED)],
             )
+
+    def oddities(self, *, now_ms: int, longest_lease_ms: int, soon_ms: int, latest_due_ms: int) -> Oddities:
+        """Count rows whose times lie where they should not."""
+        limits = {"now": now_ms, "longest_lease": longest_lease_ms, "soon": soon_ms, "latest_due": latest_due_ms}
+        with reading(self.engine) as connection:
+            return Oddities(*connection.execute(_ODDITIES, limits).one())
 
     def get(self, row_id: int) -> ObservationEvent | None:
         """Return one row, detached, or None."""

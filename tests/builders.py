@@ -28,7 +28,9 @@ def rule_fired(**fields: Any) -> RuleFired:
 class ScriptedClient:
     """An upload client whose answers are given: None accepts, a failure is raised, a function decides."""
 
-    def __init__(self, *answers: UploadFailure | BaseException | Callable[..., Any] | None, logged_in: bool = True):
+    def __init__(
+        self, *answers: UploadFailure | BaseException | Callable[..., Any] | None, logged_in: bool = True
+    ):
         self.answers = list(answers)
         self.logged_in = logged_in
         self.batches: list[list[BatchItem]] = []

@@ -19,10 +19,10 @@ from typing import get_args
 from urllib import request as urlrequest
 
 import pytest
-from builders import NOON, NOON_MS, add_row, row, rule_fired, statuses
 from click.testing import CliRunner
 from freezegun import freeze_time
 
+from builders import NOON, NOON_MS, add_row, row, rule_fired, statuses
 from outbox import Event, Outbox, Policy, cli, display
 from outbox.cli import main
 from outbox.database import writing

@@ -359,7 +359,7 @@ def test_a_gzip_bomb_does_not_expand(server, client, monkeypatch):
             sizes.append(len(data))
             return data
 
-    monkeypatch.setattr("outbox.client.zlib.decompressobj", Watched)
+    monkeypatch.setattr("outbox.answer.zlib.decompressobj", Watched)
     server.script(Answer(500, gzip.compress(b"x" * 50_000_000), {"Content-Encoding": "gzip"}))
 
     assert failure_of(client).body_snippet == "x" * 200
@@ -594,7 +594,7 @@ def test_a_connection_is_used_again(server, client, connections, answer):
         try:
             client.upload(BATCH)
         except HttpFailure as failure:
-            assert failure.status == answer.status  # noqa: PT017 - some of the answers are failures
+            assert failure.status == answer.status
 
     assert len(server.requests) == 3
     assert len(connections) == 1

@@ -40,7 +40,11 @@ with Outbox(url) as outbox:
 
 def start(program: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 

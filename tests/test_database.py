@@ -38,7 +38,9 @@ def test_another_way_to_sync_is_refused(url: str, value) -> None:
 
 @pytest.mark.parametrize("value", ["outbox.db", "", "/tmp/outbox.db"])  # noqa: S108 - never opened
 def test_a_plain_path_is_no_url(value: str) -> None:
-    with pytest.raises(ConfigurationError, match="not an SQLAlchemy URL; expected one such as sqlite:///outbox.db"):
+    with pytest.raises(
+        ConfigurationError, match="not an SQLAlchemy URL; expected one such as sqlite:///outbox.db"
+    ):
         Outbox.open(value)
 
 

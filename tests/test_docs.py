@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from outbox.cli import main
 from outbox.receiver import IngestServer
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +69,6 @@ def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md"])
 def test_every_command_that_the_docs_name_exists(page: str) -> None:
-    from outbox.cli import main
-
     named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert {*named} <= {*main.commands}

@@ -164,7 +164,9 @@ def test_a_cap_that_fails_does_not_fail_the_enqueue(url: str, caplog: pytest.Log
     with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
         with outbox.engine.begin() as connection:
             connection.execute(
-                text("CREATE TRIGGER keep BEFORE DELETE ON observation_events BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+                text(
+                    "CREATE TRIGGER keep BEFORE DELETE ON observation_events BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+                )
             )
         with caplog.at_level(logging.WARNING, "outbox"):
             ids = [outbox.enqueue(rule_fired()) for _ in range(3)]

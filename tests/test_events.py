@@ -46,9 +46,7 @@ SERVED = McpRuleServed(
     estimated_tokens=812,
     served_at=NOON,
 )
-CITED_IN_EDIT = RuleCitedInEdit(
-    rule_id="r1", session_id="s1", file_path="a.py", diff_excerpt="+x", cited_at=NOON
-)
+CITED_IN_EDIT = RuleCitedInEdit(rule_id="r1", session_id="s1", file_path="a.py", diff_excerpt="+x", cited_at=NOON)
 CITED = RuleActuallyCited(rule_id="r1", session_id="s1", citation_excerpt="as r1 says", cited_at=NOON)
 OUTCOME = FixOutcome(rule_id="r1", session_id="s1", accepted=True, occurred_at=NOON)
 
@@ -154,15 +152,24 @@ def test_unknown_fields_of_a_mapping_are_kept_behind_the_known_ones() -> None:
         (rule_fired(rule_ids="r1"), "rule_fired: rule_ids: expected `array`, got `str`"),
         (rule_fired(rule_ids=["r1", 2]), r"rule_fired: rule_ids\[1\]: expected `str`, got `int`"),
         (rule_fired(session_id=None), "rule_fired: session_id: expected `str`, got `null`"),
-        (rule_fired(fired_at=datetime(2026, 1, 1)), "rule_fired: fired_at: expected an RFC 3339 time with an offset"),  # noqa: DTZ001 - the mistake
+        (
+            rule_fired(fired_at=datetime(2026, 1, 1)),
+            "rule_fired: fired_at: expected an RFC 3339 time with an offset",
+        ),
         (rule_fired(fired_at="today"), "rule_fired: fired_at: expected an RFC 3339 time with an offset"),
         (rule_fired(session_id="\ud800"), r"rule_fired: '\\ud800' is not valid Unicode text"),
         (OrderShipped(order_id="x" * 262_200), "order_shipped: 2622.. bytes as JSON, at most 262144 are accepted"),
-        (OrderShipped(order_id="o", details=float("nan")), "order_shipped: details: nan is not a number that JSON"),
+        (
+            OrderShipped(order_id="o", details=float("nan")),
+            "order_shipped: details: nan is not a number that JSON",
+        ),
         (OrderShipped(order_id="o", details={"a": [0, float("inf")]}), r"details.a\[1\]: inf is not a number"),
         (OrderShipped(order_id="o", details=(rule_fired(intent=float("-inf")),)), r"details\[0\].intent: -inf"),
         (OrderShipped(order_id="o", details=object()), "order_shipped: encoding objects of type object is unsup"),
-        ({"event_type": "order_shipped", "order_id": "o", "details": float("nan")}, "details: nan is not a number"),
+        (
+            {"event_type": "order_shipped", "order_id": "o", "details": float("nan")},
+            "details: nan is not a number",
+        ),
         ({"event_type": "order_shipped", "order_id": "o", "new": {"x": float("nan")}}, "new.x: nan is not"),
         ({"event_type": "order_shipped"}, "order_shipped: order_id: missing, expected `str`"),
         ({"event_type": "heartbeat"}, "heartbeat: occurred_at: missing, expected an RFC 3339 time"),

@@ -94,7 +94,9 @@ def test_rows_are_claimed_under_a_lease_of_a_minute(outbox: Outbox) -> None:
         ("abandoned", 0, False),
     ],
 )
-def test_only_due_rows_and_run_out_leases_are_claimed(outbox: Outbox, status: str, offset: int, taken: bool) -> None:  # noqa: FBT001 - a case
+def test_only_due_rows_and_run_out_leases_are_claimed(
+    outbox: Outbox, status: str, offset: int, taken: bool
+) -> None:
     add_row(outbox, status=status, next_attempt_at_ms=NOON_MS + offset)
     assert outbox.flush(ScriptedClient()).sent == int(taken)
 
@@ -137,7 +139,9 @@ def test_an_undecodable_row_is_abandoned_and_the_others_go_on(outbox: Outbox) ->
     assert client.ids == [[3, 4]]
     assert statuses(outbox) == ["abandoned", "abandoned", "sent", "sent"]
     assert row(outbox, 1).last_error == "permanent: decode observation event: Input data was truncated"
-    assert row(outbox, 2).last_error == "permanent: decode observation event: event_type: invalid value 'order_lost'"
+    assert (
+        row(outbox, 2).last_error == "permanent: decode observation event: event_type: invalid value 'order_lost'"
+    )
 
 
 def test_when_nothing_can_be_decoded_nothing_is_sent(outbox: Outbox) -> None:
@@ -151,7 +155,9 @@ def test_when_nothing_can_be_decoded_nothing_is_sent(outbox: Outbox) -> None:
 def test_text_that_is_not_utf8_spoils_its_own_row_only(outbox: Outbox) -> None:
     enqueue(outbox, 2)
     with outbox.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE observation_events SET payload_json = CAST(x'7bff' AS TEXT) WHERE id = 1")
+        connection.exec_driver_sql(
+            "UPDATE observation_events SET payload_json = CAST(x'7bff' AS TEXT) WHERE id = 1"
+        )
     assert outbox.flush(ScriptedClient()).sent == 1
     assert statuses(outbox) == ["abandoned", "sent"]
 
@@ -429,7 +435,9 @@ def test_when_even_the_release_fails_the_first_error_is_told(outbox: Outbox, cap
     def broken(_):
         with outbox.engine.begin() as connection:
             connection.execute(
-                text("CREATE TRIGGER stuck BEFORE UPDATE ON observation_events BEGIN SELECT RAISE(ABORT, 'stuck'); END")
+                text(
+                    "CREATE TRIGGER stuck BEFORE UPDATE ON observation_events BEGIN SELECT RAISE(ABORT, 'stuck'); END"
+                )
             )
         raise ValueError("bug")
 

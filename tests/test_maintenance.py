@@ -2,6 +2,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from freezegun import freeze_time
+
 from builders import (
     DOWN,
     NOON,
@@ -112,9 +113,11 @@ def test_a_cutoff_may_be_in_any_time_zone(outbox: Outbox) -> None:
     assert outbox.requeue_abandoned(older_than=elsewhere).total == 1
 
 
-@pytest.mark.parametrize("cutoff", [datetime(2026, 1, 1), 1.5, "yesterday", None])  # noqa: DTZ001 - the mistake
+@pytest.mark.parametrize("cutoff", [datetime(2026, 1, 1), 1.5, "yesterday", None])
 def test_a_cutoff_that_says_no_moment_is_refused(outbox: Outbox, cutoff: object) -> None:
-    with pytest.raises(ConfigurationError, match="older_than is .*, expected a datetime with a time zone or epoch"):
+    with pytest.raises(
+        ConfigurationError, match="older_than is .*, expected a datetime with a time zone or epoch"
+    ):
         outbox.requeue_abandoned(older_than=cutoff)
 
 
@@ -239,7 +242,9 @@ def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> N
 
 
 def test_the_claim_looks_at_its_own_index_only(outbox: Outbox) -> None:
-    assert "SCAN observation_events USING COVERING INDEX observation_events_claim_idx" in plan_of(outbox, store._CLAIM)
+    assert "SCAN observation_events USING COVERING INDEX observation_events_claim_idx" in plan_of(
+        outbox, store._CLAIM
+    )
 
 
 def test_a_revoked_token_parks_and_a_new_login_brings_all_back(outbox: Outbox, noon) -> None:

@@ -110,6 +110,8 @@ def test_a_batch_that_was_stored_but_not_acknowledged_is_stored_once(outbox: Out
 
 
 def test_what_is_stored_is_what_goes_on_the_wire(outbox: Outbox, server, client) -> None:
-    row_id = outbox.enqueue({"event_type": "rule_fired", "rule_ids": ["ü"], "session_id": "s", "fired_at": NOON, "x": 1})
+    row_id = outbox.enqueue(
+        {"event_type": "rule_fired", "rule_ids": ["ü"], "session_id": "s", "fired_at": NOON, "x": 1}
+    )
     outbox.flush(client)
     assert list(server.received.values()) == [row(outbox, row_id).payload_json]

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import sqlite3
@@ -86,7 +87,9 @@ def alembic_here(url: str) -> Config:
 
 def test_a_database_without_schema_is_refused_and_says_what_to_do(url: str) -> None:
     sqlite3.connect(file_of(url)).close()
-    with pytest.raises(SchemaError, match="has no outbox schema; `outbox upgrade` or Outbox.open\\(\\) creates it"):
+    with pytest.raises(
+        SchemaError, match="has no outbox schema; `outbox upgrade` or Outbox.open\\(\\) creates it"
+    ):
         Outbox(url)
     assert query(url, "SELECT * FROM sqlite_master") == []
 
@@ -107,13 +110,17 @@ def test_an_older_schema_is_refused(url: str) -> None:
 def test_a_newer_schema_says_that_this_program_is_too_old(url: str, opener) -> None:
     Outbox.open(url).close()
     execute(url, "UPDATE outbox_alembic_version SET version_num = 'outbox_9999'")
-    with pytest.raises(SchemaError, match="has the schema outbox_9999, newer than this program knows .*upgrade obse"):
+    with pytest.raises(
+        SchemaError, match="has the schema outbox_9999, newer than this program knows .*upgrade obse"
+    ):
         opener(url)
 
 
 def test_opening_needs_alembic_only_for_an_upgrade(url: str) -> None:
     Outbox.open(url).close()
-    program = f"import sys; from outbox import Outbox; Outbox.open({url!r}).close(); assert 'alembic' not in sys.modules"
+    program = (
+        f"import sys; from outbox import Outbox; Outbox.open({url!r}).close(); assert 'alembic' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
@@ -163,7 +170,9 @@ def test_a_percent_sign_and_a_space_in_the_path_are_fine(tmp_path: Path) -> None
 
 def test_migrations_and_models_agree(outbox: Outbox, url: str) -> None:
     with outbox.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"include_name": schema.include_name, "version_table": schema.VERSION_TABLE})
+        context = MigrationContext.configure(
+            connection, opts={"include_name": schema.include_name, "version_table": schema.VERSION_TABLE}
+        )
         assert compare_metadata(context, Base.metadata) == []
     command.check(alembic_here(url))
 
@@ -225,22 +234,31 @@ def test_the_alembic_command_works_from_the_checkout(url: str, how: str) -> None
     environment = os.environ | ({} if named else {"OUTBOX_DATABASE_URL": url})
     for words in (["upgrade", "head"], ["check"], ["downgrade", "-1"], ["upgrade", "head"]):
         subprocess.run(
-            [sys.executable, "-m", "alembic", *named, *words], check=True, cwd=ROOT, env=environment, capture_output=True
+            [sys.executable, "-m", "alembic", *named, *words],
+            check=True,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
         )
     assert query(url, "SELECT version_num FROM outbox_alembic_version") == [(schema.REVISIONS[-1],)]
 
 
 def test_an_upgrade_leaves_the_hosts_logging_alone(url: str) -> None:
-    import logging
-
     before = (logging.getLogger().handlers[:], logging.getLogger().level, logging.getLogger("host").disabled)
     Outbox.open(url).close()
-    assert (logging.getLogger().handlers[:], logging.getLogger().level, logging.getLogger("host").disabled) == before
+    assert (
+        logging.getLogger().handlers[:],
+        logging.getLogger().level,
+        logging.getLogger("host").disabled,
+    ) == before
 
 
 def test_a_failing_migration_leaves_nothing_behind(url: str) -> None:
     # The second revision fails, for an index of that name is there already.
-    execute(url, DIFFLORE_DDL + DIFFLORE_INSERT + "; CREATE INDEX observation_events_sent_idx ON observation_events (id)")
+    execute(
+        url,
+        DIFFLORE_DDL + DIFFLORE_INSERT + "; CREATE INDEX observation_events_sent_idx ON observation_events (id)",
+    )
     before = query(url, "SELECT * FROM sqlite_master")
     with pytest.raises(StorageError, match="index observation_events_sent_idx already exists"):
         Outbox.open(url)
@@ -282,8 +300,11 @@ def test_a_difflore_file_is_adopted_without_touching_a_row(url: str) -> None:
         assert '"from_the_future":true' in client.batches[0][0].payload_json
 
         execute(url, DIFFLORE_INSERT)
-        execute(url, "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms)"
-                     " SELECT event_type, occurred_at_ms, payload_json, created_at_ms FROM observation_events WHERE id = 1")
+        execute(
+            url,
+            "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms)"
+            " SELECT event_type, occurred_at_ms, payload_json, created_at_ms FROM observation_events WHERE id = 1",
+        )
         assert outbox.flush(client).sent == 2
         assert statuses(outbox)[-2:] == ["sent", "sent"]
 

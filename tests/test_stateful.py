@@ -69,7 +69,9 @@ class OutboxMachine(RuleBasedStateMachine):
         self.now += seconds * 1_000
 
     def batch(self) -> list[int]:
-        return sorted(r for r, status in self.status.items() if status == "pending" and self.due[r] <= self.now)[:4]
+        return sorted(r for r, status in self.status.items() if status == "pending" and self.due[r] <= self.now)[
+            :4
+        ]
 
     @rule(answer=st.sampled_from([OK, DOWN, SLOW_DOWN, REVOKED]))
     def flush(self, answer) -> None:

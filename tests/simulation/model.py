@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 _ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events"
 _LEDGER = "SELECT status, event_type, events FROM observation_events_ledger WHERE reason = 'cap'"
-_EVER_INSERTED = "SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'"
+_EVER_INSERTED = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation_events'"
 
 
 @dataclass
@@ -115,7 +115,9 @@ class Operation:
         return [
             request.failure
             for request in self.requests
-            if request.ids == (row_id,) and isinstance(request.failure, HttpFailure) and is_permanent(request.failure)
+            if request.ids == (row_id,)
+            and isinstance(request.failure, HttpFailure)
+            and is_permanent(request.failure)
         ]
 
 
@@ -139,7 +141,9 @@ def is_transient(failure: UploadFailure | None) -> bool:
 class Model:
     """The table as it was after the last commit, and who holds which row."""
 
-    def __init__(self, observer: sqlite3.Connection, policy: Policy, server: Server, *, equal_clocks: bool) -> None:
+    def __init__(
+        self, observer: sqlite3.Connection, policy: Policy, server: Server, *, equal_clocks: bool
+    ) -> None:
         self._observer = observer
         self.policy = policy
         self.server = server
@@ -149,16 +153,15 @@ class Model:
         self.ever_inserted = 0
         self.holders: dict[int, Operation] = {}
         self.commits = 0
-        self.furthest_ms = 0
 
     def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str]], int]:
         rows = {row[0]: Row._make(row) for row in self._observer.execute(_ROWS)}
         deleted = Counter({(status, kind): events for status, kind, events in self._observer.execute(_LEDGER)})
-        return rows, deleted, self._observer.execute(_EVER_INSERTED).fetchone()[0]
+        return rows, deleted, self._observer.execute(_EVER_INSERTED).fetchone()[0] or 0
 
     def observe(self, process: Process, stage: Stage) -> None:
         """Check what the process has just committed."""
-        before, self_deleted, ever_inserted = self.rows, self.deleted, self.ever_inserted
+        before, deleted, ever_inserted = self.rows, self.deleted, self.ever_inserted
         self.rows, self.deleted, self.ever_inserted = self.read()
         self.commits += 1
         operation = process.operation
@@ -168,12 +171,12 @@ class Model:
         self._check_conservation()
         if born:
             self._check_born(operation, born)
-        if gone or self.deleted != self_deleted:
-            self._check_deleted(operation, gone, born, self.deleted - self_deleted)
-        changed = [
-            (old, self.rows[old.id]) for old in before.values() if old.id in self.rows and self.rows[old.id] is not old
-        ]
-        changed = [(old, new) for old, new in changed if old != new]
+        if gone or self.deleted != deleted:
+            self._check_deleted(operation, gone, born, self.deleted - deleted)
+        for row in gone:
+            self.holders.pop(row.id, None)
+        both = ((old, self.rows.get(row_id)) for row_id, old in before.items())
+        changed = [(old, new) for old, new in both if new is not None and old != new]
         if changed:
             self._check_changed(process, stage, before, changed)
 
@@ -260,8 +263,9 @@ class Model:
                 for row_id in ids:
                     self.holders.pop(row_id, None)
         self._check_settled_at_once(operation, moves)
-        self.furthest_ms = max(self.furthest_ms, *(new.next_attempt_at_ms for _, new in changed))
-        stage.note(process.name, "commits", ", ".join(f"{trigger} {sorted(ids)}" for trigger, ids in moves.items()))
+        stage.note(
+            process.name, "commits", ", ".join(f"{trigger} {sorted(ids)}" for trigger, ids in moves.items())
+        )
 
     def _explanations(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
         """Yield every trigger that this operation may pull on this row, with what the row must then be."""
@@ -333,8 +337,11 @@ class Model:
         if not limited and getattr(failure, "status", None) == 503:
             delay = max(delay, asked_ms or 0)
         due = now + delay + (now ^ old.id) % max(1, delay // 4)
-        yield "reschedule", old._replace(
-            status="pending", retry_count=retry_count, next_attempt_at_ms=due, last_error=str(failure)
+        yield (
+            "reschedule",
+            old._replace(
+                status="pending", retry_count=retry_count, next_attempt_at_ms=due, last_error=str(failure)
+            ),
         )
 
     def _check_against_table(self, trigger: str, old: Row, new: Row) -> None:
@@ -347,7 +354,9 @@ class Model:
         expected: dict[str, list[Row]] = {}
         if "claim" in moves:
             now = operation.now_ms
-            due = [r for r in before.values() if r.status in ("pending", "sending") and r.next_attempt_at_ms <= now]
+            due = [
+                r for r in before.values() if r.status in ("pending", "sending") and r.next_attempt_at_ms <= now
+            ]
             expected["claim"] = sorted(due, key=lambda row: row.age)[: self.policy.batch_size]
         if "unpark" in moves:
             parked = [row for row in before.values() if row.status == "parked"]
@@ -357,7 +366,9 @@ class Model:
             expected[trigger] = [row for row in before.values() if any(self._explanations(operation, row))]
         for trigger, rows in expected.items():
             if moves[trigger] != {row.id for row in rows}:
-                raise Violation(MOVE, f"{trigger} took {sorted(moves[trigger])}, due were {[row.id for row in rows]}")
+                raise Violation(
+                    MOVE, f"{trigger} took {sorted(moves[trigger])}, due were {[row.id for row in rows]}"
+                )
 
     def _check_settled_at_once(self, operation: Operation, moves: dict[str, set[int]]) -> None:
         settled = {trigger for trigger in moves if trigger in ("deliver", "reschedule", "park", "abandon")}
@@ -368,7 +379,9 @@ class Model:
                 raise Violation(ATOMICITY, f"a second transaction for one answer: {moves}")
 
     def _say_why_not(self, operation: Operation, old: Row, new: Row) -> None:
-        what = f"{operation.kind} turned {old} into {new} with {operation.requests}, clock {operation.readings[-2:]}"
+        what = (
+            f"{operation.kind} turned {old} into {new} with {operation.requests}, clock {operation.readings[-2:]}"
+        )
         if new.status == "sent" and old.status != "sent":
             raise Violation(ACCEPTANCE, what)
         if old.status == "sending" and self.holders.get(old.id) is not operation:
@@ -404,4 +417,6 @@ class Model:
 
 
 def _revived(old: Row, *, now: int, due: int) -> Row:
-    return old._replace(status="pending", retry_count=0, last_error=None, next_attempt_at_ms=due, revived_at_ms=now)
+    return old._replace(
+        status="pending", retry_count=0, last_error=None, next_attempt_at_ms=due, revived_at_ms=now
+    )

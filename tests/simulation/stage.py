@@ -7,12 +7,15 @@ what the director decides.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -65,6 +68,7 @@ class Process:
         self.name = name
         self.stage: Stage = None  # type: ignore[assignment]  # it enters one before it runs
         self.engine = seat.engine
+        self._seat = seat
         self.at = "start"
         self.doomed = self.idle = self.done = False
         self.waits_for_lock = False
@@ -106,13 +110,14 @@ class Process:
                 except ProcessDied:
                     self._bury()
                     if self.stage.closing:
-                        return
+                        return None
                     self.begin("start")
                     self.doomed = False
         except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
             self.stage.fail(error)
         finally:
             self._bury()
+            self._seat.process = None
             self.done = True
             self.stage.leave()
 
@@ -132,7 +137,7 @@ class Stage:
         self.director = director
         self.model = model
         self.processes: list[Process] = []
-        self.now_ms = NOON_MS
+        self.now_ms = self.furthest_ms = NOON_MS
         self.current: Process | None = None
         self.writer: Connection | None = None
         self.closing = False
@@ -148,7 +153,10 @@ class Stage:
         self.processes = list(processes)
         for process in processes:
             process.stage = self
-        with mock.patch.object(clock, "time", self):
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(logging.getLogger("outbox"), "disabled", new=True))
+            for reader in _readers_of_the_clock():
+                patches.enter_context(mock.patch.object(reader, "now_ms", self.read_clock))
             for process in processes:
                 process.thread.start()
             following = self._choose()
@@ -164,19 +172,21 @@ class Stage:
         if self.failure is not None:
             raise self.failure
 
-    def time_ns(self) -> int:
-        """Return what the clock of the process that runs shows; it stands in for the module `time`."""
+    def read_clock(self) -> int:
+        """Return what the clock of the process that runs shows."""
         process = self.current
-        if process is None:
-            return self.now_ms * 1_000_000
+        assert process is not None
         reading = self.now_ms + process.clock_offset_ms
         process.operation.readings.append(reading)
-        return reading * 1_000_000
+        self.furthest_ms = max(self.furthest_ms, reading)
+        return reading
 
     def runnable(self) -> list[Process]:
         # Who waits for the lock can go on once the writer is done, be it by dying.
         free = self.writer is None
-        return [one for one in self.processes if not one.done and not one.idle and (free or not one.waits_for_lock)]
+        return [
+            one for one in self.processes if not one.done and not one.idle and (free or not one.waits_for_lock)
+        ]
 
     def wake(self) -> None:
         for process in self.processes:
@@ -210,6 +220,11 @@ class Stage:
             self.fail(error)
         self.current = following
         return following
+
+
+def _readers_of_the_clock() -> list[ModuleType]:
+    loaded = [module for name, module in sys.modules.items() if name.partition(".")[0] == "outbox"]
+    return [module for module in loaded if vars(module).get("now_ms") is clock.now_ms]
 
 
 class Connection(sqlite3.Connection):
@@ -262,6 +277,8 @@ class Connection(sqlite3.Connection):
         self._release_lock()
 
     def close(self) -> None:
+        with suppress(sqlite3.ProgrammingError):  # it is closed already
+            super().rollback()
         super().close()
         self._release_lock()
 
@@ -297,7 +314,8 @@ class Cursor(sqlite3.Cursor):
 class Seat:
     """An engine that outlives the runs, for its statements are compiled once only."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, theatre: Theatre, engine: Engine) -> None:
+        self._theatre = theatre
         self.engine = engine
         self.process: Process | None = None
         event.listen(engine, "do_connect", self._connect)
@@ -305,9 +323,11 @@ class Seat:
             pass  # what SQLAlchemy asks at its first connection belongs to no run
         engine.dispose()
 
-    def _connect(self, _dialect: object, _record: object, arguments: list[Any], options: dict[str, Any]) -> Connection:
+    def _connect(
+        self, _dialect: object, _record: object, _arguments: object, options: dict[str, Any]
+    ) -> Connection:
         options = {**options, "check_same_thread": False, "factory": Connection}
-        connection: Connection = sqlite3.connect(*arguments, **options)
+        connection: Connection = sqlite3.connect(self._theatre.path, **options)
         connection.execute(_PRAGMAS["busy_timeout"])
         connection.execute(_PRAGMAS["synchronous"])
         connection.process = self.process
@@ -317,34 +337,35 @@ class Seat:
 
 
 class Theatre:
-    """A database file and the seats at it, used again and again."""
+    """Where the database files are, and the seats at them, used again and again."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "outbox.db"
         self._template = folder / "template.db"
-        self._url = f"sqlite:///{self._path}"
         Outbox.open(f"sqlite:///{self._template}").close()
-        shutil.copyfile(self._template, self._path)
+        self.path = self._template
         self._seats: dict[str, Seat] = {}
+        self._runs = 0
 
     def seat(self, name: str, *, of_host: bool = False) -> Seat:
         """Return the seat of that name; a host's engine has SQLAlchemy's settings, not ours."""
         if name not in self._seats:
-            self._seats[name] = Seat(create_engine(self._url) if of_host else open_engine(self._url))
+            url = f"sqlite:///{self._template}"
+            self._seats[name] = Seat(self, create_engine(url) if of_host else open_engine(url))
         return self._seats[name]
 
     @contextmanager
     def empty_database(self) -> Iterator[sqlite3.Connection]:
-        """Put an empty database into the file; yield a connection that watches it."""
-        for suffix in ("-wal", "-shm"):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        shutil.copyfile(self._template, self._path)
-        observer = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        """Put an empty database in place; yield a connection that watches it."""
+        # A file of its own: SQLite keeps one open while some cursor of a dead process is not yet collected.
+        self._runs += 1
+        self.path = self._template.with_name(f"{self._runs}.db")
+        shutil.copyfile(self._template, self.path)
+        observer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             yield observer
         finally:
+            for seat in self._seats.values():
+                seat.engine.dispose()
             observer.close()
-
-    def close(self) -> None:
-        for seat in self._seats.values():
-            seat.engine.dispose()
+            for path in self.path.parent.glob(f"{self.path.name}*"):
+                path.unlink()

@@ -1,0 +1,447 @@
+"""One world a seed: several flushers, programs that enqueue, an operator, and whatever can go wrong.
+
+A seed first chooses which kinds of trouble its world knows at all, so that rare ones are not drowned by the others.
+Each concern draws from a stream of its own: leaving out one kind changes the others as little as possible, which is
+what makes a failing world shrink.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox import BatchItem, FixOutcome, HttpFailure, Outbox, Policy, RuleFired, StorageError, TransportFailure
+
+from .model import LIVENESS, LOSS, REPORT, WEEK_MS, Model, Violation
+from .server import Answer, Client, Server
+from .stage import NOON_MS, Director, Process, Stage, Theatre
+
+NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
+
+CRASH, DATABASE, LOST_COMMIT, LOST_ANSWER = "crash", "database", "lost-commit", "lost-answer"
+SKEW, JUMP, LEAP = "skew", "jump", "leap"
+DOWN, LIMIT, AUTH, DRIFT, BUG = "down", "limit", "auth", "drift", "bug"
+POISON, SPOILT, HOST, OPERATOR, CAP = "poison", "spoilt", "host", "operator", "cap"
+KINDS = (
+    CRASH, DATABASE, LOST_COMMIT, LOST_ANSWER, SKEW, JUMP, LEAP, DOWN, LIMIT, AUTH, DRIFT, BUG, POISON, SPOILT, HOST,
+    OPERATOR, CAP,
+)  # fmt: skip
+TICKS = 1_500
+
+# The longest back-off with its jitter, the lease of whoever died last, and parked rows that come back two by two.
+_GRACE_MS = 1_920_000 * 5 // 4 + 60_000 + 60 // 2 * 5_000
+
+
+class Bug(Exception):  # noqa: N818 - it plays a client's bug
+    """What a client raises that is no failed upload."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One world. Without `kinds` the seed chooses them."""
+
+    seed: int
+    ticks: int = TICKS
+    kinds: frozenset[str] | None = None
+
+    def chosen_kinds(self) -> frozenset[str]:
+        if self.kinds is not None:
+            return self.kinds
+        draw = stream(self.seed, "kinds")
+        share = draw.choice((0.3, 0.6, 0.9))
+        return frozenset(kind for kind in KINDS if draw.random() < share)
+
+
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    ticks: int
+    commits: int
+    trace: Sequence[str]
+    failure: BaseException | None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
+
+    @property
+    def broken(self) -> str:
+        """What was broken; worlds that break the same are taken for one bug."""
+        return getattr(self.failure, "invariant", type(self.failure).__name__)
+
+
+def stream(seed: int, name: str) -> random.Random:
+    return random.Random(f"{seed} {name}")  # noqa: S311 - it has to be the same every time
+
+
+class World(Director):
+    """Decides from the seed alone."""
+
+    def __init__(self, case: Case, theatre: Theatre) -> None:
+        self.case = case
+        self.kinds = case.chosen_kinds()
+        self._theatre = theatre
+        self._schedule, self._trouble, self._weather, self._time, self.work = (
+            stream(case.seed, name) for name in ("schedule", "trouble", "weather", "time", "work")
+        )
+        shape = stream(case.seed, "shape")
+        self.policy = Policy(
+            batch_size=shape.choice((1, 2, 3, 8, 9, 16, 24)),
+            max_rows=shape.choice((4, 9, 20, 40)) if CAP in self.kinds else 60,
+            unpark_limit=shape.choice((2, 256)),
+        )
+        self._flushers = shape.choice((1, 2, 2, 3, 4))
+        self._stay = shape.choice((0.0, 0.5, 0.9))
+        self._fault_rate = shape.choice((0.002, 0.01, 0.03))
+        self._crash_rate = shape.choice((0.001, 0.004, 0.02))
+        self.calm = False
+        self.server = Server(self._answer)
+        self._sky: Callable[[], Answer] = Answer
+        self._skies = self._possible_skies()
+        self._deadline_ms = 0
+        self._last: Process | None = None
+
+    def run(self) -> Result:
+        failure = None
+        with self._theatre.empty_database() as observer:
+            equal_clocks = not {SKEW, JUMP} & self.kinds
+            self.model = Model(observer, self.policy, self.server, equal_clocks=equal_clocks)
+            stage = Stage(self, self.model)
+            try:
+                stage.play(self._cast())
+                self._check_end()
+            except Exception as error:  # noqa: BLE001 - it is the result
+                failure = error
+        return Result(self.case, stage.ticks, self.model.commits, stage.trace, failure)
+
+    def _cast(self) -> list[Process]:
+        lives: list[tuple[str, Callable[[Process], None]]] = [("writer", self._write)]
+        lives += [(f"flusher{number}", self._flush) for number in range(self._flushers)]
+        if HOST in self.kinds:
+            lives.append(("host", self._host))
+        if SPOILT in self.kinds:
+            lives.append(("foreign", self._insert_past_us))
+        if OPERATOR in self.kinds:
+            lives.append(("operator", self._operate))
+        cast = [Process(name, self._theatre.seat(name, of_host=name == "host"), life) for name, life in lives]
+        if SKEW in self.kinds:
+            for process in cast:
+                process.clock_offset_ms = self._time.choice(
+                    (0, 0, 1, -1, 700, -60_000, 60_000, 61_500, -3_600_000)
+                )
+        return cast
+
+    # What the processes do
+
+    def _open(self, process: Process) -> Outbox:
+        while True:
+            try:
+                return Outbox(process.engine, policy=self.policy)
+            except StorageError:
+                process.rest()
+
+    def _flush(self, process: Process) -> None:
+        outbox = self._open(process)
+        client = Client(process, self.server)
+        while True:
+            operation = process.begin("flush")
+            to_the_end = self.work.random() < 0.2
+            try:
+                report = outbox.flush_all(client) if to_the_end else outbox.flush(client)
+            except (StorageError, Bug, KeyboardInterrupt) as error:
+                if not operation.troubled:
+                    raise
+                process.stage.note(process.name, "gets", type(error).__name__)
+                process.rest()
+                continue
+            process.stage.note(process.name, "reports", report)
+            outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
+            if outcomes != report.claimed:
+                raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")
+            process.begin("rest")
+            if report.claimed == 0 or (not self.calm and self.work.random() < 0.3):
+                process.rest()
+            else:
+                process.pause("goes on")
+
+    def _write(self, process: Process) -> None:
+        outbox = self._open(process)
+        while True:
+            if self.calm and not self._needs_a_sign_of_life():
+                process.rest()
+                continue
+            operation = process.begin("enqueue")
+            events = self._events()
+            try:
+                ids = outbox.enqueue_many(events) if len(events) > 1 else [outbox.enqueue(events[0])]
+            except StorageError:
+                if not operation.troubled:
+                    raise
+                if operation.inserted and not operation.commit_lost:
+                    raise Violation(LOSS, "enqueue failed, and yet inserted rows") from None
+            else:
+                if operation.inserted != len(events) and not operation.commit_lost:
+                    raise Violation(LOSS, f"{operation.inserted} of {len(events)} events were inserted")
+                self.model.enqueued([row_id or 0 for row_id in ids])
+            process.rest()
+
+    def _host(self, process: Process) -> None:
+        """Enqueue in a transaction of its own, with an engine of its own."""
+        outbox = self._open(process)
+        while not self.calm:
+            operation = process.begin("session")
+            try:
+                # Without begin(), a session whose commit fails gives its connection back with the transaction open.
+                with Session(process.engine) as session, session.begin() as transaction:
+                    ids = [outbox.enqueue(event, session=session) or 0 for event in self._events()]
+                    if operation.inserted:
+                        raise Violation(LOSS, "enqueue committed the caller's transaction")
+                    if self.work.random() < 0.3:
+                        transaction.rollback()
+                        ids = []
+            except DBAPIError:
+                if not operation.troubled:
+                    raise
+            else:
+                if operation.inserted != len(ids):
+                    raise Violation(
+                        LOSS, f"the caller committed {len(ids)} events, {operation.inserted} are there"
+                    )
+                self.model.enqueued(ids)
+            process.rest()
+
+    def _insert_past_us(self, process: Process) -> None:
+        """Insert as an older program does, now and then what nobody can decode."""
+        statement = text(
+            "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, next_attempt_at_ms, created_at_ms)"
+            " VALUES ('rule_fired', :now, :payload, :now, :now)"
+        )
+        sound = '{"event_type":"rule_fired","rule_ids":["r1"],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
+        while not self.calm:
+            process.begin("foreign")
+            payload = self.work.choice((sound, "spoilt", '{"event_type":"spoilt"}'))
+            with suppress(DBAPIError), process.engine.begin() as connection:
+                now = process.stage.read_clock()
+                connection.execute(statement, {"now": now, "payload": payload})
+            process.rest()
+
+    def _operate(self, process: Process) -> None:
+        outbox = self._open(process)
+        while not self.calm:
+            kind = self.work.choice(("retry_now", "requeue", "look"))
+            cutoff_ms = process.stage.now_ms + self.work.choice((1, -1_000, -600_000))
+            operation = process.begin(kind, cutoff_ms=cutoff_ms)
+            try:
+                if kind == "retry_now":
+                    outbox.retry_now()
+                elif kind == "requeue":
+                    outbox.requeue_abandoned(older_than=cutoff_ms, dry_run=self.work.random() < 0.2)
+                else:
+                    outbox.stats()
+                    outbox.pending_count()
+            except StorageError:
+                if not operation.troubled:
+                    raise
+            process.rest()
+
+    def _events(self) -> list[RuleFired | FixOutcome]:
+        count = self.work.choice((1, 1, 1, 2, 3, 8, 20))
+        return [self._event() for _ in range(1 if self.calm else count)]
+
+    def _event(self) -> RuleFired | FixOutcome:
+        poison = not self.calm and POISON in self.kinds and self.work.random() < 0.15
+        session_id = "poison" if poison else "s1"
+        if self.work.random() < 0.5:
+            return RuleFired(rule_ids=["r1"], session_id=session_id, fired_at=NOON)
+        return FixOutcome(rule_id="r1", session_id=session_id, accepted=True, occurred_at=NOON)
+
+    # What the server answers
+
+    def _possible_skies(self) -> list[Callable[[], Answer]]:
+        skies: list[Callable[[], Answer]] = [Answer, Answer, Answer]
+        if DOWN in self.kinds:
+            skies += [
+                lambda: _failed(TransportFailure("connection refused")),
+                lambda: _failed(HttpFailure(self._weather.choice((500, 502, 301, 302, 100, 408, 425)), "Trouble")),
+                lambda: _failed(
+                    HttpFailure(503, "Trouble", retry_after_ms=self._weather.choice((None, 1_000, 300_000)))
+                ),
+            ]
+        if LIMIT in self.kinds:
+            skies.append(
+                lambda: _failed(
+                    HttpFailure(429, "Slow", retry_after_ms=self._weather.choice((None, 1_000, 40_000)))
+                )
+            )
+        if AUTH in self.kinds:
+            skies.append(lambda: _failed(HttpFailure(self._weather.choice((401, 403)), "Who")))
+            skies.append(self._logged_out)
+        if DRIFT in self.kinds:
+            skies.append(lambda: _failed(HttpFailure(self._weather.choice((400, 404, 413, 422)), "No")))
+        if LOST_ANSWER in self.kinds:
+            skies += [
+                lambda: Answer(TransportFailure("reset by peer")),
+                lambda: Answer(HttpFailure(self._weather.choice((500, 504)), "Late")),
+            ]
+        if BUG in self.kinds:
+            skies.append(lambda: _failed(self._weather.choice((Bug("bug"), KeyboardInterrupt()))))
+        return skies
+
+    def _logged_out(self) -> Answer:
+        self.server.logged_in = False
+        return _failed(HttpFailure(401, "Who"))
+
+    def _answer(self, batch: Sequence[BatchItem]) -> Answer:
+        sky: Callable[[], Answer] = Answer
+        if not self.calm:
+            sky = self._sky if self._weather.random() < 0.8 else self._weather.choice(self._skies)
+        answer = sky()
+        if answer.stored and any("poison" in item.payload_json for item in batch):
+            return _failed(HttpFailure(422, "No", "poison"))
+        return answer
+
+    # What happens when
+
+    def choose(self) -> Process | None:
+        stage = self.stage
+        stage.ticks += 1
+        if stage.ticks > self.case.ticks and not self.calm:
+            self._calm_down()
+        if not self.calm:
+            self._stir()
+        runnable = stage.runnable()
+        while not runnable:
+            if self.calm and not self.model.undelivered():
+                return None
+            self._let_time_pass()
+            runnable = stage.runnable()
+        if self._last in runnable and self._schedule.random() < self._stay:
+            return self._last
+        self._last = self._schedule.choice(runnable)
+        return self._last
+
+    def database_fault(self, process: Process, step: str) -> str | None:
+        if self.calm or DATABASE not in self.kinds or self._trouble.random() >= self._fault_rate:
+            return None
+        return "database is locked" if step == "BEGIN IMMEDIATE" else f"disk I/O error at {step}"
+
+    def loses_commit(self, process: Process) -> bool:
+        return not self.calm and LOST_COMMIT in self.kinds and self._trouble.random() < self._fault_rate
+
+    def _stir(self) -> None:
+        stage = self.stage
+        roll = self._time.random()
+        if roll < 0.04:
+            self._let_time_pass()
+        elif roll < 0.045 and JUMP in self.kinds:
+            process = self._time.choice(stage.processes)
+            process.clock_offset_ms += self._time.choice((-3_600_000, -60_000, -1_000, 1_000, 60_000, 3_600_000))
+            stage.note(process.name, "clock jumps to", process.clock_offset_ms)
+        if CRASH in self.kinds and self._trouble.random() < self._crash_rate:
+            self._trouble.choice(stage.processes).doomed = True
+        if self._weather.random() < 0.03:
+            self.server.logged_in = True
+            self._sky = self._weather.choice(self._skies)
+
+    def _let_time_pass(self) -> None:
+        stage = self.stage
+        stage.now_ms += self._until_due() if self.calm else self._some_time()
+        stage.note("time", "is", stage.now_ms - NOON_MS)
+        stage.wake()
+
+    def _some_time(self) -> int:
+        roll = self._time.random()
+        if roll < 0.5:
+            return self._time.randint(1, 400)
+        if roll < 0.55:
+            return 61_000
+        return self._to_a_boundary() or self._time.randint(1, 30_000)
+
+    def _to_a_boundary(self) -> int | None:
+        """Return how far it is to a moment at which some row changes its nature, or a millisecond beside it."""
+        draw = self._time
+        process = draw.choice(self.stage.processes)
+        if not self.model.rows:
+            return None
+        row = self.model.rows[draw.choice(list(self.model.rows))]
+        if process.operation.uploading:
+            row = self.model.rows.get(draw.choice(process.operation.requests[-1].ids), row)
+        boundary = row.next_attempt_at_ms
+        if LEAP in self.kinds and draw.random() < 0.3:
+            boundary = row.gave_chance_at() + WEEK_MS
+        now = self.stage.now_ms + process.clock_offset_ms
+        distance = boundary + draw.choice((-1, 0, 0, 0, 1)) - now
+        return distance if distance > 0 else None
+
+    # The end: nothing fails any more
+
+    def _calm_down(self) -> None:
+        stage = self.stage
+        self.calm = True
+        self.server.logged_in = True
+        for process in stage.processes:
+            process.clock_offset_ms = 0
+        stage.wake()
+        stage.note("world", "calms down")
+        self._deadline_ms = max(stage.now_ms, stage.furthest_ms) + _GRACE_MS
+
+    def _needs_a_sign_of_life(self) -> bool:
+        # What is parked waits for a success, and when nothing else is left, only a new event brings one.
+        return {row.status for row in self.model.undelivered()} == {"parked"}
+
+    def _until_due(self) -> int:
+        now = self.stage.now_ms
+        if now > self._deadline_ms:
+            raise Violation(LIVENESS, f"still there at {now}: {self.model.undelivered()}")
+        due = [row.next_attempt_at_ms for row in self.model.undelivered() if row.status != "parked"]
+        return max(1, min(due, default=now) - now)
+
+    def _check_end(self) -> None:
+        for row in self.model.rows.values():
+            if row.status == "sent" and row.id not in self.server.stored:
+                raise Violation(LOSS, f"{row} is nowhere")
+        with Outbox(self._theatre.seat("flusher0").engine, policy=self.policy) as outbox:
+            seen = outbox.stats()
+            if sum(entry.events for entry in seen.deleted) + sum(seen.counts.values()) != self.model.ever_inserted:
+                raise Violation(REPORT, f"of {self.model.ever_inserted} events stats() knows {seen}")
+
+
+def _failed(error: BaseException) -> Answer:
+    return Answer(error, stored=False)
+
+
+def run(case: Case, theatre: Theatre) -> Result:
+    return World(case, theatre).run()
+
+
+def shrink(result: Result, theatre: Theatre) -> Result:
+    """Return a shorter world that breaks the same promise: fewer kinds of trouble, fewer ticks."""
+    best = result
+
+    def still_breaks(ticks: int, kinds: frozenset[str]) -> bool:
+        nonlocal best
+        found = run(replace(best.case, ticks=ticks, kinds=kinds), theatre)
+        if found.failure is None or found.broken != result.broken:
+            return False
+        # What fails before the world calms down needs no tick behind it.
+        best = replace(found, case=replace(found.case, ticks=min(ticks, found.ticks)))
+        return True
+
+    kinds = result.case.chosen_kinds()
+    for kind in KINDS:
+        if kind in kinds and still_breaks(best.case.ticks, kinds - {kind}):
+            kinds -= {kind}
+    step = best.case.ticks // 2
+    while step:
+        if step > best.case.ticks or not still_breaks(best.case.ticks - step, kinds):
+            step //= 2
+    still_breaks(best.case.ticks, kinds)
+    return best

@@ -1,0 +1,56 @@
+"""Running worlds, seed after seed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .chaos import TICKS, Case, Result, run, shrink
+from .stage import Theatre
+
+LAST_STEPS = 60
+
+
+@contextmanager
+def theatre() -> Iterator[Theatre]:
+    """Open a theatre in memory, where the system has such a place."""
+    memory = Path("/dev/shm")  # noqa: S108 - it is where the database is fastest
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Theatre(Path(folder))
+
+
+def run_seeds(first: int, last: int, ticks: int = TICKS) -> tuple[int, int, Result | None]:
+    """Run seeds until one fails; return the ticks, the commits and the failed world, shrunk."""
+    all_ticks = commits = 0
+    with theatre() as stage:
+        for seed in range(first, last):
+            result = run(Case(seed, ticks), stage)
+            all_ticks += result.ticks
+            commits += result.commits
+            if result.failure is not None:
+                return all_ticks, commits, shrink(result, stage)
+    return all_ticks, commits, None
+
+
+def report(result: Result) -> str:
+    case = result.case
+    kinds = ",".join(sorted(case.chosen_kinds()))
+    return "\n".join(
+        [
+            *result.trace[-LAST_STEPS:],
+            *traceback.format_exception(result.failure),
+            f"seed {case.seed} breaks {result.failure}",
+            f"again: python -m tests.simulation --seed {case.seed} --ticks {case.ticks} --kinds {kinds or 'none'}",
+            f"trace {result.digest}",
+        ]
+    )
+
+
+def run_chunk(bounds: tuple[int, int, int]) -> tuple[int, int, int, str | None]:
+    first, last, ticks = bounds
+    all_ticks, commits, failed = run_seeds(first, last, ticks)
+    return last - first, all_ticks, commits, None if failed is None else report(failed)
