@@ -197,4 +197,5 @@ def _asked_delay_ms(failure: UploadFailure) -> int | None:
 
 
 def _cut(text: str) -> str:
-    return text[:MAX_ERROR_LENGTH]
+    # A text that no database can store would keep the row from ever being settled.
+    return text[:MAX_ERROR_LENGTH].replace("\0", "\ufffd").encode(errors="replace").decode()

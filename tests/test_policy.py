@@ -203,6 +203,10 @@ def test_an_error_text_is_cut_to_2048_characters(status: int) -> None:
     assert len(error) == 2_048
 
 
+def test_an_error_text_is_one_that_every_database_can_store() -> None:
+    assert judge(HttpFailure(422, "a\0b", "c\ud800d")).values["last_error"] == "permanent: 422 a\ufffdb: c?d"
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_policy_refuses_what_is_no_positive_whole_number(value: object) -> None:
     with pytest.raises(ConfigurationError, match="batch_size is .*, expected a whole number above 0"):
