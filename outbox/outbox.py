@@ -198,6 +198,6 @@ def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
 def _epoch_ms(when: datetime | int) -> int:
     if isinstance(when, datetime) and when.utcoffset() is not None:
         return epoch_ms(when)
-    if isinstance(when, int):
+    if isinstance(when, int) and abs(when) < 2**63:
         return when
     raise ConfigurationError(f"older_than is {when!r}, expected a datetime with a time zone or epoch milliseconds")

@@ -28,12 +28,12 @@ from sqlalchemy import (
     union_all,
     update,
 )
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.functions import FunctionElement
 
 from outbox.database import reading
-from outbox.failures import StorageError
 from outbox.lifecycle import MOVES, Status
 from outbox.models import LedgerEntry, ObservationEvent
 from outbox.policy import Outcome
@@ -314,7 +314,7 @@ class Store:
                 deleted = _trim(transaction, max_rows=max_rows, now_ms=now_ms)
                 trimming = False
             return ids, deleted == _TRIM_SLICE
-        except StorageError as error:
+        except Exception as error:
             if not trimming:
                 raise
             log.warning("capping the queue failed, the events are kept: %s", error)
@@ -323,7 +323,10 @@ class Store:
 
     def insert_in(self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]]) -> list[int]:
         """Insert rows on the connection of the caller's session, in its transaction, and do nothing else."""
-        connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+        try:
+            connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+        except UnboundExecutionError:  # a session that is bound by the host's own models
+            connection = session.connection(bind_arguments={"bind": self.engine})
         return list(connection.scalars(_INSERT_IN_SESSION, rows))
 
     def claim(self, *, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
@@ -444,7 +447,9 @@ def _trim(transaction: Transaction, *, max_rows: int, now_ms: int) -> int:
 
 
 def _count_deleted(transaction: Transaction, deleted: Counter[tuple[Any, ...]], *, reason: str) -> None:
-    for (status, event_type), number in deleted.items():
+    for (status, found), number in deleted.items():
+        # What is not UTF-8 can be read as it is, but not written.
+        event_type = found.encode(errors="surrogateescape").decode(errors="replace")
         if not transaction.change(
             _COUNT_DELETED, the_status=status, the_event_type=event_type, the_reason=reason, more=number
         ):
