@@ -26,6 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError, StorageError
+from outbox.forks import Gate
 
 Synchronous = Literal["FULL", "NORMAL"]
 
@@ -47,25 +48,28 @@ _ADVICE = (
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
+use = Gate()
+"""Whoever uses a connection is inside."""
+
 
 def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> Engine:
     """Return an engine of our own, which the caller disposes of.
 
     On SQLite: write-ahead log, writing transactions begin with BEGIN IMMEDIATE, and `synchronous` FULL keeps an
     event that enqueue accepted even through a power cut, NORMAL only through a crash of the program. The file
-    itself is not created here. Raises `ConfigurationError` for what is no SQLAlchemy URL.
+    itself is not created here. Raises `ConfigurationError` for a URL that can't be used.
     """
     url = _parse(database)
     if synchronous not in ("FULL", "NORMAL"):
         raise ConfigurationError(f"synchronous is {synchronous!r}, expected 'FULL' or 'NORMAL'")
     if url.get_backend_name() != "sqlite":
-        engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
+        engine = _create_engine(url, pool_pre_ping=True)
     else:
         options: dict[str, Any] = {"poolclass": QueuePool}
         if sqlite_file(url) is None:
             # A database in memory lives in one connection, which the threads share in turns.
             options |= {"pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
-        engine = create_engine(url, hide_parameters=True, **options)
+        engine = _create_engine(url, **options)
         _set_up_sqlite(engine, synchronous)
         _watch_file(engine)
     _own_engines.add(engine)
@@ -102,8 +106,16 @@ def create_file(url: URL) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         pass
-    except OSError as error:
-        raise StorageError(f"can't create the database {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"can't create the database {path}: {_in_words(error)}") from error
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is such a file. Raises `StorageError` where that can't be told."""
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"can't look for the database {path}: {_in_words(error)}") from error
 
 
 @contextmanager
@@ -113,7 +125,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     On SQLite a transaction that read first fails as soon as it wants to write and another one wrote in between.
     Raises `StorageError` for what the database refuses.
     """
-    with translated(engine), engine.begin() as connection:
+    with use.inside(), translated(engine), engine.begin() as connection:
         if engine.dialect.name == "sqlite" and not in_transaction(connection.connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
@@ -122,17 +134,20 @@ def writing(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
-    with translated(engine), engine.execution_options(outbox_reading=True).connect() as connection:
+    options = {"outbox_reading": True}
+    with use.inside(), translated(engine), engine.execution_options(**options).connect() as connection:
         yield connection
 
 
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
     """Raise `StorageError` for what the database refuses, in the driver's own words and with advice."""
-    # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them.
+    # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them; the last two
+    # from values that the database can't hold.
+    driver = engine.dialect.loaded_dbapi.Error
     try:
         yield
-    except (DBAPIError, PoolTimeoutError, engine.dialect.loaded_dbapi.Error) as error:
+    except (DBAPIError, PoolTimeoutError, driver, OverflowError, UnicodeEncodeError) as error:
         # Only the driver's own words: SQLAlchemy's would repeat the statement.
         words = str(getattr(error, "orig", None) or error)
         advice = next((f"; {advice}" for part, advice in _ADVICE if part in words), "")
@@ -156,6 +171,7 @@ def _parse(database: str | URL) -> URL:
     # No message repeats the URL: a password may stand in it.
     try:
         url = make_url(database)
+        url.render_as_string()  # messages show it, which needs Unicode
         url.get_dialect().import_dbapi()
     except (ArgumentError, ValueError):
         raise ConfigurationError(
@@ -164,6 +180,19 @@ def _parse(database: str | URL) -> URL:
     except ImportError as error:
         raise ConfigurationError(f"the database's driver is not installed: {error}") from None
     return url
+
+
+def _create_engine(url: URL, **options: Any) -> Engine:
+    try:
+        return create_engine(url, hide_parameters=True, **options)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
+        ) from None
+
+
+def _in_words(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
@@ -190,7 +219,7 @@ def _watch_file(engine: Engine) -> None:
 
     @event.listens_for(engine, "do_connect")
     def _refuse_missing(*_: object) -> None:
-        if not path.exists():  # SQLite would create it, empty and readable by all
+        if not is_there(path):  # SQLite would create it, empty and readable by all
             raise StorageError(f"there is no database {path}; restore it, or `outbox upgrade` creates a new one")
 
     @event.listens_for(engine, "connect")
@@ -231,11 +260,20 @@ def in_transaction(connection: PoolProxiedConnection) -> bool:
     return bool(dbapi_connection.in_transaction)
 
 
-def _forget_connections() -> None:
-    # A connection that parent and child both use would mix their transactions.
+def _close_files() -> None:
+    use.shut(BUSY_TIMEOUT_MS)
     for engine in list(_own_engines):
-        engine.dispose(close=False)
+        if sqlite_file(engine.url) is not None:
+            engine.dispose()
+
+
+def _forget_connections() -> None:
+    for engine in list(_own_engines):
+        # A connection that parent and child both use would mix their transactions. One to memory is a copy.
+        if engine.dialect.name != "sqlite" or sqlite_file(engine.url) is not None:
+            engine.dispose(close=False)
+    use.open_in_child()
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_forget_connections)
+    os.register_at_fork(before=_close_files, after_in_parent=use.open, after_in_child=_forget_connections)

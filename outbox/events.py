@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -65,6 +67,10 @@ class _Registry:
                 decoder = self._decoder = _union_decoder(list(self._types.values()))
         return decoder
 
+    def unlock(self) -> None:
+        """Forget who holds the lock: a thread that a fork has not copied would hold it for ever."""
+        self._lock = threading.Lock()
+
 
 def _replaces(known: type[Event], other: type[Event]) -> bool:
     # In a notebook a type is defined again and again, and one inside a function whenever that is called.
@@ -86,6 +92,9 @@ def _union_decoder(types: list[type[Event]]) -> msgspec.json.Decoder[Event]:
 
 
 _registry = _Registry()
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_registry.unlock)
 
 
 class _EventMeta(msgspec.StructMeta):

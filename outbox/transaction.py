@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Dialect, Engine, Select, UpdateBase
 
-from outbox.database import in_transaction, translated
+from outbox.database import in_transaction, translated, use
 
 
 class Transaction:
@@ -86,7 +86,7 @@ class Writer:
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Like `writing`, on the driver's own cursor."""
-        with translated(self.engine):
+        with use.inside(), translated(self.engine):
             connection = self.engine.raw_connection()
             try:
                 cursor = connection.cursor()
