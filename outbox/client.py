@@ -61,8 +61,11 @@ class HttpClient:
     this machine. `verify` is a CA bundle or directory; None takes it from the environment, True is the bundle
     of requests. The environment is read once, here; `.netrc` is never read.
 
+    No text, log record or traceback of ours shows a credential, local variables included. What does hold them:
+    the attributes of the client, the caller's own variables, and a dump of the memory.
+
     Threads can share a client, and it can be used after a fork: each thread has its own connection, kept
-    alive until `close` or until the client is gone.
+    alive until `close`, or until the thread or the client is gone.
     Raises `ConfigurationError` for a setting that can't work.
     """
 

@@ -36,7 +36,12 @@ WORDS = [
     *cli.main.commands, "--json", "--state", "--type", "--older-than", "--limit", "--dry-run", "--all", "--url",
     "--skip-invalid", "--help", "--version", "--database", "--types", "--", "-", "-h", "pending", "abandoned", "sent",
     "0s", "7d", "999999d", "2026-11-24T12:00:00Z", "0001-01-01T00:00:00+23:59", "1", "0", "-1", str(2**63 - 1),
-    str(2**63), "https://example.com", "http://[::1", "sqlite://", "postgresql://", "nul\0", "\udcff", "rule_fired",
+    str(2**63), "https://example.com", "http://[::1", "sqlite://", "postgresql://", "\udcff", "rule_fired",
+]  # fmt: skip
+TOKENS = [rf"\"{name}\":" for name in (*FIELDS, "retryAfterSec")] + [
+    "null", "true", "1e999", "-0.0", "[[[[", "9223372036854775808", r"\"2026-11-24T12:00:00+23:59\"", r"\\ud800",
+    *(rf"\"{document['event_type']}\"" for document in VALID), "://", "?uri=true", "&mode=memory", "@", "%00", "[::1]",
+    "GMT", "Mon, ", "sqlite:///",
 ]  # fmt: skip
 # These would wait for requests, or show a demonstration of a minute.
 ENDLESS = {"receive", "demo"}
@@ -174,7 +179,7 @@ def arguments(data: bytes) -> None:
     chosen: list[str] = []
     while provider.remaining_bytes() and len(chosen) < 8:
         word = provider.PickValueInList(WORDS) if provider.ConsumeBool() else any_text(provider)
-        chosen.append(word)
+        chosen.append(word.replace("\0", ""))  # no system passes one on
     if ENDLESS & {*chosen}:
         return
     run(chosen, provider.ConsumeBytes(200) or json.dumps(VALID[0]).encode())

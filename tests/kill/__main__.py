@@ -29,11 +29,11 @@ from .programs import HOUR_MS, POISON, TOKEN, event, url_of
 from .steps import Steps
 
 # A lease of a second or two, or the rows of each that is killed would be out of the game for a minute.
-POLICY = Policy(batch_size=16, lease_ms=2_000, backoff_ms=10, rate_limit_ms=10, max_rows=2_000, unpark_spread_ms=10)
+POLICY = Policy(batch_size=16, lease_ms=2_000, backoff_ms=10, rate_limit_ms=10, max_rows=500, unpark_spread_ms=10)
 DEADLINE_MS = 1_500
-QUEUE_AT_MOST = 300
-STEPS_AT_MOST = 400
-LIFE_AT_MOST_S = 0.4
+QUEUE_AT_MOST = 100
+STEPS_AT_MOST = 3_000
+LIFE_AT_MOST_S = 1.0
 
 
 class Weather(IngestServer):

@@ -10,7 +10,9 @@ a flush does behind its settlement is left out: with so few rows and none of the
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest import mock
@@ -26,11 +28,16 @@ T = TypeVar("T")
 _STEPS = {"before BEGIN IMMEDIATE", BEFORE_UPLOAD, AFTER_UPLOAD, "rest"}
 _LONG_ENOUGH_MS = 3 * 60 * 60 * 1_000
 
-_INSERT = (
-    "INSERT INTO observation_events (event_type, payload_json, occurred_at_ms, next_attempt_at_ms, created_at_ms)"
-    """ VALUES ('rule_fired', '{"event_type":"rule_fired","rule_ids":[],"session_id":"s1","""
-    """"fired_at":"2026-11-24T12:00:00Z"}', ?, ?, ?)"""
-)
+_START = """
+    BEGIN IMMEDIATE;
+    DELETE FROM observation_events;
+    DELETE FROM sqlite_sequence;
+    INSERT INTO observation_events (event_type, payload_json, occurred_at_ms, next_attempt_at_ms, created_at_ms)
+    VALUES {rows};
+    COMMIT;
+"""
+_PAYLOAD = '{"event_type":"rule_fired","rule_ids":[],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
+_ROW = f"('rule_fired', '{_PAYLOAD}', {NOON_MS}, {NOON_MS}, {NOON_MS})"
 
 ANSWERS = {
     "ok": lambda: Answer(),
@@ -72,14 +79,15 @@ class Search:
 def search(scope: Scope, theatre: Theatre) -> Search:
     """Visit every state; raise the first violation, with the steps that lead to it."""
     policy = Policy(batch_size=scope.batch_size)
-    with theatre.empty_database():
+    with ExitStack() as stack:
+        observer = stack.enter_context(theatre.empty_database())
+        for name in ("unpark", "cap"):
+            stack.enter_context(mock.patch.object(maintenance, name))
         names = [f"flusher{number}" for number in range(scope.flushers)]
-        outboxes = {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names}
-    found = Search(scope, outboxes)
-    with mock.patch.object(maintenance, "unpark"), mock.patch.object(maintenance, "cap"):
+        found = Search(scope, {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names})
         while found.to_try:
             path = _Path(found, found.to_try.pop())
-            path.play(theatre, policy)
+            path.play(theatre, observer, policy)
             found.paths += 1
             found.steps += path.stage.ticks
     return found
@@ -97,17 +105,14 @@ class _Path(Director):
         self._is_known = self._calm = False
         self._server = Server(self._answer)
 
-    def play(self, theatre: Theatre, policy: Policy) -> None:
-        with theatre.empty_database() as observer:
-            for _ in range(self._search.scope.rows):
-                observer.execute(_INSERT, (NOON_MS,) * 3)
-            model = Model(observer, policy, self._server, equal_clocks=True)
-            model.rows, model.deleted, model.ever_inserted = model.read()
-            stage = Stage(self, model)
-            try:
-                stage.play([Process(name, theatre.seat(name), self._live) for name in self._search.outboxes])
-            except Violation as violation:
-                raise Violation(violation.invariant, "\n".join([str(violation), *stage.trace])) from violation
+    def play(self, theatre: Theatre, observer: sqlite3.Connection, policy: Policy) -> None:
+        observer.executescript(_START.format(rows=", ".join([_ROW] * self._search.scope.rows)))
+        model = Model(observer, policy, self._server, equal_clocks=True)
+        stage = Stage(self, model)
+        try:
+            stage.play([Process(name, theatre.seat(name), self._live) for name in self._search.outboxes])
+        except Violation as violation:
+            raise Violation(violation.invariant, "\n".join([str(violation), *stage.trace])) from violation
 
     def stops(self, step: str) -> bool:
         return step in _STEPS

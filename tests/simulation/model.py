@@ -151,8 +151,7 @@ class Model:
         self.server = server
         self.equal_clocks = equal_clocks
         self.rows: dict[int, Row] = {}
-        self.deleted: Counter[tuple[str, str]] = Counter()
-        self.ever_inserted = 0
+        self.rows, self.deleted, self.ever_inserted = self.read()
         self.holders: dict[int, Operation] = {}
         self.commits = 0
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,7 +75,6 @@ class Process:
         self.waits_for_lock = False
         self.clock_offset_ms = 0
         self.operation = Operation("start")
-        self.connections: list[Connection] = []
         self.baton = threading.Lock()
         self.baton.acquire()
         self.thread = threading.Thread(target=self._run, args=(life,), name=name, daemon=True)
@@ -96,6 +96,9 @@ class Process:
         self.operation = Operation(kind, **details)
         return self.operation
 
+    def leave_seat(self) -> None:
+        self._seat.process = None
+
     def rest(self) -> None:
         """Do nothing until time has moved on."""
         self.idle = True
@@ -108,24 +111,19 @@ class Process:
                 with suppress(ProcessDied):
                     life(self)
                     break
-                self._bury()
-                self.begin("start")
-                self.doomed = False
+                if not self.stage.closing:
+                    self._rise_again()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
             self.stage.fail(error)
         finally:
-            self._bury()
-            self._seat.process = None
             self.done = True
             self.stage.leave()
 
-    def _bury(self) -> None:
+    def _rise_again(self) -> None:
         # The system closes the files of a dead process; SQLite then rolls back what was open.
-        self.waits_for_lock = False
-        for connection in self.connections:
-            connection.close()
-        self.connections.clear()
-        self.engine.dispose()
+        self._seat.close_connections()
+        self.begin("start")
+        self.doomed = self.waits_for_lock = False
 
 
 class Stage:
@@ -167,6 +165,7 @@ class Stage:
                 if not process.done:
                     process.baton.release()
                 process.thread.join()
+                process.leave_seat()
         if self.failure is not None:
             raise self.failure
 
@@ -220,16 +219,21 @@ class Stage:
         return following
 
 
+@cache
 def _readers_of_the_clock() -> list[ModuleType]:
-    loaded = [module for name, module in sys.modules.items() if name.partition(".")[0] == "outbox"]
+    loaded = [module for name, module in sys.modules.items() if name.startswith("outbox")]
     return [module for module in loaded if vars(module).get("now_ms") is clock.now_ms]
 
 
 class Connection(sqlite3.Connection):
     """A database connection of a process: it stops at every step, may be told to fail, and knows who writes."""
 
-    process: Process | None = None
+    seat: Seat | None = None
     _changes = 0
+
+    @property
+    def process(self) -> Process | None:
+        return self.seat.process if self.seat else None
 
     def cursor(self, factory: type[sqlite3.Cursor] | None = None) -> sqlite3.Cursor:
         return super().cursor(Cursor)
@@ -300,8 +304,9 @@ class Connection(sqlite3.Connection):
         process.stage.writer = self
 
     def _release_lock(self) -> None:
-        if self.process is not None and self.process.stage.writer is self:
-            self.process.stage.writer = None
+        process = self.process
+        if process is not None and process.stage.writer is self:
+            process.stage.writer = None
 
 
 class Cursor(sqlite3.Cursor):
@@ -328,21 +333,26 @@ class Seat:
         self._theatre = theatre
         self.engine = engine
         self.process: Process | None = None
+        self._connections: list[Connection] = []
         event.listen(engine, "do_connect", self._connect)
         with engine.connect():
             pass  # what SQLAlchemy asks at its first connection belongs to no run
-        engine.dispose()
+        self.close_connections()
 
-    def _connect(
-        self, _dialect: object, _record: object, _arguments: object, options: dict[str, Any]
-    ) -> Connection:
+    def close_connections(self) -> None:
+        if self._connections:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+            self.engine.dispose()
+
+    def _connect(self, _dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> Connection:
         options = {**options, "check_same_thread": False, "factory": Connection}
         connection: Connection = sqlite3.connect(self._theatre.path, **options)
         connection.execute(_PRAGMAS["busy_timeout"])
         connection.execute(_PRAGMAS["synchronous"])
-        connection.process = self.process
-        if self.process is not None:
-            self.process.connections.append(connection)
+        connection.seat = self
+        self._connections.append(connection)
         return connection
 
 
@@ -375,7 +385,7 @@ class Theatre:
             yield observer
         finally:
             for seat in self._seats.values():
-                seat.engine.dispose()
+                seat.close_connections()
             observer.close()
             for path in self.path.parent.glob(f"{self.path.name}*"):
                 path.unlink()
