@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from outbox import maintenance
-from outbox.clock import now_ms
 from outbox.events import Event, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
 from outbox.policy import Outcome, Policy, Verdict, abandonment, decide, verdict
@@ -89,7 +88,7 @@ def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
     if not client.logged_in:
         return FlushReport()
     _refuse_long_deadline(policy, client)
-    now = now_ms()
+    now = store.now_ms()
     lease_ms = now + policy.lease_ms
     rows = store.claim(now_ms=now, lease_ms=lease_ms, batch_size=policy.batch_size)
     if not rows:
@@ -150,7 +149,7 @@ class _Claim:
         batch = self._decode()
         judged, failure = self._deliver(batch)
         if batch:
-            now = now_ms()
+            now = self._store.now_ms()
             if self._sent:
                 maintenance.unpark(self._store, self._policy, now_ms=now)
             maintenance.cap(self._store, self._policy, now_ms=now)
@@ -168,7 +167,7 @@ class _Claim:
 
     def let_go(self) -> None:
         """Record what the server took, for that is a fact, and give back the rest."""
-        now = now_ms()
+        now = self._store.now_ms()
         released = Outcome("release", {"next_attempt_at_ms": now})
         delivered = Outcome("deliver", {"sent_at_ms": now})
         try:
@@ -244,7 +243,7 @@ class _Claim:
 
     def _keep(self, items: list[BatchItem]) -> list[BatchItem]:
         """Renew the lease where an eighth of it is gone; return the items that are still ours."""
-        now = now_ms()
+        now = self._store.now_ms()
         if self._lease_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
             new_lease_ms = now + self._policy.lease_ms
             held = self._store.renew(sorted(self._open), lease_ms=self._lease_ms, new_lease_ms=new_lease_ms)
@@ -264,7 +263,7 @@ class _Claim:
     def _judge(
         self, judged: Verdict, failed: Iterable[tuple[BatchItem, UploadFailure]]
     ) -> list[tuple[int, Outcome]]:
-        now = now_ms()
+        now = self._store.now_ms()
         return [
             (item.id, decide(judged, failure, item, now_ms=now, policy=self._policy))
             for item, failure in failed
@@ -272,7 +271,7 @@ class _Claim:
         ]
 
     def _settle_accepted(self, others: Iterable[tuple[int, Outcome]] = ()) -> None:
-        delivered = Outcome("deliver", {"sent_at_ms": now_ms()})
+        delivered = Outcome("deliver", {"sent_at_ms": self._store.now_ms()})
         self._settle([*((row_id, delivered) for row_id in self._accepted), *others])
         self._sent += len(self._accepted)
         self._accepted = []

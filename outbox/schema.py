@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect
 
-from outbox.database import create_file, reading, sqlite_file, writing
+from outbox.database import migrating, reading
 from outbox.failures import SchemaError
 from outbox.models import Base
+from outbox.sqlite import create_file, sqlite_file
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -59,7 +60,7 @@ def upgrade(engine: Engine) -> str | None:
         return revision
     from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
 
-    with _alembic_lock, writing(engine) as connection:
+    with _alembic_lock, migrating(engine) as connection:
         revision = current_revision(connection)
         if revision is not None:
             _refuse_newer(revision, engine.url.render_as_string(hide_password=True))

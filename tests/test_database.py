@@ -8,8 +8,9 @@ from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from builders import ScriptedClient, rule_fired, statuses
-from outbox import ConfigurationError, Outbox, StorageError, database
-from outbox.database import create_file, open_engine, reading, sqlite_file, writing
+from outbox import ConfigurationError, Outbox, StorageError, sqlite
+from outbox.database import open_engine, reading, writing
+from outbox.sqlite import create_file, sqlite_file
 
 
 def pragma(outbox: Outbox, name: str) -> object:
@@ -134,7 +135,7 @@ def test_a_reader_waits_for_no_writer(outbox: Outbox) -> None:
 
 
 def test_a_locked_database_is_a_storage_error(outbox: Outbox, url: str, monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 1)
     blocker = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with Outbox(url) as impatient, pytest.raises(StorageError, match="outbox.db: database is locked"):
@@ -169,12 +170,12 @@ def test_switching_to_wal_is_tried_again_while_others_do_the_same() -> None:
                 raise sqlite3.OperationalError("database is locked")
 
     busy = Busy()
-    database._enter_wal(busy)
+    sqlite._enter_wal(busy)
     assert busy.refusals == 0
 
 
 def test_switching_to_wal_gives_up_with_the_databases_own_words(monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 20)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 20)
 
     class Stuck:
         OperationalError = sqlite3.OperationalError
@@ -183,14 +184,14 @@ def test_switching_to_wal_gives_up_with_the_databases_own_words(monkeypatch) -> 
             raise sqlite3.OperationalError("database is locked")
 
     with pytest.raises(sqlite3.OperationalError, match="locked"):
-        database._enter_wal(Stuck())
+        sqlite._enter_wal(Stuck())
 
     class Broken(Stuck):
         def execute(self, _):
             raise sqlite3.OperationalError("disk I/O error")
 
     with pytest.raises(sqlite3.OperationalError, match="I/O"):
-        database._enter_wal(Broken())
+        sqlite._enter_wal(Broken())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
