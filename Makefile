@@ -21,9 +21,10 @@ check: $(VENV)/dev
 clean:
 	rm -rf $(VENV) .venv-ci build dist .coverage .coverage.*
 
+# pip 25.1 is the first that knows --group.
 $(VENV)/project: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows --group
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

@@ -36,7 +36,7 @@ from outbox.display import (
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
 from outbox.lifecycle import Status
-from outbox.outbox import Outbox
+from outbox.outbox import LARGEST_ID, Outbox
 
 FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: it could not be done; wrong use, settings or input; not all delivered; Ctrl-C."""
@@ -47,7 +47,6 @@ _ERRORS_SHOWN = 10
 # Reading less than this takes no time that a bar would have to explain.
 _BAR_FROM_BYTES = 1024 * 1024
 _UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_LARGEST_ID = 2**63 - 1
 
 
 class _Main(click.Group):
@@ -101,6 +100,8 @@ def _check_database(_context: click.Context, _param: click.Parameter, value: str
 def _import_types(_context: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> None:
     for name in value:
         try:
+            if not all(map(str.isidentifier, name.split("."))):
+                raise ImportError("expected the name of a module, such as shop.events")
             importlib.import_module(name)
         except ImportError as error:
             raise click.BadParameter(f"can't import {escape(name)!r}: {error}") from error
@@ -270,7 +271,9 @@ def status(database: str | None, *, as_json_: bool) -> None:
 @click.option("--state", type=click.Choice([status.value for status in Status]), help="Only events in this state.")
 @click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")
 @click.option("--older-than", metavar="AGE", callback=_moment, help="Only events recorded before that.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, LARGEST_ID - 1), default=100, show_default=True, help="At most so many."
+)
 @_json
 @click.pass_obj
 def list_events(  # noqa: PLR0913 - click passes each option by its name
@@ -296,7 +299,7 @@ def list_events(  # noqa: PLR0913 - click passes each option by its name
 
 
 @main.command(epilog="Example: outbox show 17")
-@click.argument("row_id", metavar="ID", type=click.IntRange(1, _LARGEST_ID))
+@click.argument("row_id", metavar="ID", type=click.IntRange(1, LARGEST_ID))
 @_json
 @click.pass_obj
 def show(database: str | None, row_id: int, *, as_json_: bool) -> None:

@@ -14,7 +14,15 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from outbox.failures import ConfigurationError, StorageError
-from outbox.sqlite import ADVICE, Synchronous, create_sqlite_engine, is_in_transaction
+from outbox.forks import Gate
+from outbox.sqlite import (
+    ADVICE,
+    BUSY_TIMEOUT_MS,
+    Synchronous,
+    create_sqlite_engine,
+    is_in_transaction,
+    sqlite_file,
+)
 
 # The drivers that our extras install, for URLs that name none.
 _DRIVERS = {
@@ -33,22 +41,30 @@ _MIGRATION_LOCK = 0x6F7574626F78
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
+use = Gate()
+"""Whoever uses a connection is inside."""
+
 
 def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> Engine:
     """Return an engine of our own, which the caller disposes of.
 
     On SQLite: write-ahead log, writing transactions begin with BEGIN IMMEDIATE, and `synchronous` FULL keeps an
     event that enqueue accepted even through a power cut, NORMAL only through a crash of the program. The file
-    itself is not created here. On servers transactions are READ COMMITTED. Raises `ConfigurationError` for what is
-    no SQLAlchemy URL.
+    itself is not created here. On servers transactions are READ COMMITTED. Raises `ConfigurationError` for a URL
+    that can't be used.
     """
     url = _parse(database)
     if synchronous not in ("FULL", "NORMAL"):
         raise ConfigurationError(f"synchronous is {synchronous!r}, expected 'FULL' or 'NORMAL'")
-    if url.get_backend_name() == "sqlite":
-        engine = create_sqlite_engine(url, synchronous)
-    else:
-        engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, isolation_level="READ COMMITTED")
+    try:
+        if url.get_backend_name() == "sqlite":
+            engine = create_sqlite_engine(url, synchronous)
+        else:
+            engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, isolation_level="READ COMMITTED")
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
+        ) from None
     _own_engines.add(engine)
     return engine
 
@@ -69,7 +85,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     On SQLite a transaction that read first fails as soon as it wants to write and another one wrote in between.
     Raises `StorageError` for what the database refuses.
     """
-    with translated(engine), engine.begin() as connection:
+    with use.inside(), translated(engine), engine.begin() as connection:
         if engine.dialect.name == "sqlite" and not is_in_transaction(connection.connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
@@ -95,17 +111,20 @@ def migrating(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
-    with translated(engine), engine.execution_options(outbox_reading=True).connect() as connection:
+    options = {"outbox_reading": True}
+    with use.inside(), translated(engine), engine.execution_options(**options).connect() as connection:
         yield connection
 
 
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
     """Raise `StorageError` for what the database refuses, in the driver's own words and with advice."""
-    # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them.
+    # The driver's own errors come from where SQLAlchemy does not wrap them; the last two from values that the
+    # database can't hold.
+    driver = engine.dialect.loaded_dbapi.Error
     try:
         yield
-    except (DBAPIError, PoolTimeoutError, engine.dialect.loaded_dbapi.Error) as error:
+    except (DBAPIError, PoolTimeoutError, driver, OverflowError, UnicodeEncodeError) as error:
         raise StorageError(in_words(engine, error)) from error
 
 
@@ -166,11 +185,20 @@ def _parse(database: str | URL) -> URL:
     return url
 
 
-def _forget_connections() -> None:
-    # A connection that parent and child both use would mix their transactions.
+def _close_files() -> None:
+    use.shut(BUSY_TIMEOUT_MS)
     for engine in list(_own_engines):
-        engine.dispose(close=False)
+        if sqlite_file(engine.url) is not None:
+            engine.dispose()
+
+
+def _forget_connections() -> None:
+    for engine in list(_own_engines):
+        # A connection that parent and child both use would mix their transactions. One to memory is a copy.
+        if engine.dialect.name != "sqlite" or sqlite_file(engine.url) is not None:
+            engine.dispose(close=False)
+    use.open_in_child()
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_forget_connections)
+    os.register_at_fork(before=_close_files, after_in_parent=use.open, after_in_child=_forget_connections)

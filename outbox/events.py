@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Annotated, Any, ClassVar, Union
+from typing import Annotated, Any, ClassVar, TypeVar, Union
 
 import msgspec
 
@@ -27,26 +30,92 @@ MAX_PAYLOAD_BYTES = 256 * 1024
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 """A time with an offset. On the wire it is RFC 3339 in UTC."""
 
-# Filled at first use and emptied when a type is defined: tag → type, and the decoder of their union.
-_registry: dict[str, Any] = {}
-_UNION_DECODER = ""  # no event type can have the empty tag
-
 _INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:00Z"
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="event_type", tag=str.lower):
+_AnyEvent = TypeVar("_AnyEvent", bound="Event")
+
+
+class _Registry:
+    """The event types by tag, and the decoder of their union. Any thread may define a type while others decode."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._types: dict[str, type[Event]] = {}
+        self._decoder: msgspec.json.Decoder[Event] | None = None
+
+    def add(self, known: type[Event]) -> None:
+        tag = known.__struct_config__.tag
+        if not isinstance(tag, str) or not tag:
+            raise ConfigurationError(f"{known.__qualname__} has the tag {tag!r}, expected a text")
+        with self._lock:
+            other = self._types.get(tag)
+            if other is not None and not _replaces(known, other):
+                raise ConfigurationError(
+                    f"{known.__qualname__} has the tag {tag!r} of {other.__qualname__}, expected one of its own"
+                )
+            self._types = {**self._types, tag: known}
+            self._decoder = None
+
+    def types(self) -> dict[str, type[Event]]:
+        return self._types
+
+    def decoder(self) -> msgspec.json.Decoder[Event]:
+        decoder = self._decoder
+        if decoder is None:
+            with self._lock:
+                decoder = self._decoder = _union_decoder(list(self._types.values()))
+        return decoder
+
+    def unlock(self) -> None:
+        """Forget who holds the lock: a thread that a fork has not copied would hold it for ever."""
+        self._lock = threading.Lock()
+
+
+def _replaces(known: type[Event], other: type[Event]) -> bool:
+    # In a notebook a type is defined again and again, and one inside a function whenever that is called.
+    same = (known.__module__, known.__qualname__) == (other.__module__, other.__qualname__)
+    return same or "<locals>" in other.__qualname__
+
+
+def _union_decoder(types: list[type[Event]]) -> msgspec.json.Decoder[Event]:
+    try:
+        return msgspec.json.Decoder(Union[tuple(types)])  # noqa: UP007 - of types known only at run time
+    except (TypeError, NameError):
+        for known in types:
+            try:
+                msgspec.json.Decoder(known)
+            except (TypeError, NameError) as error:
+                message = f"the event type {known.__qualname__} can't be decoded: {error}"
+                raise ConfigurationError(message) from None
+        raise
+
+
+_registry = _Registry()
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_registry.unlock)
+
+
+class _EventMeta(msgspec.StructMeta):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any) -> Any:
+        defined: Any = super().__new__(mcs, name, bases, namespace, **config)
+        if bases != (msgspec.Struct,):
+            _registry.add(defined)
+        return defined
+
+
+class Event(msgspec.Struct, metaclass=_EventMeta, frozen=True, tag_field="event_type", tag=str.lower):
     """The base of all payload types; a subclass is registered by being defined.
 
     `tag` names the type on the wire and in the table. Fields named `rule_id`, `rule_ids`, `session_id` and
     `file_path` are also written to the columns of that name. `occurred_at_field` names the field that tells when
     it happened; a type without that field happened when it was enqueued.
+
+    Defining a type raises `ConfigurationError` when another one has its tag already.
     """
 
     occurred_at_field: ClassVar[str] = "occurred_at"
-
-    def __init_subclass__(cls, **config: Any) -> None:
-        super().__init_subclass__(**config)
-        _registry.clear()
 
 
 class RuleFired(Event, tag="rule_fired", frozen=True, kw_only=True, omit_defaults=True):
@@ -115,8 +184,13 @@ class FixOutcome(Event, tag="fix_outcome", frozen=True, kw_only=True, omit_defau
 
 
 def event_types() -> dict[str, type[Event]]:
-    """Return the registered types by tag. Raises `ConfigurationError` where two types share a tag."""
-    return {tag: known for tag, known in _registered().items() if tag != _UNION_DECODER}
+    """Return the registered types by tag."""
+    return dict(_registry.types())
+
+
+def check_types() -> None:
+    """Raise `ConfigurationError` when a registered type can't be decoded: the program is wrong, not its rows."""
+    _registry.decoder()
 
 
 def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
@@ -128,13 +202,18 @@ def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
     known = _type_of(event)
     name = known.__struct_config__.tag
     try:
-        document = _in_utc(event) if isinstance(event, Event) else _canonical(event, known)
-        raw = msgspec.json.encode(document)
+        raw = _encoder.encode(event)
         if b"null" in raw:
-            _refuse_not_finite(document)
+            _refuse_not_finite(event)
+        typed = _in_utc(msgspec.json.decode(raw, type=known))
+        document: Any = typed
+        if isinstance(event, Mapping):
+            others = {key: event[key] for key in event if key not in known.__struct_fields__}
+            document = {**msgspec.to_builtins(typed), **others}
+        raw = _encoder.encode(document)
         if len(raw) > MAX_PAYLOAD_BYTES:
             raise InvalidEvent(f"{len(raw)} bytes as JSON, at most {MAX_PAYLOAD_BYTES} are accepted")
-        return msgspec.json.decode(raw, type=known), raw.decode()
+        return typed, raw.decode()
     except UnicodeEncodeError as error:
         raise InvalidEvent(f"{name}: {error.object!a} is not valid Unicode text") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -144,13 +223,16 @@ def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
 def decode(payload_json: str) -> Event:
     """Return the event that a stored payload holds; fields that its type does not know are left out.
 
-    Raises `InvalidEvent` for anything that is not the JSON of a registered type.
+    Raises `InvalidEvent` for anything that is not the JSON of a registered type, and `ConfigurationError` like
+    `check_types`.
     """
+    decoder = _registry.decoder()
+    if not isinstance(payload_json, str):
+        raise InvalidEvent(f"the payload is {type(payload_json).__name__}, expected text")
     try:
-        event: Event = _registered()[_UNION_DECODER].decode(payload_json)
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-        raise InvalidEvent(_in_words(str(error))) from None
-    return event
+        return decoder.decode(payload_json)
+    except Exception as error:  # noqa: BLE001 - a type's own checks raise what they like, and spoil their row only
+        raise InvalidEvent(_in_words(str(error) or type(error).__name__)) from None
 
 
 def content_hash(payload_json: str) -> str:
@@ -180,45 +262,32 @@ def _text_or_none(event: Event, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _registered() -> dict[str, Any]:
-    if not _registry:
-        for known in _subclasses(Event):
-            tag = str(known.__struct_config__.tag)
-            other = _registry.setdefault(tag, known)
-            if (other.__module__, other.__qualname__) != (known.__module__, known.__qualname__):
-                _registry.clear()
-                raise ConfigurationError(f"{other.__qualname__} and {known.__qualname__} share the tag {tag!r}")
-            _registry[tag] = known  # a type defined again, in a notebook say, replaces its former self
-        _registry[_UNION_DECODER] = msgspec.json.Decoder(Union[tuple(_registry.values())])  # noqa: UP007 - of types known only at run time
-    return _registry
-
-
-def _subclasses(base: type[Event]) -> Iterator[type[Event]]:
-    for known in base.__subclasses__():
-        yield known
-        yield from _subclasses(known)
-
-
 def _type_of(event: object) -> type[Event]:
     if isinstance(event, Event):
         return type(event)
     if not isinstance(event, Mapping):
         raise InvalidEvent(f"expected an Event or a mapping with event_type, got {type(event).__name__}")
+    strange = [key for key in event if not isinstance(key, str)]
+    if strange:
+        raise InvalidEvent(f"the key {strange[0]!a} is {type(strange[0]).__name__}, expected text")
     tag = event.get("event_type")
-    known = event_types()
+    known = _registry.types()
     if not isinstance(tag, str) or tag not in known:
         raise InvalidEvent(f"event_type is {tag!a}, expected one of {', '.join(sorted(known))}")
     return known[tag]
 
 
-def _canonical(event: Mapping[str, Any], known: type[Event]) -> dict[str, Any]:
-    """Return the mapping with its known fields in order and in their form on the wire, the others behind them."""
-    typed = msgspec.convert(dict(event), known)
-    others = {key: event[key] for key in event if key not in known.__struct_fields__}
-    return {**msgspec.to_builtins(_in_utc(typed)), **others}
+def _plain(value: object) -> str:
+    # The encoder knows no subclass of datetime, such as other libraries and frozen times bring along.
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"objects of type {type(value).__name__} can't be JSON")
 
 
-def _in_utc(event: Event) -> Event:
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
+
+
+def _in_utc(event: _AnyEvent) -> _AnyEvent:
     changed = {}
     for name in event.__struct_fields__:
         value = getattr(event, name)

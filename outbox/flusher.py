@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from outbox import maintenance
-from outbox.events import Event, decode
+from outbox.events import Event, check_types, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
 from outbox.policy import Outcome, Policy, Verdict, abandonment, decide, verdict
-from outbox.store import ClaimedRow, Store
+from outbox.statements import ClaimedRow
+from outbox.store import Store
 
 log = logging.getLogger("outbox")
 
@@ -43,7 +44,7 @@ class UploadClient(Protocol):
         """Whether it makes sense to try; a flush without leaves everything as it is."""
         ...
 
-    def upload(self, batch: Sequence[BatchItem], /) -> None:
+    def upload(self, batch: tuple[BatchItem, ...], /) -> None:
         """Deliver the whole batch or raise an `UploadFailure`. Anything else that it raises is taken for a bug."""
         ...
 
@@ -88,10 +89,12 @@ def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
     if not client.logged_in:
         return FlushReport()
     _refuse_long_deadline(policy, client)
+    check_types()
     now = store.now_ms()
     lease_ms = now + policy.lease_ms
     rows = store.claim(now_ms=now, lease_ms=lease_ms, batch_size=policy.batch_size)
     if not rows:
+        maintenance.cap(store, policy, now_ms=now)
         return FlushReport()
     claim = _Claim(store, policy, client, rows, lease_ms)
     try:
@@ -148,11 +151,10 @@ class _Claim:
     def work_off(self) -> FlushReport:
         batch = self._decode()
         judged, failure = self._deliver(batch)
-        if batch:
-            now = self._store.now_ms()
-            if self._sent:
-                maintenance.unpark(self._store, self._policy, now_ms=now)
-            maintenance.cap(self._store, self._policy, now_ms=now)
+        now = self._store.now_ms()
+        if self._sent:
+            maintenance.unpark(self._store, self._policy, now_ms=now)
+        maintenance.cap(self._store, self._policy, now_ms=now)
         return FlushReport(
             claimed=len(self._rows),
             attempted=len(batch),
@@ -254,7 +256,7 @@ class _Claim:
 
     def _upload(self, batch: list[BatchItem]) -> UploadFailure | None:
         try:
-            self._client.upload(batch)
+            self._client.upload(tuple(batch))
         except UploadFailure as failure:
             return failure
         self._accepted = [item.id for item in batch]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from outbox.failures import StorageError
-
 if TYPE_CHECKING:
     from outbox.policy import Policy
     from outbox.store import Store
@@ -44,7 +42,7 @@ def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
 def _attempt(what: str, operation: Callable[[], int]) -> None:
     try:
         count = operation()
-    except StorageError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, what was sent is sent
         log.warning("%s the queue failed, the next one will try again: %s", what, error)
     else:
         log.debug("%s the queue: %d events", what, count)

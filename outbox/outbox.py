@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from outbox.models import ObservationEvent
 
 
+LARGEST_ID = 2**63 - 1
+"""No id, and no other number in a database, is larger."""
+
+
 class Outbox:
     """A durable outbox in one database. Safe to share between threads; a forked child may go on using it.
 
@@ -154,7 +158,7 @@ class Outbox:
 
     def get(self, row_id: int) -> ObservationEvent | None:
         """Return one event, detached from the database, or None."""
-        return self._store.get(row_id)
+        return self._store.get(row_id) if 0 < row_id <= LARGEST_ID else None
 
     def find(
         self,
@@ -164,7 +168,15 @@ class Outbox:
         older_than: datetime | int | None = None,
         limit: int = 100,
     ) -> list[ObservationEvent]:
-        """Return the oldest events that fit all that is given, detached from the database."""
+        """Return the oldest events that fit all that is given, detached from the database.
+
+        Raises `ConfigurationError` for a status, time or limit that no event can have.
+        """
+        known = [one.value for one in Status]
+        if status is not None and status not in known:
+            raise ConfigurationError(f"status is {status!r}, expected one of {', '.join(known)}")
+        if not 0 <= limit <= LARGEST_ID:
+            raise ConfigurationError(f"limit is {limit!r}, expected a whole number from 0 to {LARGEST_ID}")
         return self._store.find(
             status=None if status is None else Status(status).value,
             event_type=event_type,
@@ -199,6 +211,6 @@ def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
 def _epoch_ms(when: datetime | int) -> int:
     if isinstance(when, datetime) and when.utcoffset() is not None:
         return epoch_ms(when)
-    if isinstance(when, int):
+    if isinstance(when, int) and abs(when) < 2**63:
         return when
     raise ConfigurationError(f"older_than is {when!r}, expected a datetime with a time zone or epoch milliseconds")

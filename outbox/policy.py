@@ -19,13 +19,15 @@ RETRY_AFTER_MIN_MS, RETRY_AFTER_MAX_MS = 1_000, 300_000
 
 _MAX_DOUBLINGS = 5
 _DAY_MS = 24 * 60 * 60 * 1_000
+# Doubled five times and added to the time, it is a number that databases can hold.
+_LIMIT = 2**53
 
 
 @dataclass(frozen=True)
 class Policy:
     """How much, how often and how long. Times are milliseconds.
 
-    Raises `ConfigurationError` for a value that is not a whole number above zero.
+    Raises `ConfigurationError` for a value that is not a whole number above zero and below 2^53.
     """
 
     batch_size: int = 64
@@ -48,8 +50,10 @@ class Policy:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"policy: {field.name} is {value!r}, expected a whole number above 0")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _LIMIT:
+                raise ConfigurationError(
+                    f"policy: {field.name} is {value!r}, expected a whole number above 0 and below 2^53"
+                )
 
 
 class Verdict(Enum):

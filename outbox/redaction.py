@@ -60,5 +60,5 @@ def _any_spelling(secret: str) -> str:
 def _spelling(char: str) -> str:
     code = ord(char)
     percent = "".join(f"%{byte:02x}" for byte in char.encode(errors="replace"))
-    entity = f"&(?:#0*{code}|#x0*{code:x}|{codepoint2name.get(code, 'none')});"
-    return rf"(?:\\?{re.escape(char)}|\\u{code:04x}|\\x{code:02x}|{percent}|{entity})"
+    entities = f"#0*{code}", f"#x0*{code:x}", codepoint2name.get(code, f"#{code}")
+    return rf"(?:\\?{re.escape(char)}|\\u{code:04x}|\\x{code:02x}|{percent}|&(?:{'|'.join(entities)});)"

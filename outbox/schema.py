@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, inspect
 from outbox.database import migrating, reading
 from outbox.failures import SchemaError
 from outbox.models import Base
-from outbox.sqlite import create_file, sqlite_file
+from outbox.sqlite import create_file, is_there, sqlite_file
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -26,6 +26,7 @@ VERSION_TABLE = "outbox_alembic_version"
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
 
 # Alembic works through module globals, so two upgrades in one process would mix, even of different databases.
+# Held only inside of a transaction: no fork happens there, and so no child inherits it locked.
 _alembic_lock = threading.Lock()
 
 
@@ -33,7 +34,7 @@ def check(engine: Engine) -> None:
     """Raise `SchemaError` unless the database has exactly the schema of this program; change nothing."""
     where = engine.url.render_as_string(hide_password=True)
     path = sqlite_file(engine.url)
-    if path is not None and not path.exists():
+    if path is not None and not is_there(path):
         raise SchemaError(f"there is no database {path}; `outbox upgrade` or Outbox.open() creates it")
     with reading(engine) as connection:
         revision = current_revision(connection)
@@ -60,7 +61,7 @@ def upgrade(engine: Engine) -> str | None:
         return revision
     from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
 
-    with _alembic_lock, migrating(engine) as connection:
+    with migrating(engine) as connection, _alembic_lock:
         revision = current_revision(connection)
         if revision is not None:
             _refuse_newer(revision, engine.url.render_as_string(hide_password=True))
@@ -108,6 +109,6 @@ def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, str | None
 def _refuse_newer(revision: str, where: str) -> None:
     if revision not in REVISIONS:
         raise SchemaError(
-            f"{where} has the schema {revision}, newer than this program knows ({REVISIONS[-1]});"
+            f"{where} has the schema {revision}, this program is too old for it: it knows {REVISIONS[-1]} at most;"
             " upgrade observation-outbox"
         )

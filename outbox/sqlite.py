@@ -65,8 +65,20 @@ def create_file(url: URL) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         pass
-    except OSError as error:
-        raise StorageError(f"can't create the database {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"can't create the database {path}: {_in_words(error)}") from error
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is such a file. Raises `StorageError` where that can't be told."""
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"can't look for the database {path}: {_in_words(error)}") from error
+
+
+def _in_words(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _set_up(engine: Engine, synchronous: Synchronous) -> None:
@@ -93,7 +105,7 @@ def _watch_file(engine: Engine) -> None:
 
     @event.listens_for(engine, "do_connect")
     def _refuse_missing(*_: object) -> None:
-        if not path.exists():  # SQLite would create it, empty and readable by all
+        if not is_there(path):  # SQLite would create it, empty and readable by all
             raise StorageError(f"there is no database {path}; restore it, or `outbox upgrade` creates a new one")
 
     @event.listens_for(engine, "connect")

@@ -228,18 +228,20 @@ ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.mi
 @cache
 def count_deleted(dialect: str) -> Insert:
     """Return the statement that adds to an entry of the ledger, or begins it; each dialect has its own."""
-    values = {column.name: bindparam(column.name) for column in ledger.c}
+    values: dict[str, Any] = {column.name: bindparam(column.name) for column in ledger.c}
     if dialect in ("mysql", "mariadb"):
         from sqlalchemy.dialects import mysql  # noqa: PLC0415 - a dialect is loaded only where it is used
 
         counted = mysql.insert(ledger).values(values)
-        return counted.on_duplicate_key_update(events=ledger.c.events + counted.inserted.events)
+        added: Insert = counted.on_duplicate_key_update(events=ledger.c.events + counted.inserted.events)
+        return added
     from sqlalchemy.dialects import postgresql, sqlite  # noqa: PLC0415 - as above
 
-    upsert = (postgresql if dialect == "postgresql" else sqlite).insert(ledger).values(values)
-    return upsert.on_conflict_do_update(
+    upsert: Any = (postgresql if dialect == "postgresql" else sqlite).insert(ledger).values(values)
+    added: Insert = upsert.on_conflict_do_update(
         index_elements=list(ledger.primary_key), set_={"events": ledger.c.events + upsert.excluded.events}
     )
+    return added
 
 
 # What is there

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
 from outbox import statements as sql
 from outbox.clock import SharedClock, now_ms
 from outbox.database import is_mysql, reading
-from outbox.failures import StorageError
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome
 from outbox.statements import ClaimedRow
@@ -71,7 +71,7 @@ class Store:
         self._is_postgresql = engine.dialect.name == "postgresql"
         is_shared = self._is_mysql or self._is_postgresql
         self.now_ms = SharedClock(self._read_clock).now_ms if is_shared else now_ms
-        """The clock by which this database's rows are due: the server's where hosts share it, else this machine's."""
+        """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
 
     def insert(self, rows: Sequence[dict[str, Any]], *, max_rows: int, now_ms: int) -> tuple[list[int], bool]:
         """Insert rows and trim one slice of what is over the cap, in one transaction, for it costs one sync.
@@ -92,7 +92,7 @@ class Store:
 
         try:
             return self._writer.run(insert_and_trim)
-        except StorageError as error:
+        except Exception as error:
             if not trimming:
                 raise
             log.warning("capping the queue failed, the events are kept: %s", error)
@@ -100,7 +100,10 @@ class Store:
 
     def insert_in(self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]]) -> list[int]:
         """Insert rows on the connection of the caller's session, in its transaction, and do nothing else."""
-        connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+        try:
+            connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+        except UnboundExecutionError:  # a session that is bound by the host's own models
+            connection = session.connection(bind_arguments={"bind": self.engine})
         if self._is_mysql:  # it returns no rows from an INSERT, only the id of a single one
             return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
         return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
@@ -255,7 +258,9 @@ class Store:
 
     def _count_deleted(self, transaction: Transaction, deleted: Counter[tuple[str, str]], *, reason: str) -> None:
         # In order, so that no two transactions wait for each other.
-        for (status, event_type), events in sorted(deleted.items()):
+        for (status, found), events in sorted(deleted.items()):
+            # What is not UTF-8 can be read as it is, but not written.
+            event_type = found.encode(errors="surrogateescape").decode(errors="replace")
             transaction.change(
                 sql.count_deleted(self.engine.dialect.name),
                 status=status,

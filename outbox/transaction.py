@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Engine, Select, UpdateBase
 
-from outbox.database import begin, in_words, is_disconnect, is_given_up, translated
+from outbox.database import begin, in_words, is_disconnect, is_given_up, translated, use
 from outbox.failures import StorageError
 
 Result = TypeVar("Result")
@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 _PAUSES_S = (0.02, 0.05, 0.1, 0.5, 2.0)
 
 
-class _Undone(StorageError):
+class _UndoneError(StorageError):
     """The transaction did not happen, through no fault of its own."""
 
 
-class _Unknown(StorageError):
+class _UnknownError(StorageError):
     """The connection broke during the commit."""
 
 
@@ -110,17 +110,17 @@ class Writer:
     def run(self, operation: Callable[[Transaction], Result], *, repeatable: bool = False) -> Result:
         """Run an operation in a transaction of its own, and return its result.
 
-        It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example, or
-        when the connection broke before the commit. When it breaks during the commit nobody knows whether that was
-        done, so then only if the operation is `repeatable`. Raises `StorageError`.
+        It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
+        or when the connection broke before the commit. When it breaks during the commit nobody knows whether that
+        was done, so then only if the operation is `repeatable`. Raises `StorageError`.
         """
-        with translated(self._engine):
+        with use.inside(), translated(self._engine):
             for pause_s in _PAUSES_S:
                 try:
                     return self._once(operation)
-                except _Undone:
+                except _UndoneError:
                     time.sleep(pause_s)
-                except _Unknown:
+                except _UnknownError:
                     if not repeatable:
                         raise
                     time.sleep(pause_s)
@@ -138,10 +138,10 @@ class Writer:
         except self._engine.dialect.loaded_dbapi.Error as error:
             if is_disconnect(self._engine, connection, error):
                 connection.invalidate()
-                raise (_Unknown if committing else _Undone)(in_words(self._engine, error)) from error
+                raise (_UnknownError if committing else _UndoneError)(in_words(self._engine, error)) from error
             connection.rollback()
             if is_given_up(error):
-                raise _Undone(in_words(self._engine, error)) from error
+                raise _UndoneError(in_words(self._engine, error)) from error
             raise
         except BaseException:
             connection.rollback()

@@ -211,7 +211,10 @@ def test_a_failure_of_the_storage_is_one_line(run, tmp_path):
     (tmp_path / "outbox.db").write_text("this is not a database, and long enough to be looked at" * 20)
     result = run("status")
     assert result.exit_code == 1
-    assert re.fullmatch("outbox: sqlite:///.*file is not a database; name the right file; this one is left as it is\n", result.stderr)
+    assert re.fullmatch(
+        "outbox: sqlite:///.*file is not a database; name the right file; this one is left as it is\n",
+        result.stderr,
+    )
 
 
 def test_what_steers_a_terminal_is_escaped_in_messages_too(run, outbox, monkeypatch):

@@ -139,6 +139,14 @@ def test_a_scoped_session_and_a_nested_transaction_are_the_callers_too(outbox: O
     assert statuses(outbox) == ["pending"]
 
 
+def test_a_session_that_is_bound_by_models_can_be_joined(outbox: Outbox, host) -> None:
+    with Session(binds={HostBase: host}) as session:
+        outbox.enqueue(rule_fired(), session=session)
+        assert statuses(outbox) == []
+        session.commit()
+    assert statuses(outbox) == ["pending"]
+
+
 def test_an_invalid_event_leaves_the_callers_transaction_usable(outbox: Outbox, host) -> None:
     with Session(host) as session:
         session.add(Order(name="shoes"))
@@ -172,6 +180,15 @@ def test_a_cap_that_fails_does_not_fail_the_enqueue(url: str, caplog: pytest.Log
             ids = [outbox.enqueue(rule_fired()) for _ in range(3)]
         assert [found.id for found in outbox.find()] == ids
     assert "capping the queue failed, the events are kept" in caplog.text
+
+
+def test_a_row_whose_type_is_not_utf8_does_not_keep_others_out(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        outbox.enqueue(rule_fired())
+        with outbox.engine.begin() as connection:
+            connection.execute(text("UPDATE observation_events SET event_type = CAST(x'ff' AS TEXT)"))
+        assert [outbox.enqueue(rule_fired()), outbox.enqueue(rule_fired())] == [2, 3]
+        assert outbox.stats().deleted[-1] == ("pending", "\ufffd", "cap", 1)
 
 
 def test_an_insert_that_fails_is_an_error_and_writes_nothing(outbox: Outbox) -> None:

@@ -1,13 +1,15 @@
 import json
+import sys
+import threading
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-import msgspec
 import pytest
+from freezegun import freeze_time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import NOON, NOON_MS, rule_fired
+from builders import NOON, NOON_MS, ScriptedClient, add_row, row, rule_fired, statuses
 from outbox import (
     ConfigurationError,
     Event,
@@ -15,8 +17,10 @@ from outbox import (
     Instant,
     InvalidEvent,
     McpRuleServed,
+    Outbox,
     RuleActuallyCited,
     RuleCitedInEdit,
+    RuleFired,
     events,
 )
 from outbox.events import columns, content_hash, decode, encode, event_types
@@ -165,7 +169,7 @@ def test_unknown_fields_of_a_mapping_are_kept_behind_the_known_ones() -> None:
         ),
         (OrderShipped(order_id="o", details={"a": [0, float("inf")]}), r"details.a\[1\]: inf is not a number"),
         (OrderShipped(order_id="o", details=(rule_fired(intent=float("-inf")),)), r"details\[0\].intent: -inf"),
-        (OrderShipped(order_id="o", details=object()), "order_shipped: encoding objects of type object is unsup"),
+        (OrderShipped(order_id="o", details=object()), "order_shipped: objects of type object can't be JSON"),
         (
             {"event_type": "order_shipped", "order_id": "o", "details": float("nan")},
             "details: nan is not a number",
@@ -174,7 +178,7 @@ def test_unknown_fields_of_a_mapping_are_kept_behind_the_known_ones() -> None:
         ({"event_type": "order_shipped"}, "order_shipped: order_id: missing, expected `str`"),
         ({"event_type": "heartbeat"}, "heartbeat: occurred_at: missing, expected an RFC 3339 time"),
         ({"event_type": "rule_fired", "rule_ids": [], "fired_at": NOON}, "rule_fired: session_id: missing"),
-        ({"event_type": "order_shipped", "order_id": "o", 5: 6}, "order_shipped: expected `str`"),
+        ({"event_type": "order_shipped", "order_id": "o", 5: 6}, "the key 5 is int, expected text"),
         ({"event_type": "order_lost"}, "event_type is 'order_lost', expected one of fix_outcome, .*, rule_fired"),
         ({"event_type": "\ud800"}, r"event_type is '\\ud800', expected one of"),
         ({"event_type": ["rule_fired"]}, "event_type is .* expected one of"),
@@ -215,8 +219,8 @@ def test_an_event_that_holds_itself_is_refused() -> None:
         ('{"event_type":"rule_fired"}', "rule_ids: missing"),
         ('{"event_type":"order_shipped","order_id":"\ud800"}', "surrogates not allowed"),
         ('{"event_type":"order_shipped","order_id":"o","details":' + "[" * 9_999, "recursion"),
-        (b"\xff", "invalid character"),
-        (None, "NoneType"),
+        (b"{}", "the payload is bytes, expected text"),
+        (None, "the payload is NoneType, expected text"),
     ],
 )
 def test_a_stored_payload_that_is_no_event_is_refused_with_the_reason(payload: Any, message: str) -> None:
@@ -283,15 +287,105 @@ def test_an_event_type_defined_again_replaces_its_former_self() -> None:
     assert event_types()["reloaded"] is second is not first
 
 
-def test_two_event_types_cannot_share_a_tag() -> None:
-    impostor = msgspec.defstruct("Impostor", [], bases=(Event,), tag="rule_fired", module=__name__)
+@pytest.mark.parametrize(
+    ("bases", "config", "message"),
+    [
+        ((Event,), {"tag": "rule_fired"}, "Wrong has the tag 'rule_fired' of RuleFired, expected one of its own"),
+        ((RuleFired,), {}, "Wrong has the tag 'rule_fired' of RuleFired, expected one of its own"),
+        ((Event,), {"tag": 5}, "Wrong has the tag 5, expected a text"),
+        ((Event,), {"tag": ""}, "Wrong has the tag '', expected a text"),
+    ],
+)
+def test_an_event_type_needs_a_tag_of_its_own(bases, config, message: str) -> None:
+    before = event_types()
+    with pytest.raises(ConfigurationError, match=message):
+        type(Event)("Wrong", bases, {"__annotations__": {}, "__module__": __name__}, **config)
+    assert event_types() == before
+    assert encode(rule_fired())[0] == rule_fired()
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch):
+    """A registry that a test may spoil."""
+    known = events._Registry()
+    for type_ in event_types().values():
+        known.add(type_)
+    monkeypatch.setattr(events, "_registry", known)
+    return known
+
+
+@pytest.mark.parametrize("kind", [list[int] | set[int], "NoSuchType"])
+def test_an_event_type_that_cannot_be_decoded_is_named_before_a_row_is_touched(
+    registry, outbox: Outbox, kind: object
+) -> None:
+    outbox.enqueue_many([rule_fired()] * 3)
+    type(Event)("Odd", (Event,), {"__annotations__": {"x": kind}, "__module__": __name__}, tag="odd")
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="the event type Odd can't be decoded: "):
+            outbox.flush(ScriptedClient())
+    assert statuses(outbox) == ["pending"] * 3
+
+
+def test_types_may_be_defined_while_others_decode(registry) -> None:
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def decode_all_the_time() -> None:
+        while not done.is_set():
+            try:
+                decode(encode(rule_fired())[1])
+            except BaseException as error:  # noqa: BLE001 - whatever it is
+                failures.append(error)
+
+    threads = [threading.Thread(target=decode_all_the_time) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
-        with pytest.raises(ConfigurationError, match="RuleFired and Impostor share the tag 'rule_fired'"):
-            encode({"event_type": "rule_fired"})
+        for thread in threads:
+            thread.start()
+        for number in range(100):
+            type(Event)(f"T{number}", (Event,), {"__annotations__": {}, "__module__": __name__}, tag=f"t{number}")
     finally:
-        # Struct types are never collected, so it is given away rather than left to spoil other tests.
-        impostor.__bases__ = (msgspec.Struct,)
-        events._registry.clear()
+        done.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
+def test_a_types_own_check_spoils_its_own_row_only(outbox: Outbox) -> None:
+    class Counted(Event, tag="counted"):
+        n: int
+
+        def __post_init__(self) -> None:
+            if self.n <= 0:
+                raise AssertionError
+
+    add_row(outbox, event_type="counted", payload_json='{"event_type":"counted","n":0}')
+    outbox.enqueue(Counted(n=1))
+    assert outbox.flush(ScriptedClient()).sent == 1
+    assert statuses(outbox) == ["abandoned", "sent"]
+    assert row(outbox, 1).last_error == "permanent: decode observation event: AssertionError"
+
+
+def test_a_frozen_time_is_a_time_like_any_other() -> None:
+    with freeze_time("2026-11-24T12:00:00Z"):
+        now = datetime.now(timezone.utc)
+        frozen = [
+            rule_fired(fired_at=now),
+            {"event_type": "rule_fired", "rule_ids": ["r1"], "session_id": "s1", "fired_at": now},
+            OrderShipped(order_id="o", details={"at": now}),
+        ]
+        for event in frozen:
+            assert '"2026-11-24T12:00:00' in encode(event)[1]
+        assert encode(frozen[0])[1] == encode(frozen[1])[1] == encode(rule_fired())[1]
+        assert columns(encode(frozen[0])[0], now_ms=0)["occurred_at_ms"] == NOON_MS
+        with pytest.raises(InvalidEvent, match="fired_at: expected an RFC 3339 time with an offset"):
+            encode(rule_fired(fired_at=datetime.now()))
+
+
+def test_a_time_given_as_text_is_written_in_utc_too() -> None:
+    assert encode(rule_fired(fired_at="2026-11-24t14:00:00+02:00"))[1] == encode(rule_fired())[1]
 
 
 def test_the_content_hash_is_the_start_of_the_sha256() -> None:

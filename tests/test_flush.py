@@ -162,6 +162,33 @@ def test_text_that_is_not_utf8_spoils_its_own_row_only(outbox: Outbox) -> None:
     assert statuses(outbox) == ["abandoned", "sent"]
 
 
+def test_a_payload_that_is_no_text_spoils_its_own_row_only(outbox: Outbox) -> None:
+    enqueue(outbox, 2)
+    with outbox.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE observation_events SET payload_json = CAST('{}' AS BLOB) WHERE id = 1")
+    assert outbox.flush(ScriptedClient()).sent == 1
+    assert row(outbox, 1).last_error == "permanent: decode observation event: the payload is bytes, expected text"
+
+
+def test_a_client_cannot_change_what_is_settled(outbox: Outbox) -> None:
+    enqueue(outbox, 2)
+    seen = []
+    outbox.flush(ScriptedClient(lambda batch: seen.append(type(batch))))
+    assert seen == [tuple]
+    assert statuses(outbox) == ["sent", "sent"]
+
+
+@pytest.mark.parametrize("payload", [None, "{"])
+def test_every_flush_caps_the_queue(url: str, payload: str | None) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=2)) as outbox:
+        for _ in range(5):
+            add_row(outbox, next_attempt_at_ms=NOON_MS + 9)
+        if payload:
+            add_row(outbox, payload_json=payload)
+        outbox.flush(ScriptedClient())
+        assert len(statuses(outbox)) == 2
+
+
 # Shared verdicts
 
 

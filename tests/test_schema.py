@@ -111,7 +111,7 @@ def test_a_newer_schema_says_that_this_program_is_too_old(url: str, opener) -> N
     Outbox.open(url).close()
     execute(url, "UPDATE outbox_alembic_version SET version_num = 'outbox_9999'")
     with pytest.raises(
-        SchemaError, match="has the schema outbox_9999, newer than this program knows .*upgrade obse"
+        SchemaError, match="has the schema outbox_9999, this program is too old for it: .* upgrade obse"
     ):
         opener(url)
 
@@ -254,16 +254,16 @@ def test_an_upgrade_leaves_the_hosts_logging_alone(url: str) -> None:
 
 
 def test_a_failing_migration_leaves_nothing_behind(url: str) -> None:
-    # The second revision fails, for an index of that name is there already.
+    # The second revision fails, for a table has the name of its index.
     execute(
         url,
-        DIFFLORE_DDL + DIFFLORE_INSERT + "; CREATE INDEX observation_events_sent_idx ON observation_events (id)",
+        DIFFLORE_DDL + DIFFLORE_INSERT + "; CREATE TABLE observation_events_sent_idx (id)",
     )
     before = query(url, "SELECT * FROM sqlite_master")
-    with pytest.raises(StorageError, match="index observation_events_sent_idx already exists"):
+    with pytest.raises(StorageError, match="there is already a table named observation_events_sent_idx"):
         Outbox.open(url)
     assert query(url, "SELECT * FROM sqlite_master") == before
-    execute(url, "DROP INDEX observation_events_sent_idx")
+    execute(url, "DROP TABLE observation_events_sent_idx")
     with Outbox.open(url) as outbox:
         assert outbox.pending_count() == 1
 
@@ -273,6 +273,15 @@ def test_a_table_of_that_name_with_other_columns_is_refused(url: str) -> None:
     with pytest.raises(SchemaError, match="observation_events is there, but without event_type, rule_id"):
         Outbox.open(url)
     assert query(url, "SELECT name FROM sqlite_master") == [("observation_events",)]
+
+
+def test_a_lost_version_is_found_again(url: str) -> None:
+    with Outbox.open(url) as outbox:
+        outbox.enqueue(rule_fired())
+    execute(url, "DELETE FROM outbox_alembic_version")
+    with Outbox.open(url) as outbox:
+        assert outbox.flush(ScriptedClient()).sent == 1
+    command.check(alembic_here(url))
 
 
 # Difflore's file

@@ -5,7 +5,7 @@ looks at nothing else.
 """
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
 
 revision = "outbox_0002"
 down_revision = "outbox_0001"
@@ -25,12 +25,16 @@ INDEXES = (
 
 
 def upgrade() -> None:
-    op.add_column("observation_events", sa.Column("revived_at_ms", sa.BigInteger))
+    if context.is_offline_mode() or "revived_at_ms" not in {
+        column["name"] for column in sa.inspect(op.get_bind()).get_columns("observation_events")
+    }:
+        op.add_column("observation_events", sa.Column("revived_at_ms", sa.BigInteger))
     for name, columns, rows in INDEXES:
         op.create_index(
             name,
             "observation_events",
             columns,
+            if_not_exists=True,
             # The plus keeps SQLite's planner from the baseline's status index, which it would always take.
             sqlite_where=sa.text(f"+{rows}"),
             postgresql_where=sa.text(rows),

@@ -175,8 +175,13 @@ class World(Director):
     def _write(self, process: Process) -> None:
         outbox = self._open(process)
         while True:
-            if self.calm and not self._needs_a_sign_of_life():
+            if self.calm and not self._is_all_parked():
                 process.rest()
+                continue
+            if self.calm and self.work.random() < 0.5:
+                # A new event may be the oldest by its clock, so that a full queue drops it before it is sent.
+                process.begin("retry_now")
+                outbox.retry_now()
                 continue
             operation = process.begin("enqueue")
             events = self._events()
@@ -393,8 +398,8 @@ class World(Director):
         stage.note("world", "calms down")
         self._deadline_ms = max(stage.now_ms, stage.furthest_ms) + _GRACE_MS
 
-    def _needs_a_sign_of_life(self) -> bool:
-        # What is parked waits for a success, and when nothing else is left, only a new event brings one.
+    def _is_all_parked(self) -> bool:
+        # What is parked waits for a success or for an operator; when nothing else is left, someone has to do that.
         return {row.status for row in self.model.undelivered()} == {"parked"}
 
     def _until_due(self) -> int:

@@ -78,9 +78,10 @@ _EVER_INSERTED = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation
 @dataclass
 class Request:
     ids: tuple[int, ...]
+    on_its_way: str = ""
+    """The answer as the server gave it; the client learns of it one step later."""
     failure: UploadFailure | None = None
     accepted: bool = False
-    answered: bool = False
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Operation:
     kind: str
     cutoff_ms: int = 0
     readings: list[int] = field(default_factory=list)
+    results: list[object] = field(default_factory=list)
     claim: dict[int, Row] = field(default_factory=dict)
     lease_ms: int = 0
     requests: list[Request] = field(default_factory=list)
@@ -155,7 +157,12 @@ class Model:
         self.commits = 0
 
     def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str]], int]:
-        rows = {row[0]: Row._make(row) for row in self._observer.execute(_ROWS)}
+        # A row that is as it was stays the same object.
+        known = self.rows
+        rows = {
+            row[0]: old if (old := known.get(row[0])) == row else Row._make(row)
+            for row in self._observer.execute(_ROWS)
+        }
         deleted = Counter({(status, kind): events for status, kind, events in self._observer.execute(_LEDGER)})
         return rows, deleted, self._observer.execute(_EVER_INSERTED).fetchone()[0] or 0
 
@@ -176,7 +183,7 @@ class Model:
         for row in gone:
             self.holders.pop(row.id, None)
         both = ((old, self.rows.get(row_id)) for row_id, old in before.items())
-        changed = [(old, new) for old, new in both if new is not None and old != new]
+        changed = [(old, new) for old, new in both if new is not None and new is not old]
         if changed:
             self._check_changed(process, stage, before, changed)
 

@@ -54,10 +54,10 @@ class Client:
         process.operation.uploading = True
         process.stage.model.upload_starts(process, process.stage)
         answer = self._server.receive(batch)
+        request.on_its_way = repr(answer)
         process.pause(AFTER_UPLOAD, "stored" if answer.stored else "not stored")
         process.operation.uploading = False
         process.operation.settlements = 0
-        request.answered = True
         process.stage.note(process.name, "is answered", repr(answer.raises) if answer.raises else "ok")
         if isinstance(answer.raises, UploadFailure):
             request.failure = answer.raises

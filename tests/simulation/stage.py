@@ -104,15 +104,13 @@ class Process:
     def _run(self, life: Callable[[Process], None]) -> None:
         self.baton.acquire()
         try:
-            while True:
-                try:
-                    return life(self)
-                except ProcessDied:
-                    self._bury()
-                    if self.stage.closing:
-                        return None
-                    self.begin("start")
-                    self.doomed = False
+            while not self.stage.closing:
+                with suppress(ProcessDied):
+                    life(self)
+                    break
+                self._bury()
+                self.begin("start")
+                self.doomed = False
         except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
             self.stage.fail(error)
         finally:
@@ -231,6 +229,7 @@ class Connection(sqlite3.Connection):
     """A database connection of a process: it stops at every step, may be told to fail, and knows who writes."""
 
     process: Process | None = None
+    _changes = 0
 
     def cursor(self, factory: type[sqlite3.Cursor] | None = None) -> sqlite3.Cursor:
         return super().cursor(Cursor)
@@ -249,7 +248,9 @@ class Connection(sqlite3.Connection):
         if writes:
             self._take_lock(process)
         result = call(sql, parameters)
-        process.pause(f"after {statement}", result.rowcount if words[0] != "BEGIN" else "")
+        if words[0] != "BEGIN":
+            process.operation.results.append(result.rowcount)
+        process.pause(f"after {statement}", result.rowcount)
         return result
 
     def commit(self) -> None:
@@ -259,7 +260,8 @@ class Connection(sqlite3.Connection):
             return
         process.pause(BEFORE_COMMIT)
         self._fail_if_told(process, "COMMIT")
-        wrote = process.stage.writer is self
+        wrote = self.total_changes != self._changes
+        self._changes = self.total_changes
         super().commit()
         self._release_lock()
         if wrote:
@@ -274,6 +276,7 @@ class Connection(sqlite3.Connection):
 
     def rollback(self) -> None:
         super().rollback()
+        self._changes = self.total_changes
         self._release_lock()
 
     def close(self) -> None:
@@ -309,6 +312,13 @@ class Cursor(sqlite3.Cursor):
 
     def executemany(self, sql: str, parameters: Any) -> Any:
         return self.connection.perform(sql, super().executemany, parameters)
+
+    def fetchall(self) -> list[Any]:
+        rows = super().fetchall()
+        process = self.connection.process
+        if process is not None:
+            process.operation.results += rows
+        return rows
 
 
 class Seat:

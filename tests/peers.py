@@ -1,0 +1,211 @@
+"""Servers and proxies on this machine that behave as badly as a test needs."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import pytest
+
+from outbox.failures import UploadFailure
+
+TOKEN = "tok-123/abc+def=="  # noqa: S105 - made up
+FOREVER_S = 30
+
+HEAD = b"HTTP/1.1 500 \r\n"
+ACCEPTED = b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n"
+
+
+class Row(NamedTuple):
+    id: int = 1
+    payload_json: str = '{"a":1}'
+
+
+BATCH = [Row()]
+
+
+def failure_of(client, batch=BATCH):
+    with pytest.raises(UploadFailure) as caught:
+        client.upload(batch)
+    return caught.value
+
+
+def forget_environment(monkeypatch):
+    """Take away what would change where requests go and whom they trust."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Peer:
+    """A TCP server that does `serve(connection, stopped)`; of several the n-th connection gets the n-th or the last."""
+
+    def __init__(self, *serves):
+        self.stopped = threading.Event()
+        self._serves = serves
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        # Small, so that a large upload has to wait for the reader.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._threads = [threading.Thread(target=self._listen)]
+
+    def __enter__(self):
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(FOREVER_S)
+        self._listener.close()
+
+    def _listen(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            serve = self._serves[min(len(self._threads), len(self._serves)) - 1]
+            self._threads.append(threading.Thread(target=self._run, args=(serve, connection)))
+            self._threads[-1].start()
+
+    def _run(self, serve, connection):
+        with connection, suppress(OSError):
+            serve(connection, self.stopped)
+
+
+def read_request(connection):
+    """Return the head and the body of a request."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        piece = connection.recv(65536)
+        if not piece:
+            raise ConnectionError
+        received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int((head.lower() + b"\r\n").partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head.decode("latin-1"), body
+
+
+def answers(text):
+    def serve(connection, stopped):
+        read_request(connection)
+        connection.sendall(text)
+
+    return serve
+
+
+def repeats(head, piece, every_s=0.0):
+    """Answer with the head, and then with the piece again and again."""
+
+    def serve(connection, stopped):
+        read_request(connection)
+        connection.sendall(head)
+        while not stopped.wait(every_s):
+            connection.sendall(piece)
+
+    return serve
+
+
+def drips(head, piece=b"x"):
+    return repeats(head, piece, every_s=0.02)
+
+
+def reset(connection):
+    """End a connection in the way that the other side gets an error, not an end."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+# --- proxies ---
+
+
+class Proxy:
+    """A proxy for plain requests and tunnels, all of which it leads to one server."""
+
+    def __init__(self, target):
+        self.heads = []
+        self._target = target
+
+    def __call__(self, connection, stopped):
+        head, body = read_request(connection)
+        self.heads.append(head)
+        with socket.create_connection(("127.0.0.1", self._target)) as onward:
+            if head.startswith("CONNECT "):
+                connection.sendall(b"HTTP/1.1 200 go\r\n\r\n")
+                back = threading.Thread(target=_pump, args=(onward, connection))
+                back.start()
+                _pump(connection, onward)
+                back.join()
+            else:
+                onward.sendall(head.encode("latin-1") + b"\r\nConnection: close\r\n\r\n" + body)
+                _pump(onward, connection)
+
+
+def _pump(source, sink):
+    try:
+        while piece := source.recv(65536):
+            sink.sendall(piece)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        return
+
+
+@contextmanager
+def proxied(server):
+    proxy = Proxy(int(server.url.rpartition(":")[2]))
+    with Peer(proxy) as peer:
+        yield proxy, peer.url
+
+
+# --- TLS ---
+
+
+def certificate(folder, names="DNS:localhost,IP:127.0.0.1", until="20991231000000Z"):
+    """Make a certificate that no authority has signed, and its key; return the one file that they are in."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    (folder / "index.txt").touch()
+    (folder / "ca.cnf").write_text(
+        "[ca]\ndefault_ca = own\n"
+        "[own]\ndatabase = index.txt\nnew_certs_dir = .\nrand_serial = yes\ndefault_md = sha256\npolicy = any\n"
+        "copy_extensions = copy\n"
+        "[any]\ncommonName = supplied\n"
+    )
+    new = [openssl, "req", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "csr.pem"]
+    sign = [openssl, "ca", "-batch", "-selfsign", "-config", "ca.cnf", "-keyfile", "key.pem", "-in", "csr.pem"]
+    for command in (
+        [*new, "-subj", "/CN=localhost", "-addext", f"subjectAltName={names}"],
+        [*sign, "-notext", "-out", "cert.pem", "-startdate", "20200101000000Z", "-enddate", until],
+    ):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    both = folder / "both.pem"
+    both.write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
+    return both
+
+
+@contextmanager
+def tls_peer(certificate, serve):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def serve_tls(connection, stopped):
+        with context.wrap_socket(connection, server_side=True) as secure:
+            serve(secure, stopped)
+
+    with Peer(serve_tls) as peer:
+        peer.url = f"https://127.0.0.1:{peer.port}"
+        yield peer

@@ -1,0 +1,224 @@
+"""Every order of a small world: two flushers, two rows, a crash and a lease that runs out, each at any step.
+
+A path is a list of choices; it is played from the start, for a process can't be put back to an earlier step. Where a
+path comes to a state that another one was in, it ends, for what follows is known.
+
+A transaction is one step. Whoever writes holds the lock from BEGIN IMMEDIATE to COMMIT and the flushers read nothing
+outside of it, so nobody can come in between, and a crash inside of it leaves what one just before it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from outbox import BatchItem, HttpFailure, Outbox, Policy, TransportFailure
+
+from .model import LIVENESS, Model, Violation
+from .server import Answer, Client, Server
+from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, NOON_MS, Director, Process, Stage, Theatre
+
+T = TypeVar("T")
+
+_STEPS = {"before BEGIN IMMEDIATE", BEFORE_UPLOAD, AFTER_UPLOAD, "rest"}
+_LONG_ENOUGH_MS = 3 * 60 * 60 * 1_000
+
+_INSERT = (
+    "INSERT INTO observation_events (event_type, payload_json, occurred_at_ms, next_attempt_at_ms, created_at_ms)"
+    """ VALUES ('rule_fired', '{"event_type":"rule_fired","rule_ids":[],"session_id":"s1","""
+    """"fired_at":"2026-11-24T12:00:00Z"}', ?, ?, ?)"""
+)
+
+ANSWERS = {
+    "ok": lambda: Answer(),
+    "permanent": lambda: Answer(HttpFailure(422, "No"), stored=False),
+    "transient": lambda: Answer(HttpFailure(503, "Later"), stored=False),
+    "lost": lambda: Answer(TransportFailure("reset by peer")),
+}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How small the world is."""
+
+    answers: tuple[str, ...] = ("ok", "permanent", "transient")
+    rows: int = 2
+    batch_size: int = 2
+    flushers: int = 2
+    flushes: int = 1
+    crashes: int = 1
+    expiries: int = 1
+
+
+@dataclass
+class Search:
+    """What was visited so far, and what is still to be tried."""
+
+    scope: Scope
+    outboxes: dict[str, Outbox]
+    states: set[int] = field(default_factory=set)
+    ends: set[int] = field(default_factory=set)
+    paths: int = 0
+    steps: int = 0
+    to_try: list[list[int]] = field(default_factory=lambda: [[]])
+
+    def __str__(self) -> str:
+        return f"{len(self.states)} states, {len(self.ends)} ends, {self.paths} paths of {self.steps} steps"
+
+
+def search(scope: Scope, theatre: Theatre) -> Search:
+    """Visit every state; raise the first violation, with the steps that lead to it."""
+    policy = Policy(batch_size=scope.batch_size)
+    with theatre.empty_database():
+        names = [f"flusher{number}" for number in range(scope.flushers)]
+        outboxes = {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names}
+    found = Search(scope, outboxes)
+    while found.to_try:
+        path = _Path(found, found.to_try.pop())
+        path.play(theatre, policy)
+        found.paths += 1
+        found.steps += path.stage.ticks
+    return found
+
+
+class _Path(Director):
+    """Plays the choices that it is given, and from there on always the first one."""
+
+    def __init__(self, found: Search, prefix: list[int]) -> None:
+        self._search = found
+        self._prefix = prefix
+        self._taken: list[int] = []
+        self._crashes, self._expiries = found.scope.crashes, found.scope.expiries
+        self._flushes = dict.fromkeys(found.outboxes, found.scope.flushes)
+        self._is_known = self._calm = False
+        self._server = Server(self._answer)
+
+    def play(self, theatre: Theatre, policy: Policy) -> None:
+        with theatre.empty_database() as observer:
+            for _ in range(self._search.scope.rows):
+                observer.execute(_INSERT, (NOON_MS,) * 3)
+            model = Model(observer, policy, self._server, equal_clocks=True)
+            model.rows, model.deleted, model.ever_inserted = model.read()
+            stage = Stage(self, model)
+            try:
+                stage.play([Process(name, theatre.seat(name), self._live) for name in self._search.outboxes])
+            except Violation as violation:
+                raise Violation(violation.invariant, "\n".join([str(violation), *stage.trace])) from violation
+
+    def stops(self, step: str) -> bool:
+        return step in _STEPS
+
+    def choose(self) -> Process | None:
+        stage = self.stage
+        stage.ticks += 1
+        while not self._calm and not self._is_known:
+            runnable = stage.runnable()
+            if not runnable:
+                return self._end()
+            what, process = self._pick(self._options(runnable))
+            if what == "expiry":
+                self._expiries -= 1
+                stage.now_ms += Policy.lease_ms
+                stage.note("time", "passes")
+                continue
+            if what == "crash":
+                self._crashes -= 1
+                self._flushes[process.name] += 1
+                process.doomed = True
+            return None if self._is_known else process
+        return self._drain() if self._calm else None
+
+    def _options(self, runnable: list[Process]) -> list[tuple[str, Process]]:
+        options = [("run", process) for process in runnable]
+        if self._crashes:
+            options += [("crash", process) for process in runnable if process.operation.kind == "flush"]
+        if self._expiries:
+            options.append(("expiry", runnable[0]))
+        return options
+
+    def _live(self, process: Process) -> None:
+        client = Client(process, self._server)
+        while True:
+            if not self._flushes[process.name] and not self._calm:
+                process.rest()
+                continue
+            self._flushes[process.name] -= 1
+            process.begin("flush")
+            claimed = self._search.outboxes[process.name].flush(client).claimed
+            process.begin("rest")
+            if self._calm and not claimed:
+                process.rest()
+            else:
+                process.pause("rest")
+
+    def _answer(self, _batch: Sequence[BatchItem]) -> Answer:
+        return ANSWERS["ok" if self._calm else self._pick(self._search.scope.answers)]()
+
+    def _pick(self, options: Sequence[T]) -> T:
+        depth = len(self._taken)
+        if depth < len(self._prefix):
+            choice = self._prefix[depth]
+        else:
+            state = hash(self._state())
+            self._is_known = state in self._search.states
+            if not self._is_known:
+                self._search.states.add(state)
+                self._search.to_try += [[*self._taken, other] for other in range(1, len(options))]
+            choice = 0
+        self._taken.append(choice)
+        return options[choice]
+
+    def _state(self) -> Hashable:
+        """Return all that what follows depends on.
+
+        A process is deterministic: where it stands and all that it knows follow from what it was told since it began
+        its flush, by the clock, the database and the server.
+        """
+        stage = self.stage
+        model = stage.model
+        running = {id(process.operation): process.name for process in stage.processes}
+        return (
+            stage.now_ms,
+            self._crashes,
+            self._expiries,
+            stage.current and stage.current.name,
+            tuple(sorted(model.rows.items())),
+            tuple(sorted((row_id, running.get(id(owner))) for row_id, owner in model.holders.items())),
+            tuple(sorted(self._server.stored)),
+            tuple(self._told(process) for process in stage.processes),
+        )
+
+    def _told(self, process: Process) -> Hashable:
+        operation = process.operation
+        return (
+            process.at,
+            process.idle,
+            process.doomed,
+            self._flushes[process.name],
+            tuple(operation.readings),
+            tuple(operation.results),
+            tuple((request.ids, request.on_its_way) for request in operation.requests),
+        )
+
+    def _end(self) -> Process | None:
+        """Go on without trouble from an end that is new, to see that everything is delivered."""
+        end = hash(self._state())
+        if end in self._search.ends:
+            return None
+        self._search.ends.add(end)
+        self._calm = True
+        self.stage.wake()
+        return self._drain()
+
+    def _drain(self) -> Process | None:
+        stage = self.stage
+        while not stage.runnable():
+            undelivered = stage.model.undelivered()
+            if not undelivered:
+                return None
+            stage.now_ms = max(stage.now_ms + 1, min(row.next_attempt_at_ms for row in undelivered))
+            stage.wake()
+            if stage.now_ms > NOON_MS + _LONG_ENOUGH_MS:
+                raise Violation(LIVENESS, f"still there: {undelivered}")
+        return stage.runnable()[0]

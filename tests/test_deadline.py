@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+from freezegun import freeze_time
+
+from outbox.client import HttpClient
+from outbox.receiver import IngestServer
+from peers import (
+    ACCEPTED,
+    BATCH,
+    HEAD,
+    TOKEN,
+    Peer,
+    Row,
+    certificate,
+    drips,
+    failure_of,
+    forget_environment,
+    read_request,
+    repeats,
+    tls_peer,
+)
+
+OVER = "transport: no complete answer within 300 ms"
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    forget_environment(monkeypatch)
+
+
+@pytest.fixture
+def server():
+    with IngestServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def trusted(tmp_path_factory):
+    return certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        drips(b""),
+        drips(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        drips(HEAD + b"X-Header: "),
+        drips(HEAD + b"Content-Length: 100000\r\n\r\n"),
+        drips(HEAD + b"\r\n"),
+        drips(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    ],
+    ids=["status line", "continue", "headers", "body", "body without length", "chunks"],
+)
+def test_a_dripping_answer_does_not_outlast_the_deadline(serve):
+    with Peer(serve) as peer, HttpClient(peer.url, token=TOKEN, deadline_ms=300) as client:
+        assert str(failure_of(client)) == OVER
+
+
+def reads_slowly(connection, stopped):
+    while not stopped.wait(0.02):
+        connection.recv(100)
+
+
+def reads_nothing(connection, stopped):
+    stopped.wait()
+
+
+@pytest.mark.parametrize("serve", [reads_slowly, reads_nothing])
+def test_a_slow_upload_does_not_outlast_the_deadline(serve):
+    batch = [Row(1, '"%s"' % ("x" * 20_000_000))]
+    with Peer(serve) as peer, HttpClient(peer.url, token=TOKEN, deadline_ms=300) as client:
+        assert str(failure_of(client, batch)) == OVER
+
+
+def test_an_upload_may_take_longer_than_the_connect_timeout():
+    def serve(connection, stopped):
+        stopped.wait(0.3)
+        received = b""
+        while not received.endswith(b'"]'):
+            received = received[-2:] + connection.recv(65_536)
+        connection.sendall(ACCEPTED)
+
+    with Peer(serve) as peer, HttpClient(peer.url, token=TOKEN, connect_timeout_ms=100) as client:
+        client.upload([Row(1, '"%s"' % ("x" * 20_000_000))])
+
+
+def test_nothing_is_sent_when_connecting_took_until_the_deadline(server, monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def look_up_slowly(*args, **kwargs):
+        threading.Event().wait(0.01)
+        return look_up(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_slowly)
+    with HttpClient(server.url, token=TOKEN, deadline_ms=5) as client:
+        assert str(failure_of(client)) == "transport: no complete answer within 5 ms"
+
+    assert server.requests == []
+
+
+def test_the_deadline_holds_while_time_is_frozen():
+    with (
+        Peer(drips(HEAD)) as peer,
+        HttpClient(peer.url, token=TOKEN, deadline_ms=300) as client,
+        freeze_time("2026-11-24T12:00:00Z"),
+    ):
+        assert str(failure_of(client)) == OVER
+
+
+def test_moving_a_frozen_clock_does_not_end_an_upload():
+    with freeze_time("2026-11-24T12:00:00Z") as clock:
+
+        def serve(connection, stopped):
+            read_request(connection)
+            clock.tick(3_600)
+            connection.sendall(ACCEPTED)
+
+        with Peer(serve) as peer, HttpClient(peer.url, token=TOKEN) as client:
+            client.upload(BATCH)
+
+
+@pytest.mark.parametrize("every_s", [0.0, 0.02])
+@pytest.mark.parametrize("head", [b"", b"Content-Length: 100000\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_a_2xx_is_success_however_its_body_goes_on(head, every_s):
+    serve = repeats(b"HTTP/1.1 200 \r\n" + head + b"\r\n", b"1\r\nx\r\n", every_s)
+    with Peer(serve) as peer, HttpClient(peer.url, token=TOKEN) as client:
+        client.upload(BATCH)
+        client.upload(BATCH)
+
+
+def test_a_dripping_proxy_does_not_outlast_the_deadline():
+    with (
+        Peer(drips(b"HTTP/1.1 200 go\r\nX-Header: ")) as peer,
+        HttpClient("https://ingest.example", token=TOKEN, proxies={"https": peer.url}, deadline_ms=300) as client,
+    ):
+        assert str(failure_of(client)) == OVER
+
+
+@pytest.mark.parametrize("serve", [drips(b""), drips(HEAD + b"\r\n"), reads_slowly, reads_nothing])
+def test_the_deadline_holds_over_tls(trusted, serve):
+    batch = [Row(1, '"%s"' % ("x" * 20_000_000))] if serve in (reads_slowly, reads_nothing) else BATCH
+    with (
+        tls_peer(trusted, serve) as peer,
+        HttpClient(peer.url, token=TOKEN, verify=trusted, deadline_ms=300) as client,
+    ):
+        assert str(failure_of(client, batch)) == OVER
+
+
+def test_a_dripping_handshake_does_not_outlast_the_deadline():
+    def serve(connection, stopped):
+        connection.recv(65536)
+        connection.sendall(b"\x16\x03\x03\x40\x00")
+        while not stopped.wait(0.02):
+            connection.sendall(b"x")
+
+    with Peer(serve) as peer:
+        url = peer.url.replace("http:", "https:")
+        with HttpClient(url, token=TOKEN, deadline_ms=300) as client:
+            assert str(failure_of(client)) == OVER

@@ -1,0 +1,309 @@
+"""No credential shows up anywhere, no file is readable by others, and no other host hears of anything."""
+
+from __future__ import annotations
+
+import base64
+import faulthandler
+import gc
+import gzip
+import html
+import http.client
+import io
+import json
+import logging
+import secrets
+import traceback
+import urllib.parse
+
+import pytest
+from rich.console import Console
+from rich.traceback import Traceback
+
+from builders import row, rule_fired
+from outbox import UploadFailure
+from outbox.client import HttpClient
+from outbox.failures import ConfigurationError
+from peers import BATCH, HEAD, Peer, answers, forget_environment, read_request
+
+# Tracebacks show the lines of this file, so it must not stand in one. Letters and digits only: no way of writing
+# a text changes them, but base64 and writing all in percent.
+CORE = secrets.token_hex(12)
+CANARY = f"canary/+='&{CORE}%=="
+DEADLINE_MS = 300
+
+
+def spellings(text):
+    """The text as it is, with each byte percent-encoded, and in base64, wherever in a longer text it stands."""
+    data = text.encode()
+    yield text
+    yield "".join(f"%{byte:02x}" for byte in data)
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + data).decode()
+        yield encoded[4 if before else 0 : -4]
+
+
+def assert_without_canary(text):
+    text = text.decode("latin-1") if isinstance(text, bytes) else text
+    for spelling in spellings(CORE):
+        # No comparison that pytest would explain: a failure here must not print it either.
+        found = text.lower().find(spelling.lower()) if "%" in spelling else text.find(spelling)
+        if found >= 0:
+            pytest.fail(f"the canary is in: …{text[max(0, found - 300) : found]}…", pytrace=True)
+
+
+def as_crash_reports_show(error):
+    """The texts that reports make of an error, with the local variables of all frames."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True))
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True)
+    context = "" if error.__context__ is None else as_crash_reports_show(error.__context__)
+    return f"{error!s} {error!r} {error.args!r} {vars(error)!r} {''.join(trace.format())} {console.file.getvalue()} {context}"
+
+
+class Recorder(logging.Handler):
+    """Keeps all that log records could show, with the local variables of their tracebacks."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.text = ""
+
+    def emit(self, record):
+        self.text += f"{record.name} {record.getMessage()} {vars(record)!r}\n"
+        if record.exc_info and record.exc_info[1]:
+            self.text += as_crash_reports_show(record.exc_info[1])
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    forget_environment(monkeypatch)
+
+
+@pytest.fixture
+def recorder():
+    """Everything that any library logs."""
+    root = logging.getLogger()
+    level, kept = root.level, Recorder()
+    root.addHandler(kept)
+    root.setLevel(logging.DEBUG)
+    yield kept
+    root.removeHandler(kept)
+    root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_shows_the_canary(recorder, capfd, tmp_path, monkeypatch):
+    """After each test: not the log, not the terminal, not a file."""
+    monkeypatch.setattr(http.client.HTTPConnection, "debuglevel", 1)
+    yield
+    gc.collect()
+    out, err = capfd.readouterr()
+    for text in (recorder.text, out, err):
+        assert_without_canary(text)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.name != "token":
+            assert_without_canary(path.read_bytes())
+
+
+# --- what the server says ---
+
+
+def said(head):
+    """The credentials of a request, which a server repeats."""
+    return " ".join(line.partition(": ")[2] for line in head.split("\r\n") if "uthorization" in line)
+
+
+def document(body, headers=b""):
+    return b"HTTP/1.1 500 No\r\n%sContent-Length: %d\r\n\r\n%s" % (headers, len(body), body)
+
+
+ECHOES = {
+    "body": lambda text: document(text.encode()),
+    "body without an end": lambda text: HEAD + b"Content-Length: 9999\r\n\r\n" + text.encode(),
+    "JSON": lambda text: document(json.dumps({"error": text}).replace("/", "\\/").encode()),
+    "JSON, escaped": lambda text: document("".join(f"\\u{ord(char):04x}" for char in text).encode()),
+    "URL": lambda text: document(urllib.parse.quote(text, safe="").encode()),
+    "URL, all of it": lambda text: document("".join(f"%{byte:02X}" for byte in text.encode()).encode()),
+    "HTML": lambda text: document(html.escape(text).encode()),
+    "gzip": lambda text: document(gzip.compress(text.encode()), b"Content-Encoding: gzip\r\n"),
+    "reason": lambda text: f"HTTP/1.1 401 {text}\r\n\r\n".encode(),
+    "status line": lambda text: f"{text}\r\n\r\n".encode(),
+    "status": lambda text: f"HTTP/1.1 {text} No\r\n\r\n".encode(),
+    "protocol": lambda text: f"HTTP/{text} 200 OK\r\n\r\n".encode(),
+    "header": lambda text: document(b"", f"X-Echo: {text}\r\n".encode()),
+    "header's name": lambda text: document(b"", f"{text}: 1\r\n".encode()),
+    "line that is no header": lambda text: document(b"", f"X-Echo: 1\r\n{text}\r\n".encode()),
+    "first line that is no header": lambda text: document(b"", f" {text}\r\n".encode()),
+    "long header": lambda text: HEAD + b"X-Echo: " + text.encode() * 5_000 + b"\r\n\r\n",
+    "many headers": lambda text: HEAD + f"X-Echo: {text}\r\n".encode() * 200 + b"\r\n",
+    "Location": lambda text: f"HTTP/1.1 302 No\r\nLocation: /?{text}\r\nContent-Length: 0\r\n\r\n".encode(),
+    "Set-Cookie": lambda text: document(b"", f"Set-Cookie: a={text}; Domain={text}; Expires={text}\r\n".encode()),
+    "Retry-After": lambda text: f"HTTP/1.1 429 No\r\nRetry-After: {text}\r\n\r\n".encode(),
+    "retryAfterSec": lambda text: document(f'{{"retryAfterSec":"{text}"}}'.encode()),
+    "Content-Length": lambda text: HEAD + f"Content-Length: {text}\r\n\r\n".encode(),
+    "two Content-Lengths": lambda text: HEAD + f"Content-Length: 1\r\nContent-Length: {text}\r\n\r\n".encode(),
+    "Content-Encoding": lambda text: document(b"x", f"Content-Encoding: {text}\r\n".encode()),
+    "Transfer-Encoding": lambda text: HEAD + f"Transfer-Encoding: {text}, chunked\r\n\r\n0\r\n\r\n".encode(),
+    "chunk's size": lambda text: HEAD + f"Transfer-Encoding: chunked\r\n\r\n{text}\r\n".encode(),
+    "chunk": lambda text: HEAD + f"Transfer-Encoding: chunked\r\n\r\n8\r\n{text}".encode(),
+    "success": lambda text: f"HTTP/1.1 200 {text}\r\nX-Echo: {text}\r\n{text}\r\n\r\n{text}".encode(),
+    "interim answer": lambda text: f"HTTP/1.1 103 {text}\r\nLink: {text}\r\n\r\n".encode(),
+}
+
+
+def with_canary(url):
+    return url.replace("//", f"//{urllib.parse.quote(CANARY, safe='')}:{urllib.parse.quote(CANARY, safe='')}@")
+
+
+WAYS = {
+    "directly": lambda url: HttpClient(url, token=CANARY, deadline_ms=DEADLINE_MS),
+    "by a proxy": lambda url: HttpClient(
+        "http://ingest.example",
+        token=CANARY,
+        deadline_ms=DEADLINE_MS,
+        allow_insecure=True,
+        proxies={"http": with_canary(url)},
+    ),
+    "by a tunnel": lambda url: HttpClient(
+        "https://ingest.example", token=CANARY, deadline_ms=DEADLINE_MS, proxies={"https": with_canary(url)}
+    ),
+}
+
+
+@pytest.mark.parametrize("make_client", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+def test_credentials_that_a_server_repeats_are_shown_nowhere(outbox, echo, make_client):
+    heard = []
+
+    def serve(connection, stopped):
+        head, _ = read_request(connection)
+        heard.append(any(spelling in head for spelling in spellings(CORE)))
+        connection.sendall(echo(said(head)))
+
+    row_id = outbox.enqueue(rule_fired())
+    with Peer(serve) as peer, make_client(peer.url) as client:
+        try:
+            client.upload(BATCH)
+        except UploadFailure as failure:
+            assert_without_canary(as_crash_reports_show(failure))
+        report = outbox.flush(client)
+
+    assert any(heard), "the credentials were sent"
+    assert_without_canary(repr(report))
+    assert_without_canary(repr(row(outbox, row_id).last_error))
+    assert_without_canary(repr(outbox.stats()))
+
+
+# --- crashes ---
+
+
+def fails(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+BREAKING_POINTS = [
+    "outbox.client.HttpClient._request",
+    "outbox.client.HttpClient._adapter",
+    "socket.getaddrinfo",
+    "outbox.deadline.Connection.send",
+    "http.client.HTTPConnection.putheader",
+    "outbox.deadline._Response.begin",
+    "outbox.deadline._Reader.readinto",
+    "requests.Response.__exit__",
+    "outbox.answer.redact",
+    "outbox.client.no_answer",
+]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), LookupError("a bug")], ids=repr)
+@pytest.mark.parametrize("place", BREAKING_POINTS)
+@pytest.mark.parametrize("make_client", WAYS.values(), ids=WAYS)
+def test_a_crash_in_the_middle_of_an_upload_carries_no_credentials_out(
+    outbox, make_client, place, error, monkeypatch
+):
+    outbox.enqueue(rule_fired())
+    with Peer(answers(document(b"no"))) as peer, make_client(peer.url) as client:
+        monkeypatch.setattr(place, fails(error))
+        try:
+            outbox.flush(client)
+        except type(error) as crash:
+            assert_without_canary(as_crash_reports_show(crash))
+            assert traceback.extract_tb(crash.__traceback__)[-1].name == "fail"
+        monkeypatch.undo()
+
+    assert outbox.pending_count() == 1
+
+
+def test_a_batch_that_is_none_carries_no_credentials_out():
+    with pytest.raises(AttributeError) as caught:
+        HttpClient("https://ingest.example", token=CANARY).upload([object()])
+
+    assert_without_canary(as_crash_reports_show(caught.value))
+
+
+def test_a_token_callable_that_fails_carries_no_credentials_out():
+    def token():
+        keyring = {"token": CANARY}
+        return keyring["tokne"]
+
+    with pytest.raises(KeyError) as caught:
+        HttpClient("https://ingest.example", token=token).upload(BATCH)
+
+    assert_without_canary(as_crash_reports_show(caught.value))
+
+
+def test_a_client_shows_no_credentials():
+    for client in (HttpClient("https://ingest.example", token=CANARY), WAYS["by a tunnel"]("http://127.0.0.1:1")):
+        assert_without_canary(f"{client!r} {client!s} {client}")
+
+
+WRONG_SETTINGS = {
+    "token of two words": lambda: HttpClient("https://ingest.example", token=f"two {CANARY}"),
+    "token beyond latin-1": lambda: HttpClient("https://ingest.example", token=f"\u20ac{CANARY}"),
+    "token over http": lambda: HttpClient("http://ingest.example", token=CANARY),
+    "password in base_url": lambda: HttpClient(with_canary("https://ingest.example"), token=CANARY),
+    "password in a wrong base_url": lambda: HttpClient(with_canary("https://[::1"), token=CANARY),
+    "query in base_url": lambda: HttpClient(f"https://ingest.example?key={CANARY}", token=CANARY),
+    "proxy of another kind": lambda: HttpClient(
+        "https://ingest.example", token=CANARY, proxies={"https": with_canary("socks5://proxy.example")}
+    ),
+    "proxy that is none": lambda: HttpClient(
+        "https://ingest.example", token=CANARY, proxies={"https": with_canary("http://[::1")}
+    ),
+    "proxy's password beyond latin-1": lambda: HttpClient(
+        "https://ingest.example", token=CANARY, proxies={"https": f"http://u:\u20ac{CANARY}@proxy.example"}
+    ),
+    "time": lambda: HttpClient("https://ingest.example", token=CANARY, deadline_ms=0),
+    "CA bundle": lambda: HttpClient("https://ingest.example", token=CANARY, verify="/nowhere"),
+}
+
+
+@pytest.mark.parametrize("make", WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+def test_settings_that_are_refused_carry_no_credentials_out(make):
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+
+    assert_without_canary(as_crash_reports_show(caught.value))
+
+
+def test_a_refused_proxy_of_the_environment_carries_no_credentials_out(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", with_canary("socks5://proxy.example"))
+    with pytest.raises(ConfigurationError) as caught:
+        HttpClient("https://ingest.example", token=CANARY)
+
+    assert_without_canary(as_crash_reports_show(caught.value))
+
+
+def test_a_dump_of_all_threads_shows_no_credentials(tmp_path):
+    with (tmp_path / "dump").open("wb+") as dump:
+
+        def serve(connection, stopped):
+            read_request(connection)
+            faulthandler.dump_traceback(dump, all_threads=True)
+
+        with Peer(serve) as peer, WAYS["directly"](peer.url) as client, pytest.raises(UploadFailure):
+            client.upload(BATCH)
+        dump.seek(0)
+        assert b"upload" in dump.read()
