@@ -244,8 +244,6 @@ def _what_next(play: _Play, url: str) -> None:
 class _Play:
     """The outbox and its server, with all that they do shown on the stage. It is also the client of the outbox."""
 
-    deadline_ms = 10_000
-
     def __init__(self, stage: _Stage, server: _Server, outbox: Outbox, client: HttpClient) -> None:
         self.stage = stage
         self.server = server
@@ -297,14 +295,13 @@ class _Play:
     def upload(self, batch: Sequence[BatchItem], /) -> None:
         self._draw()
         self.stage.hold(FRAME_S)
-        answer = "accepted"
+        request = f"  POST {len(batch):>3} {'event ' if len(batch) == 1 else 'events'}"
         try:
             self._client.upload(batch)
         except UploadFailure as failure:
-            answer = str(failure)
+            self.say(f"{request}  {failure}", style="blue")
             raise
-        finally:
-            self.say(f"  POST {len(batch):>3} {'event ' if len(batch) == 1 else 'events'}  {answer}", style="blue")
+        self.say(f"{request}  accepted", style="blue")
 
     def _draw(self) -> None:
         self.stage.draw(self.outbox.stats())
