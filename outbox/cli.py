@@ -99,9 +99,9 @@ def _check_database(_context: click.Context, _param: click.Parameter, value: str
 
 def _import_types(_context: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> None:
     for name in value:
+        if not all(map(str.isidentifier, name.split("."))):
+            raise click.BadParameter(f"{escape(name)!r}, expected the name of a module, such as shop.events")
         try:
-            if not all(map(str.isidentifier, name.split("."))):
-                raise ImportError("expected the name of a module, such as shop.events")
             importlib.import_module(name)
         except ImportError as error:
             raise click.BadParameter(f"can't import {escape(name)!r}: {error}") from error

@@ -175,6 +175,7 @@ def _parse(database: str | URL) -> URL:
     try:
         url = make_url(database)
         url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+        url.render_as_string()  # messages show it, which needs Unicode
         url.get_dialect().import_dbapi()
     except (ArgumentError, ValueError):
         raise ConfigurationError(

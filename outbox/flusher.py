@@ -247,9 +247,9 @@ class _Claim:
         """Renew the lease where an eighth of it is gone; return the items that are still ours."""
         now = self._store.now_ms()
         if self._lease_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
-            new_lease_ms = now + self._policy.lease_ms
-            held = self._store.renew(sorted(self._open), lease_ms=self._lease_ms, new_lease_ms=new_lease_ms)
-            self._lease_ms = new_lease_ms
+            held, self._lease_ms = self._store.renew(
+                self._open, lease_ms=self._lease_ms, for_ms=self._policy.lease_ms
+            )
             self._count_lost(len(self._open) - len(held))
             self._open = held
         return [item for item in items if item.id in self._open]

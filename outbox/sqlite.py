@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import URL, Connection, Engine, PoolProxiedConnection, QueuePool, create_engine, event
+from sqlalchemy import URL, Connection, Dialect, Engine, PoolProxiedConnection, QueuePool, create_engine, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -85,8 +87,7 @@ def _set_up(engine: Engine, synchronous: Synchronous) -> None:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself
-        # Text that is not UTF-8 must spoil its own row, not the claim that comes upon it.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+        connection.text_factory = _tolerant_text
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         _enter_wal(connection)
         connection.execute(f"PRAGMA synchronous = {synchronous}")
@@ -138,6 +139,28 @@ def _enter_wal(connection: Any) -> None:
                 raise
         tries_left -= 1
         time.sleep(0.01)
+
+
+def _tolerant_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def tolerant_text(cursor: Any, dialect: Dialect) -> Iterator[None]:
+    """Read a text that is not UTF-8: it must spoil its own row, not the claim that comes upon it.
+
+    A host's connection gets its own way to read back.
+    """
+    connection = cursor.connection if dialect.name == "sqlite" else None
+    if connection is None or connection.text_factory is _tolerant_text:
+        yield
+        return
+    before = connection.text_factory
+    connection.text_factory = _tolerant_text
+    try:
+        yield
+    finally:
+        connection.text_factory = before
 
 
 def is_in_transaction(connection: PoolProxiedConnection) -> bool:

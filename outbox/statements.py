@@ -232,15 +232,15 @@ def count_deleted(dialect: str) -> Insert:
     if dialect in ("mysql", "mariadb"):
         from sqlalchemy.dialects import mysql  # noqa: PLC0415 - a dialect is loaded only where it is used
 
-        counted = mysql.insert(ledger).values(values)
+        counted: Any = mysql.insert(ledger).values(values)
         added: Insert = counted.on_duplicate_key_update(events=ledger.c.events + counted.inserted.events)
-        return added
-    from sqlalchemy.dialects import postgresql, sqlite  # noqa: PLC0415 - as above
+    else:
+        from sqlalchemy.dialects import postgresql, sqlite  # noqa: PLC0415 - as above
 
-    upsert: Any = (postgresql if dialect == "postgresql" else sqlite).insert(ledger).values(values)
-    added: Insert = upsert.on_conflict_do_update(
-        index_elements=list(ledger.primary_key), set_={"events": ledger.c.events + upsert.excluded.events}
-    )
+        counted = (postgresql if dialect == "postgresql" else sqlite).insert(ledger).values(values)
+        added = counted.on_conflict_do_update(
+            index_elements=list(ledger.primary_key), set_={"events": ledger.c.events + counted.excluded.events}
+        )
     return added
 
 

@@ -123,15 +123,22 @@ class Store:
 
         return sorted(self._writer.run(claim), key=lambda row: (row.created_at_ms, row.id))
 
-    def renew(self, row_ids: Iterable[int], *, lease_ms: int, new_lease_ms: int) -> set[int]:
-        """Put off the end of a lease; return the ids of the rows that were still held under it."""
-        return self._writer.run(
-            lambda transaction: {
+    def renew(self, row_ids: Iterable[int], *, lease_ms: int, for_ms: int) -> tuple[set[int], int]:
+        """Let a lease end `for_ms` from now; return the ids of the rows that were still held, and the new lease.
+
+        Now is when the database is locked: until then this may have waited for another writer.
+        """
+
+        def renew(transaction: Transaction) -> tuple[set[int], int]:
+            new_lease_ms = self.now_ms() + for_ms
+            held = {
                 row_id
-                for row_id in row_ids
+                for row_id in sorted(row_ids)
                 if transaction.change(sql.RENEW, row_id=row_id, lease=lease_ms, new_lease=new_lease_ms)
             }
-        )
+            return held, new_lease_ms
+
+        return self._writer.run(renew)
 
     def settle(self, outcomes: Iterable[tuple[int, Outcome]], *, lease_ms: int) -> Counter[str]:
         """Make the move of each row, one statement a trigger; return how many landed, by trigger.

@@ -10,6 +10,7 @@ from sqlalchemy import Dialect, Engine, Select, UpdateBase
 
 from outbox.database import begin, in_words, is_disconnect, is_given_up, translated, use
 from outbox.failures import StorageError
+from outbox.sqlite import tolerant_text
 
 Result = TypeVar("Result")
 
@@ -40,8 +41,9 @@ class Transaction:
     def rows(self, statement: UpdateBase | Select[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows."""
         compiled = self._of(statement)
-        self._cursor.execute(compiled.text, compiled.arguments(parameters))
-        return list(self._cursor.fetchall())
+        with tolerant_text(self._cursor, self._dialect):
+            self._cursor.execute(compiled.text, compiled.arguments(parameters))
+            return list(self._cursor.fetchall())
 
     def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
         """Run a query for one value; None where there is no row."""

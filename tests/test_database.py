@@ -126,6 +126,21 @@ def test_a_transaction_that_the_hosts_engine_began_is_used(outbox: Outbox, url: 
     host.dispose()
 
 
+def test_text_that_is_not_utf8_spoils_its_own_row_only_on_a_hosts_engine_too(outbox: Outbox, url: str) -> None:
+    outbox.enqueue_many([rule_fired()] * 2)
+    with writing(outbox.engine) as connection:
+        connection.exec_driver_sql(
+            "UPDATE observation_events SET payload_json = CAST(x'7bff' AS TEXT) WHERE id = 1"
+        )
+    host = create_engine(url)
+    with Outbox(host) as hosted:
+        assert hosted.flush(ScriptedClient()).sent == 1
+    with host.connect() as connection:
+        assert connection.connection.dbapi_connection.text_factory is str
+    host.dispose()
+    assert statuses(outbox) == ["abandoned", "sent"]
+
+
 def test_a_reader_waits_for_no_writer(outbox: Outbox) -> None:
     outbox.enqueue(rule_fired())
     with writing(outbox.engine) as connection:

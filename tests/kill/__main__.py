@@ -29,7 +29,9 @@ from .programs import HOUR_MS, POISON, TOKEN, event, url_of
 from .steps import Steps
 
 # A lease of a second or two, or the rows of each that is killed would be out of the game for a minute.
-POLICY = Policy(batch_size=16, lease_ms=2_000, backoff_ms=10, rate_limit_ms=10, max_rows=2_000, unpark_spread_ms=10)
+POLICY = Policy(
+    batch_size=16, lease_ms=2_000, backoff_ms=10, rate_limit_ms=10, max_rows=2_000, unpark_spread_ms=10
+)
 DEADLINE_MS = 1_500
 QUEUE_AT_MOST = 300
 STEPS_AT_MOST = 400
@@ -212,7 +214,9 @@ class Arena:
             ledger = dict(
                 connection.execute("SELECT status, sum(events) FROM observation_events_ledger GROUP BY status")
             )
-            ever = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'").fetchone()[0]
+            ever = connection.execute(
+                "SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'"
+            ).fetchone()[0]
             orders = {name for (name,) in connection.execute("SELECT name FROM orders")}
         assert ever == len(rows) + sum(ledger.values()), "a row left that is not counted"
         assert ledger.keys() <= {"sent", "abandoned"}, "the cap took what was still to be sent"
