@@ -5,9 +5,10 @@ import os
 from alembic import context
 from sqlalchemy import Connection
 
-from outbox.database import create_file, default_url, open_engine, writing
+from outbox.database import default_url, migrating, open_engine
 from outbox.models import Base
 from outbox.schema import VERSION_TABLE, include_name
+from outbox.sqlite import create_file
 
 
 def run(connection: Connection) -> None:
@@ -40,6 +41,6 @@ elif (handed_over := context.config.attributes.get("connection")) is not None:
 else:
     engine = open_engine(named_url())
     create_file(engine.url)
-    with writing(engine) as own:
+    with migrating(engine) as own:
         run(own)
     engine.dispose()

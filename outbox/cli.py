@@ -99,9 +99,9 @@ def _check_database(_context: click.Context, _param: click.Parameter, value: str
 
 def _import_types(_context: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> None:
     for name in value:
+        if not all(map(str.isidentifier, name.split("."))):
+            raise click.BadParameter(f"{escape(name)!r}, expected the name of a module, such as shop.events")
         try:
-            if not all(map(str.isidentifier, name.split("."))):
-                raise ImportError("expected the name of a module, such as shop.events")
             importlib.import_module(name)
         except ImportError as error:
             raise click.BadParameter(f"can't import {escape(name)!r}: {error}") from error
@@ -271,7 +271,9 @@ def status(database: str | None, *, as_json_: bool) -> None:
 @click.option("--state", type=click.Choice([status.value for status in Status]), help="Only events in this state.")
 @click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")
 @click.option("--older-than", metavar="AGE", callback=_moment, help="Only events recorded before that.")
-@click.option("--limit", type=click.IntRange(1, LARGEST_ID - 1), default=100, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, LARGEST_ID - 1), default=100, show_default=True, help="At most so many."
+)
 @_json
 @click.pass_obj
 def list_events(  # noqa: PLR0913 - click passes each option by its name

@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import (
-    URL,
-    Connection,
-    Engine,
-    PoolProxiedConnection,
-    QueuePool,
-    create_engine,
-    event,
-    make_url,
-)
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy import URL, Connection, Engine, PoolProxiedConnection, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError, StorageError
 from outbox.forks import Gate
-
-Synchronous = Literal["FULL", "NORMAL"]
-
-BUSY_TIMEOUT_MS = 30_000
-"""How long a writer waits for another one before it gives up."""
-
-# What to do about an error of SQLite, by a part of its text: that is the same in every version of Python.
-_ADVICE = (
-    ("locked", "another program holds the write lock; end it or wait for it, then try again"),
-    ("full", "make room on the disk, then try again"),
-    ("readonly", "let this user write the file and its folder"),
-    ("unable to open", "let this user read and write the file and its folder"),
-    ("disk I/O error", "look at the disk and its free space, then try again"),
-    ("malformed", "the file is damaged; `outbox doctor` tells more; restore a backup or use .recover of sqlite3"),
-    ("not a database", "name the right file; this one is left as it is"),
-    ("no such table", "`outbox upgrade` creates what is missing"),
-    ("no such column", "`outbox upgrade` creates what is missing"),
+from outbox.sqlite import (
+    ADVICE,
+    BUSY_TIMEOUT_MS,
+    Synchronous,
+    create_sqlite_engine,
+    is_in_transaction,
+    sqlite_file,
 )
+
+# The drivers that our extras install, for URLs that name none.
+_DRIVERS = {
+    "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+}
+
+# How servers say that they gave up a transaction to end a deadlock or a conflict: PostgreSQL's SQLSTATEs, MySQL's
+# error numbers.
+_GIVEN_UP = frozenset({"40001", "40P01", 1205, 1213})
+
+# The name of the lock under which servers migrate: any number that nobody else uses, here "outbox" in ASCII.
+_MIGRATION_LOCK = 0x6F7574626F78
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -57,21 +50,21 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
 
     On SQLite: write-ahead log, writing transactions begin with BEGIN IMMEDIATE, and `synchronous` FULL keeps an
     event that enqueue accepted even through a power cut, NORMAL only through a crash of the program. The file
-    itself is not created here. Raises `ConfigurationError` for a URL that can't be used.
+    itself is not created here. On servers transactions are READ COMMITTED. Raises `ConfigurationError` for a URL
+    that can't be used.
     """
     url = _parse(database)
     if synchronous not in ("FULL", "NORMAL"):
         raise ConfigurationError(f"synchronous is {synchronous!r}, expected 'FULL' or 'NORMAL'")
-    if url.get_backend_name() != "sqlite":
-        engine = _create_engine(url, pool_pre_ping=True)
-    else:
-        options: dict[str, Any] = {"poolclass": QueuePool}
-        if sqlite_file(url) is None:
-            # A database in memory lives in one connection, which the threads share in turns.
-            options |= {"pool_size": 1, "max_overflow": 0, "connect_args": {"check_same_thread": False}}
-        engine = _create_engine(url, **options)
-        _set_up_sqlite(engine, synchronous)
-        _watch_file(engine)
+    try:
+        if url.get_backend_name() == "sqlite":
+            engine = create_sqlite_engine(url, synchronous)
+        else:
+            engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, isolation_level="READ COMMITTED")
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
+        ) from None
     _own_engines.add(engine)
     return engine
 
@@ -85,39 +78,6 @@ def default_url() -> URL:
     return URL.create("sqlite", database=str(folder / "outbox.db"))
 
 
-def sqlite_file(url: URL) -> Path | None:
-    """Return the file of an SQLite database, or None for one in memory and for other databases."""
-    name = url.database
-    in_memory = not name or name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
-    if url.get_backend_name() != "sqlite" or in_memory:
-        return None
-    return Path(str(name).removeprefix("file:").partition("?")[0])
-
-
-def create_file(url: URL) -> None:
-    """Create the file of an SQLite database, readable by its owner only, unless it is there already.
-
-    SQLite gives the files of the write-ahead log the same mode. Raises `StorageError` where it can't be created.
-    """
-    path = sqlite_file(url)
-    if path is None:
-        return
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    except FileExistsError:
-        pass
-    except (OSError, ValueError) as error:
-        raise StorageError(f"can't create the database {path}: {_in_words(error)}") from error
-
-
-def is_there(path: Path) -> bool:
-    """Tell whether there is such a file. Raises `StorageError` where that can't be told."""
-    try:
-        return path.exists()
-    except (OSError, ValueError) as error:
-        raise StorageError(f"can't look for the database {path}: {_in_words(error)}") from error
-
-
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """Open a transaction that holds the write lock from its start; commit at the end, roll back on an exception.
@@ -126,9 +86,26 @@ def writing(engine: Engine) -> Iterator[Connection]:
     Raises `StorageError` for what the database refuses.
     """
     with use.inside(), translated(engine), engine.begin() as connection:
-        if engine.dialect.name == "sqlite" and not in_transaction(connection.connection):
+        if engine.dialect.name == "sqlite" and not is_in_transaction(connection.connection):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
+
+
+@contextmanager
+def migrating(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction like `writing` that no other migration runs beside, here or on another host."""
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            yield connection
+        elif is_mysql(engine):
+            connection.exec_driver_sql(f"SELECT GET_LOCK('{_MIGRATION_LOCK}', -1)")
+            try:
+                yield connection
+            finally:
+                connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{_MIGRATION_LOCK}')")
+        else:
+            yield connection
 
 
 @contextmanager
@@ -142,35 +119,62 @@ def reading(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
     """Raise `StorageError` for what the database refuses, in the driver's own words and with advice."""
-    # The driver's own errors come from setting up a connection, where SQLAlchemy does not wrap them; the last two
-    # from values that the database can't hold.
+    # The driver's own errors come from where SQLAlchemy does not wrap them; the last two from values that the
+    # database can't hold.
     driver = engine.dialect.loaded_dbapi.Error
     try:
         yield
     except (DBAPIError, PoolTimeoutError, driver, OverflowError, UnicodeEncodeError) as error:
-        # Only the driver's own words: SQLAlchemy's would repeat the statement.
-        words = str(getattr(error, "orig", None) or error)
-        advice = next((f"; {advice}" for part, advice in _ADVICE if part in words), "")
-        raise StorageError(f"{engine.url.render_as_string(hide_password=True)}: {words}{advice}") from error
+        raise StorageError(in_words(engine, error)) from error
 
 
-def damage(engine: Engine) -> list[str]:
-    """Let an SQLite database check itself, which reads all of it; return what it found, nothing if it is sound."""
-    with reading(engine) as connection:
-        found = list(connection.exec_driver_sql("PRAGMA integrity_check(10)").scalars())
-    return [] if found == ["ok"] else found
+def in_words(engine: Engine, error: Exception) -> str:
+    """Say what a driver's error means: where, its own words, and for SQLite what to do."""
+    # Only the driver's own words: SQLAlchemy's would repeat the statement.
+    words = " ".join(str(getattr(error, "orig", None) or error).split())
+    advice = next((f"; {advice}" for part, advice in ADVICE if part in words), "")
+    return f"{engine.url.render_as_string(hide_password=True)}: {words}{advice}"
 
 
-def journal_mode(engine: Engine) -> str:
-    """Return how an SQLite database keeps its journal; `wal` where all is well."""
-    with reading(engine) as connection:
-        return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
+def begin(engine: Engine, connection: PoolProxiedConnection, cursor: Any) -> None:
+    """Begin a writing transaction on a driver's connection, where the driver by itself would not do it rightly."""
+    if engine.dialect.name == "sqlite":
+        if not is_in_transaction(connection):
+            cursor.execute("BEGIN IMMEDIATE")
+    elif engine not in _own_engines:
+        # A host may work at a level at which a claim that waited for another one fails, or may commit by itself.
+        if is_mysql(engine):
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+            cursor.execute("START TRANSACTION")
+        elif getattr(connection.dbapi_connection, "autocommit", False):
+            cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        else:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+
+
+def is_mysql(engine: Engine) -> bool:
+    """Tell whether the database is MySQL or MariaDB."""
+    return engine.dialect.name in ("mysql", "mariadb")
+
+
+def is_given_up(error: Exception) -> bool:
+    """Tell whether a server undid the transaction, to end a deadlock or a conflict: it can be tried again."""
+    code = getattr(error, "sqlstate", None) or next(iter(error.args), None)
+    return code in _GIVEN_UP
+
+
+def is_disconnect(engine: Engine, connection: PoolProxiedConnection, error: Any) -> bool:
+    """Tell whether the connection to a server is broken."""
+    if engine.dialect.name == "sqlite":
+        return False
+    return bool(engine.dialect.is_disconnect(error, connection.dbapi_connection, None))
 
 
 def _parse(database: str | URL) -> URL:
     # No message repeats the URL: a password may stand in it.
     try:
         url = make_url(database)
+        url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
         url.render_as_string()  # messages show it, which needs Unicode
         url.get_dialect().import_dbapi()
     except (ArgumentError, ValueError):
@@ -180,84 +184,6 @@ def _parse(database: str | URL) -> URL:
     except ImportError as error:
         raise ConfigurationError(f"the database's driver is not installed: {error}") from None
     return url
-
-
-def _create_engine(url: URL, **options: Any) -> Engine:
-    try:
-        return create_engine(url, hide_parameters=True, **options)
-    except (ArgumentError, ValueError):
-        raise ConfigurationError(
-            "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
-        ) from None
-
-
-def _in_words(error: OSError | ValueError) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _set_up_sqlite(engine: Engine, synchronous: Synchronous) -> None:
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself
-        # Text that is not UTF-8 must spoil its own row, not the claim that comes upon it.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-        _enter_wal(connection)
-        connection.execute(f"PRAGMA synchronous = {synchronous}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        reading = connection.get_execution_options().get("outbox_reading")
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-def _watch_file(engine: Engine) -> None:
-    """Notice that the file was deleted or replaced: SQLite would go on writing to the one that has no name."""
-    path = sqlite_file(engine.url)
-    if path is None:
-        return
-
-    @event.listens_for(engine, "do_connect")
-    def _refuse_missing(*_: object) -> None:
-        if not is_there(path):  # SQLite would create it, empty and readable by all
-            raise StorageError(f"there is no database {path}; restore it, or `outbox upgrade` creates a new one")
-
-    @event.listens_for(engine, "connect")
-    def _remember(_connection: object, record: ConnectionPoolEntry) -> None:
-        record.info["file"] = _identity(path)
-
-    @event.listens_for(engine, "checkout")
-    def _compare(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
-        if record.info["file"] != _identity(path):
-            raise DisconnectionError  # the pool connects anew
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _enter_wal(connection: Any) -> None:
-    # Of several processes that open a new file, SQLite refuses some at once, without the busy time-out.
-    tries_left = BUSY_TIMEOUT_MS // 10
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except connection.OperationalError as error:
-            if "locked" not in str(error) or not tries_left:
-                raise
-        tries_left -= 1
-        time.sleep(0.01)
-
-
-def in_transaction(connection: PoolProxiedConnection) -> bool:
-    """Tell whether SQLite's driver has a transaction open: the host may begin them in its own way."""
-    dbapi_connection: Any = connection.dbapi_connection
-    return bool(dbapi_connection.in_transaction)
 
 
 def _close_files() -> None:

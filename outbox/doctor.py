@@ -9,10 +9,10 @@ from typing import NamedTuple
 from sqlalchemy import Engine
 
 from outbox import schema
-from outbox.clock import now_ms
-from outbox.database import damage, journal_mode, sqlite_file
+from outbox.database import reading
 from outbox.failures import OutboxError
 from outbox.policy import RETRY_AFTER_MAX_MS, Policy, backoff
+from outbox.sqlite import damage, journal_mode, sqlite_file
 from outbox.stats import duration
 from outbox.store import Store
 
@@ -52,7 +52,8 @@ def _schema(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
 def _integrity(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
     if engine.dialect.name != "sqlite":
         return
-    found = damage(engine)
+    with reading(engine) as connection:
+        found = damage(connection)
     if found:
         yield False, f"the file is damaged, restore a backup or use .recover of sqlite3: {'; '.join(found)}"
     else:
@@ -62,7 +63,8 @@ def _integrity(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
 def _journal(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
     if sqlite_file(engine.url) is None:
         return
-    mode = journal_mode(engine)
+    with reading(engine) as connection:
+        mode = journal_mode(connection)
     if mode == "wal":
         yield True, "the journal is a write-ahead log"
     else:
@@ -86,9 +88,10 @@ def _permissions(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
 
 
 def _times(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
-    now = now_ms()
+    store = Store(engine)
+    now = store.now_ms()
     longest_wait_ms = max(backoff(99, policy.backoff_ms), policy.rate_limit_ms, RETRY_AFTER_MAX_MS) * 5 // 4
-    odd = Store(engine).oddities(
+    odd = store.oddities(
         now_ms=now,
         longest_lease_ms=now + policy.lease_ms + _CLOCK_TOLERANCE_MS,
         soon_ms=now + _CLOCK_TOLERANCE_MS,

@@ -10,6 +10,7 @@ An application adds a type of its own by defining a subclass:
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -33,6 +34,8 @@ Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 _INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:00Z"
 
 
+log = logging.getLogger("outbox")
+
 _AnyEvent = TypeVar("_AnyEvent", bound="Event")
 
 
@@ -50,10 +53,12 @@ class _Registry:
             raise ConfigurationError(f"{known.__qualname__} has the tag {tag!r}, expected a text")
         with self._lock:
             other = self._types.get(tag)
-            if other is not None and not _replaces(known, other):
+            if other is not None and other.__module__ == __name__:
                 raise ConfigurationError(
                     f"{known.__qualname__} has the tag {tag!r} of {other.__qualname__}, expected one of its own"
                 )
+            if other is not None and not _is_redefined(known, other):
+                log.warning("events with the tag %r are now of the type %r, no longer of %r", tag, known, other)
             self._types = {**self._types, tag: known}
             self._decoder = None
 
@@ -72,7 +77,7 @@ class _Registry:
         self._lock = threading.Lock()
 
 
-def _replaces(known: type[Event], other: type[Event]) -> bool:
+def _is_redefined(known: type[Event], other: type[Event]) -> bool:
     # In a notebook a type is defined again and again, and one inside a function whenever that is called.
     same = (known.__module__, known.__qualname__) == (other.__module__, other.__qualname__)
     return same or "<locals>" in other.__qualname__
@@ -112,7 +117,8 @@ class Event(msgspec.Struct, metaclass=_EventMeta, frozen=True, tag_field="event_
     `file_path` are also written to the columns of that name. `occurred_at_field` names the field that tells when
     it happened; a type without that field happened when it was enqueued.
 
-    Defining a type raises `ConfigurationError` when another one has its tag already.
+    Defining a type raises `ConfigurationError` when one of the types below has its tag. Of an application's own
+    types with one tag the last one counts.
     """
 
     occurred_at_field: ClassVar[str] = "occurred_at"

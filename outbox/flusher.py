@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from outbox import maintenance
-from outbox.clock import now_ms
 from outbox.events import Event, check_types, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
 from outbox.policy import Outcome, Policy, Verdict, abandonment, decide, verdict
-from outbox.store import ClaimedRow, Store
+from outbox.statements import ClaimedRow
+from outbox.store import Store
 
 log = logging.getLogger("outbox")
 
@@ -90,7 +90,7 @@ def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
         return FlushReport()
     _refuse_long_deadline(policy, client)
     check_types()
-    now = now_ms()
+    now = store.now_ms()
     lease_ms = now + policy.lease_ms
     rows = store.claim(now_ms=now, lease_ms=lease_ms, batch_size=policy.batch_size)
     if not rows:
@@ -151,7 +151,7 @@ class _Claim:
     def work_off(self) -> FlushReport:
         batch = self._decode()
         judged, failure = self._deliver(batch)
-        now = now_ms()
+        now = self._store.now_ms()
         if self._sent:
             maintenance.unpark(self._store, self._policy, now_ms=now)
         maintenance.cap(self._store, self._policy, now_ms=now)
@@ -169,7 +169,7 @@ class _Claim:
 
     def let_go(self) -> None:
         """Record what the server took, for that is a fact, and give back the rest."""
-        now = now_ms()
+        now = self._store.now_ms()
         released = Outcome("release", {"next_attempt_at_ms": now})
         delivered = Outcome("deliver", {"sent_at_ms": now})
         try:
@@ -245,11 +245,11 @@ class _Claim:
 
     def _keep(self, items: list[BatchItem]) -> list[BatchItem]:
         """Renew the lease where an eighth of it is gone; return the items that are still ours."""
-        now = now_ms()
+        now = self._store.now_ms()
         if self._lease_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
-            new_lease_ms = now + self._policy.lease_ms
-            held = self._store.renew(sorted(self._open), lease_ms=self._lease_ms, new_lease_ms=new_lease_ms)
-            self._lease_ms = new_lease_ms
+            held, self._lease_ms = self._store.renew(
+                self._open, lease_ms=self._lease_ms, for_ms=self._policy.lease_ms
+            )
             self._count_lost(len(self._open) - len(held))
             self._open = held
         return [item for item in items if item.id in self._open]
@@ -265,7 +265,7 @@ class _Claim:
     def _judge(
         self, judged: Verdict, failed: Iterable[tuple[BatchItem, UploadFailure]]
     ) -> list[tuple[int, Outcome]]:
-        now = now_ms()
+        now = self._store.now_ms()
         return [
             (item.id, decide(judged, failure, item, now_ms=now, policy=self._policy))
             for item, failure in failed
@@ -273,7 +273,7 @@ class _Claim:
         ]
 
     def _settle_accepted(self, others: Iterable[tuple[int, Outcome]] = ()) -> None:
-        delivered = Outcome("deliver", {"sent_at_ms": now_ms()})
+        delivered = Outcome("deliver", {"sent_at_ms": self._store.now_ms()})
         self._settle([*((row_id, delivered) for row_id in self._accepted), *others])
         self._sent += len(self._accepted)
         self._accepted = []

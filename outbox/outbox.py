@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, Engine
 
 from outbox import flusher, maintenance, schema, stats
-from outbox.clock import epoch_ms, now_ms
-from outbox.database import Synchronous, default_url, open_engine
+from outbox.clock import epoch_ms
+from outbox.database import default_url, open_engine
 from outbox.events import Event, columns, encode
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.policy import Policy
+from outbox.sqlite import Synchronous
 from outbox.store import Store
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Outbox:
         """
         if os.environ.get("OUTBOX_CAPTURE") == "false":
             return []
-        now = now_ms()
+        now = self._store.now_ms()
         rows = [_row(event, now) for event in events]
         if not rows:
             return []
@@ -136,7 +137,7 @@ class Outbox:
 
     def retry_now(self) -> int:
         """Make everything due that is parked or waits, not what is being sent; return the number of rows."""
-        return self._store.retry_now(now_ms=now_ms())
+        return self._store.retry_now(now_ms=self._store.now_ms())
 
     def requeue_abandoned(self, *, older_than: datetime | int, dry_run: bool = False) -> maintenance.RequeueReport:
         """Give abandoned events created before `older_than` a full new chance; a dry run only counts.
@@ -144,7 +145,7 @@ class Outbox:
         `older_than` is a datetime with a time zone, or epoch milliseconds.
         """
         return maintenance.requeue_abandoned(
-            self._store, cutoff_ms=_epoch_ms(older_than), now_ms=now_ms(), dry_run=dry_run
+            self._store, cutoff_ms=_epoch_ms(older_than), now_ms=self._store.now_ms(), dry_run=dry_run
         )
 
     def pending_count(self) -> int:
@@ -153,7 +154,7 @@ class Outbox:
 
     def stats(self) -> stats.Stats:
         """Return what is queued, what is stuck, and the likely cause."""
-        return stats.gather(self._store, now_ms=now_ms(), lease_ms=self.policy.lease_ms)
+        return stats.gather(self._store, now_ms=self._store.now_ms(), lease_ms=self.policy.lease_ms)
 
     def get(self, row_id: int) -> ObservationEvent | None:
         """Return one event, detached from the database, or None."""

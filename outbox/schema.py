@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect
 
-from outbox.database import create_file, is_there, reading, sqlite_file, writing
+from outbox.database import migrating, reading
 from outbox.failures import SchemaError
 from outbox.models import Base
+from outbox.sqlite import create_file, is_there, sqlite_file
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -60,7 +61,7 @@ def upgrade(engine: Engine) -> str | None:
         return revision
     from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
 
-    with writing(engine) as connection, _alembic_lock:
+    with migrating(engine) as connection, _alembic_lock:
         revision = current_revision(connection)
         if revision is not None:
             _refuse_newer(revision, engine.url.render_as_string(hide_password=True))

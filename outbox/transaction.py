@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Engine, Select, UpdateBase
 
-from outbox.database import in_transaction, translated, use
+from outbox.database import begin, in_words, is_disconnect, is_given_up, translated, use
+from outbox.failures import StorageError
+from outbox.sqlite import tolerant_text
+
+Result = TypeVar("Result")
+
+# Between the tries: long enough in all for a server to fail over or to restart.
+_PAUSES_S = (0.02, 0.05, 0.1, 0.5, 2.0)
+
+
+class _UndoneError(StorageError):
+    """The transaction did not happen, through no fault of its own."""
+
+
+class _UnknownError(StorageError):
+    """The connection broke during the commit."""
 
 
 class Transaction:
@@ -26,8 +41,9 @@ class Transaction:
     def rows(self, statement: UpdateBase | Select[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows."""
         compiled = self._of(statement)
-        self._cursor.execute(compiled.text, compiled.arguments(parameters))
-        return list(self._cursor.fetchall())
+        with tolerant_text(self._cursor, self._dialect):
+            self._cursor.execute(compiled.text, compiled.arguments(parameters))
+            return list(self._cursor.fetchall())
 
     def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
         """Run a query for one value; None where there is no row."""
@@ -42,17 +58,19 @@ class Transaction:
 
     def change_many(self, statement: UpdateBase, several: list[dict[str, Any]], /) -> int:
         """Run a statement once for each set of parameters; return how many rows were changed in all."""
+        if not several:
+            return 0
         compiled = self._of(statement)
         self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
         return int(self._cursor.rowcount)
 
     def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
-        """Insert rows one by one, and return their ids."""
+        """Insert rows one by one, and return their ids, as the driver tells them or the statement returns them."""
         compiled = self._of(statement)
         ids = []
         for row in rows:
             self._cursor.execute(compiled.text, compiled.arguments(row))
-            ids.append(int(self._cursor.lastrowid))
+            ids.append(int(self._cursor.fetchone()[0] if compiled.returns else self._cursor.lastrowid))
         return ids
 
     def _of(self, statement: UpdateBase | Select[Any]) -> _Compiled:
@@ -68,34 +86,68 @@ class _Compiled:
     def __init__(self, statement: UpdateBase | Select[Any], dialect: Dialect) -> None:
         compiled: Any = statement.compile(dialect=dialect)
         self.text = str(compiled)
+        self.returns = bool(compiled.effective_returning)
         self._fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
         self._positions = compiled.positiontup
+        self._refuses_nul = dialect.name == "postgresql"
 
     def arguments(self, parameters: dict[str, Any]) -> Any:
         values = self._fixed | parameters
+        if self._refuses_nul:
+            values = {name: _without_nul(value) for name, value in values.items()}
         return values if self._positions is None else [values[name] for name in self._positions]
 
 
+def _without_nul(value: Any) -> Any:
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
+
+
 class Writer:
-    """Opens writing transactions on one engine, and keeps what they compiled: once for each statement."""
+    """Runs writing transactions on one engine, and keeps what they compiled: once for each statement."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self._engine = engine
         self._compiled: dict[Any, _Compiled] = {}
 
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Like `writing`, on the driver's own cursor."""
-        with use.inside(), translated(self.engine):
-            connection = self.engine.raw_connection()
-            try:
-                cursor = connection.cursor()
-                if self.engine.dialect.name == "sqlite" and not in_transaction(connection):
-                    cursor.execute("BEGIN IMMEDIATE")
-                yield Transaction(cursor, self.engine.dialect, self._compiled)
-                connection.commit()
-            except BaseException:
-                connection.rollback()
-                raise
-            finally:
-                connection.close()
+    def run(self, operation: Callable[[Transaction], Result], *, repeatable: bool = False) -> Result:
+        """Run an operation in a transaction of its own, and return its result.
+
+        It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
+        or when the connection broke before the commit. When it breaks during the commit nobody knows whether that
+        was done, so then only if the operation is `repeatable`. Raises `StorageError`.
+        """
+        with use.inside(), translated(self._engine):
+            for pause_s in _PAUSES_S:
+                try:
+                    return self._once(operation)
+                except _UndoneError:
+                    time.sleep(pause_s)
+                except _UnknownError:
+                    if not repeatable:
+                        raise
+                    time.sleep(pause_s)
+            return self._once(operation)
+
+    def _once(self, operation: Callable[[Transaction], Result]) -> Result:
+        connection = self._engine.raw_connection()
+        committing = False
+        try:
+            cursor = connection.cursor()
+            begin(self._engine, connection, cursor)
+            result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
+            committing = True
+            connection.commit()
+        except self._engine.dialect.loaded_dbapi.Error as error:
+            if is_disconnect(self._engine, connection, error):
+                connection.invalidate()
+                raise (_UnknownError if committing else _UndoneError)(in_words(self._engine, error)) from error
+            connection.rollback()
+            if is_given_up(error):
+                raise _UndoneError(in_words(self._engine, error)) from error
+            raise
+        except BaseException:
+            connection.rollback()
+            raise
+        finally:
+            connection.close()
+        return result

@@ -8,8 +8,9 @@ from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from builders import ScriptedClient, rule_fired, statuses
-from outbox import ConfigurationError, Outbox, StorageError, database
-from outbox.database import create_file, open_engine, reading, sqlite_file, writing
+from outbox import ConfigurationError, Outbox, StorageError, sqlite
+from outbox.database import open_engine, reading, writing
+from outbox.sqlite import create_file, sqlite_file
 
 
 def pragma(outbox: Outbox, name: str) -> object:
@@ -125,6 +126,21 @@ def test_a_transaction_that_the_hosts_engine_began_is_used(outbox: Outbox, url: 
     host.dispose()
 
 
+def test_text_that_is_not_utf8_spoils_its_own_row_only_on_a_hosts_engine_too(outbox: Outbox, url: str) -> None:
+    outbox.enqueue_many([rule_fired()] * 2)
+    with writing(outbox.engine) as connection:
+        connection.exec_driver_sql(
+            "UPDATE observation_events SET payload_json = CAST(x'7bff' AS TEXT) WHERE id = 1"
+        )
+    host = create_engine(url)
+    with Outbox(host) as hosted:
+        assert hosted.flush(ScriptedClient()).sent == 1
+    with host.connect() as connection:
+        assert connection.connection.dbapi_connection.text_factory is str
+    host.dispose()
+    assert statuses(outbox) == ["abandoned", "sent"]
+
+
 def test_a_reader_waits_for_no_writer(outbox: Outbox) -> None:
     outbox.enqueue(rule_fired())
     with writing(outbox.engine) as connection:
@@ -134,7 +150,7 @@ def test_a_reader_waits_for_no_writer(outbox: Outbox) -> None:
 
 
 def test_a_locked_database_is_a_storage_error(outbox: Outbox, url: str, monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 1)
     blocker = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with Outbox(url) as impatient, pytest.raises(StorageError, match="outbox.db: database is locked"):
@@ -169,12 +185,12 @@ def test_switching_to_wal_is_tried_again_while_others_do_the_same() -> None:
                 raise sqlite3.OperationalError("database is locked")
 
     busy = Busy()
-    database._enter_wal(busy)
+    sqlite._enter_wal(busy)
     assert busy.refusals == 0
 
 
 def test_switching_to_wal_gives_up_with_the_databases_own_words(monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 20)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 20)
 
     class Stuck:
         OperationalError = sqlite3.OperationalError
@@ -183,14 +199,14 @@ def test_switching_to_wal_gives_up_with_the_databases_own_words(monkeypatch) -> 
             raise sqlite3.OperationalError("database is locked")
 
     with pytest.raises(sqlite3.OperationalError, match="locked"):
-        database._enter_wal(Stuck())
+        sqlite._enter_wal(Stuck())
 
     class Broken(Stuck):
         def execute(self, _):
             raise sqlite3.OperationalError("disk I/O error")
 
     with pytest.raises(sqlite3.OperationalError, match="I/O"):
-        database._enter_wal(Broken())
+        sqlite._enter_wal(Broken())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

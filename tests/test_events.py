@@ -304,6 +304,19 @@ def test_an_event_type_needs_a_tag_of_its_own(bases, config, message: str) -> No
     assert encode(rule_fired())[0] == rule_fired()
 
 
+def test_a_second_type_with_a_tag_takes_over_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def define(module: str) -> type[Event]:
+        namespace = {"__annotations__": {}, "__module__": module}
+        return type(Event)("Shipped", (Event,), namespace, tag="shipped_twice")
+
+    first, again, second = define("shop.events"), define("shop.events"), define("depot.events")
+    assert event_types()["shipped_twice"] is second is not again is not first
+    (record,) = caplog.records
+    assert (
+        "now of the type <class 'depot.events.Shipped'>, no longer of <class 'shop.events" in record.getMessage()
+    )
+
+
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch):
     """A registry that a test may spoil."""

@@ -15,7 +15,7 @@ from freezegun import freeze_time
 from sqlalchemy import event
 
 from builders import DOWN, NOON, NOON_MS, OK, REJECTED, REVOKED, ScriptedClient, add_row, rule_fired, statuses
-from outbox import Outbox, Policy, SchemaError, StorageError, database
+from outbox import Outbox, Policy, SchemaError, StorageError, sqlite
 from outbox.cli import main
 from outbox.database import open_engine
 from outbox.doctor import examine
@@ -243,7 +243,7 @@ except StorageError as error:
 
 
 def test_a_lock_that_outlasts_the_patience_is_told_and_passes(outbox: Outbox, url: str, monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 1)
     blocker = sqlite3.connect(path_of(url), isolation_level=None)
     with Outbox(url) as impatient:
         impatient.enqueue(rule_fired())
@@ -261,7 +261,7 @@ def test_a_lock_that_outlasts_the_patience_is_told_and_passes(outbox: Outbox, ur
 
 
 def test_a_lock_that_begins_during_an_upload_costs_no_delivery(outbox: Outbox, url: str, monkeypatch) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 1)
     blocker = sqlite3.connect(path_of(url), isolation_level=None)
     with freeze_time(NOON) as clock, Outbox(url) as impatient:
         impatient.enqueue(rule_fired())
@@ -398,7 +398,7 @@ def test_the_doctor_finds_files_that_others_may_read(outbox: Outbox, url: str) -
 
 def test_the_doctor_finds_another_journal(outbox: Outbox, url: str, monkeypatch) -> None:
     outbox.close()
-    monkeypatch.setattr(database, "_enter_wal", lambda _: None)
+    monkeypatch.setattr(sqlite, "_enter_wal", lambda _: None)
     other = sqlite3.connect(path_of(url))
     other.execute("PRAGMA journal_mode = DELETE")
     other.close()

@@ -392,6 +392,25 @@ def test_a_claim_that_waited_for_the_database_renews_its_lease_first(outbox: Out
     assert leases == [NOON_MS + 80_000]
 
 
+def test_a_renewal_that_waited_for_the_database_counts_from_its_end(outbox: Outbox, noon) -> None:
+    ids = enqueue(outbox, 2)
+    seen, leases = [], []
+
+    def waited(statement):
+        seen.append(statement)
+        if statement == "BEGIN IMMEDIATE" and seen.count(statement) == 2:
+            noon.tick(30)
+
+    on_statement(outbox, waited)
+
+    def slow(_):
+        noon.tick(40)
+        return REJECTED
+
+    outbox.flush(ScriptedClient(slow, lambda _: leases.append(row(outbox, ids[0]).next_attempt_at_ms)))
+    assert leases == [NOON_MS + 70_000 + 60_000]
+
+
 def test_a_claim_that_lost_its_lease_before_the_upload_sends_nothing(outbox: Outbox, noon) -> None:
     enqueue(outbox, 1)
 

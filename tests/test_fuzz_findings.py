@@ -25,7 +25,7 @@ def test_a_file_that_no_system_can_have_is_refused(name: str, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["\udcff.db", "\ud800.db"])
+@pytest.mark.parametrize("name", ["\udcff.db"])
 def test_a_file_whose_name_is_not_unicode_is_refused(name: str, tmp_path) -> None:
     url = f"sqlite:///{tmp_path}/{name}"
     with pytest.raises(ConfigurationError, match="the database is not an SQLAlchemy URL"):

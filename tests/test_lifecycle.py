@@ -12,7 +12,8 @@ from outbox import IllegalTransition, ObservationEvent, Outbox, Status
 from outbox.lifecycle import MOVES, diagram, fire
 from outbox.models import Base
 from outbox.policy import Outcome
-from outbox.store import Store, move
+from outbox.statements import move
+from outbox.store import Store
 
 NOW = NOON_MS + 60_000
 LEASE = NOW + 5_000

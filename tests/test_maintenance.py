@@ -16,7 +16,7 @@ from builders import (
     rule_fired,
     statuses,
 )
-from outbox import ConfigurationError, Outbox, Policy, RequeueReport, store
+from outbox import ConfigurationError, Outbox, Policy, RequeueReport, statements
 
 WEEK_MS = 7 * 86_400_000
 
@@ -235,7 +235,7 @@ def plan_of(outbox: Outbox, statement) -> list[str]:
         return [step[3] for step in found]
 
 
-@pytest.mark.parametrize("statement", [*store._TRIM[:2], store._UNPARK])
+@pytest.mark.parametrize("statement", [*statements.TRIM[:2], statements.LOCK_PARKED])
 def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> None:
     plan = plan_of(outbox, statement)
     assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
@@ -243,7 +243,7 @@ def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> N
 
 def test_the_claim_looks_at_its_own_index_only(outbox: Outbox) -> None:
     assert "SCAN observation_events USING COVERING INDEX observation_events_claim_idx" in plan_of(
-        outbox, store._CLAIM
+        outbox, statements.CLAIM
     )
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -179,16 +180,16 @@ def test_a_database_in_memory_is_copied_by_a_fork() -> None:
 @beside_threads
 def test_a_child_forked_beside_an_upgrade_can_upgrade_too(tmp_path: Path, monkeypatch) -> None:
     is_done, was_forked = threading.Event(), threading.Event()
-    writing = schema.writing
+    migrating = schema.migrating
 
     @contextmanager
     def linger(engine):
-        with writing(engine) as connection:
+        with migrating(engine) as connection:
             yield connection
         is_done.set()
         was_forked.wait()
 
-    monkeypatch.setattr(schema, "writing", linger)
+    monkeypatch.setattr(schema, "migrating", linger)
     thread = threading.Thread(target=lambda: Outbox.open(f"sqlite:///{tmp_path / 'one.db'}").close())
     thread.start()
     is_done.wait()
@@ -322,7 +323,7 @@ def test_spawned_workers_enqueue_to_one_file(outbox: Outbox, url: str) -> None:
         ids = pool.starmap(enqueue_in_a_worker, [(url, "a"), (url, "b"), (url, "c")])
         pool.close()
         pool.join()
-    assert sorted(sum(ids, [])) == list(range(1, 61))
+    assert sorted(chain.from_iterable(ids)) == list(range(1, 61))
     assert outbox.flush(ScriptedClient()).sent == 60
 
 

@@ -159,7 +159,9 @@ def urls(data: bytes) -> None:
     """A base URL and a database's URL."""
     text = data.decode(errors="surrogateescape")
     with contextlib.suppress(ConfigurationError), HttpClient(text, token="token-of-tests"):
-        assert text.lower().startswith("https://") or any(local in text.lower() for local in ("localhost", "127.", ":"))
+        assert text.lower().startswith("https://") or any(
+            local in text.lower() for local in ("localhost", "127.", ":")
+        )
     folder()
     with contextlib.suppress(ConfigurationError):
         engine = open_engine(text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import alembic.command  # noqa: F401 - loaded before the forks
-import outbox.client
+
 from .programs import OPEN, PROGRAMS, Job
 from .steps import Steps
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from outbox import HttpClient, Outbox, Policy, RuleFired, flusher
+from outbox import HttpClient, Outbox, Policy, RuleFired, store
 from outbox.clock import now_ms
 from outbox.receiver import Drop, IngestServer
 
@@ -67,7 +67,7 @@ def flush_all(job: Job) -> None:
 
 def flush_while_time_flies(job: Job) -> None:
     times = itertools.count(now_ms(), 10_000)
-    flusher.now_ms = lambda: next(times)
+    store.now_ms = lambda: next(times)
     flush_one_batch(job)
 
 
@@ -204,7 +204,9 @@ def check_what_is_left(file: Path, *, told: Collection[int], received: Collectio
         assert ever == len(ids) + deleted, "a row left that is not counted"
         assert max(told, default=0) <= ever
         assert len({*told} - {*ids}) <= deleted, "an event is gone that enqueue accepted"
-        delivered = column("SELECT payload_json FROM observation_events WHERE status = 'sent' AND created_at_ms < sent_at_ms")
+        delivered = column(
+            "SELECT payload_json FROM observation_events WHERE status = 'sent' AND created_at_ms < sent_at_ms"
+        )
         assert {*delivered} <= {*received}, "a row is called sent that the server has not got"
         if column("SELECT name FROM sqlite_master WHERE name = 'orders'"):
             committed = column("SELECT count(*) FROM orders")
@@ -225,7 +227,9 @@ def check_the_end(file: Path, *, told: Collection[int], received: Collection[str
     with closing(sqlite3.connect(file)) as connection:
         rows = {
             row_id: (status, payload)
-            for row_id, status, payload in connection.execute("SELECT id, status, payload_json FROM observation_events")
+            for row_id, status, payload in connection.execute(
+                "SELECT id, status, payload_json FROM observation_events"
+            )
         }
     for row_id, (status, payload) in rows.items():
         if status == "abandoned":

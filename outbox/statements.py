@@ -1,0 +1,298 @@
+"""The SQL statements. What each is for stands at the method of the store that runs it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Insert,
+    Select,
+    Table,
+    Text,
+    TextClause,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    text,
+    union_all,
+    update,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from outbox.lifecycle import MOVES, Status
+from outbox.models import LedgerEntry, ObservationEvent
+
+events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
+ledger: Table = LedgerEntry.__table__  # type: ignore[assignment]  # as above
+_c = events.c
+
+
+class ClaimedRow(NamedTuple):
+    """What a flusher has to know of a row that it holds."""
+
+    id: int
+    event_type: str
+    payload_json: str
+    retry_count: int
+    created_at_ms: int
+    revived_at_ms: int | None
+
+
+class _Unindexed(FunctionElement[str]):
+    """The status where SQLite's planner must not choose an index by it; elsewhere just the column.
+
+    It would rather walk the baseline's status index through all rows of a state than look up the few ids that are
+    asked for, or take the partial index that has the wanted order.
+    """
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(_Unindexed)
+def _plain(element: _Unindexed, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+@compiles(_Unindexed, "sqlite")
+def _with_plus(element: _Unindexed, compiler: Any, **options: Any) -> str:
+    return f"+{compiler.process(element.clauses, **options)}"
+
+
+_unindexed_status = _Unindexed(_c.status)
+
+
+def _literal(status: Status) -> ColumnElement[str]:
+    # Part of the text rather than bound: the planner must see it to choose a partial index.
+    return literal_column(f"'{status.value}'", Text)
+
+
+def _in(status: ColumnElement[str], *statuses: Status) -> ColumnElement[bool]:
+    if len(statuses) == 1:
+        return status == _literal(statuses[0])
+    return status.in_([_literal(one) for one in statuses])
+
+
+def move(trigger: str, *, status: ColumnElement[str] = _unindexed_status) -> Update:
+    """Return the UPDATE of one move: legal sources in its WHERE, destination in its SET.
+
+    A fenced move lands only on the row `row_id` under the lease `lease`, both to be bound.
+    """
+    declared = MOVES[trigger]
+    statement = update(events).where(_in(status, *declared.sources)).values(status=_literal(declared.destination))
+    return statement.where(_this_row, _held) if declared.fenced else statement
+
+
+def _lock(statement: Select[Any]) -> Select[Any]:
+    # On servers, rows that another transaction works on are left to it; SQLite has one writer at a time.
+    return statement.with_for_update(skip_locked=True)
+
+
+_this_row = _c.id == bindparam("row_id")
+_held = _c.next_attempt_at_ms == bindparam("lease")
+_now = bindparam("now", type_=BigInteger)
+_oldest_first = (_c.created_at_ms, _c.id)
+
+INSERTED = (
+    "event_type",
+    "rule_id",
+    "rule_ids_json",
+    "session_id",
+    "file_path",
+    "occurred_at_ms",
+    "payload_json",
+    "next_attempt_at_ms",
+    "created_at_ms",
+)
+INSERT = insert(events).values({name: bindparam(name) for name in INSERTED})
+INSERT_RETURNING = INSERT.returning(_c.id)
+INSERT_IN_SESSION = insert(events).returning(_c.id, sort_by_parameter_order=True)
+
+_due = (
+    select(*(_c[name] for name in ClaimedRow._fields))
+    .where(_in(_unindexed_status, *MOVES["claim"].sources), _c.next_attempt_at_ms <= _now)
+    .order_by(*_oldest_first)
+    .limit(bindparam("batch_size"))
+)
+CLAIM = (
+    move("claim")
+    .where(_c.id.in_(_due.with_only_columns(_c.id)))
+    .values(next_attempt_at_ms=bindparam("lease"))
+    .returning(*(_c[name] for name in ClaimedRow._fields))
+)
+# Materialised, or PostgreSQL might run the sub-select again for each row and lock more than a batch.
+_chosen = _lock(_due.with_only_columns(_c.id)).cte("chosen").prefix_with("MATERIALIZED", dialect="postgresql")
+CLAIM_POSTGRESQL = (
+    move("claim")
+    .where(_c.id == _chosen.c.id)
+    .values(next_attempt_at_ms=bindparam("lease"))
+    .returning(*(_c[name] for name in ClaimedRow._fields))
+)
+LOCK_DUE = _lock(_due)
+CLAIM_ROW = move("claim").where(_this_row).values(next_attempt_at_ms=bindparam("lease"))
+
+RENEW = (
+    update(events)
+    .where(_this_row, _in(_unindexed_status, Status.SENDING), _held)
+    .values(next_attempt_at_ms=bindparam("new_lease"))
+)
+
+SETTLE = {
+    "deliver": move("deliver").where(_this_row).values(sent_at_ms=bindparam("new_sent_at_ms")),
+    "reschedule": move("reschedule").values(
+        retry_count=bindparam("new_retry_count"),
+        next_attempt_at_ms=bindparam("new_next_attempt_at_ms"),
+        last_error=bindparam("new_last_error"),
+    ),
+    "park": move("park").values(last_error=bindparam("new_last_error")),
+    "abandon": move("abandon").values(last_error=bindparam("new_last_error")),
+    "release": move("release").values(next_attempt_at_ms=bindparam("new_next_attempt_at_ms")),
+}
+
+_REVIVED: dict[str, Any] = {"retry_count": 0, "last_error": null(), "revived_at_ms": _now}
+
+LOCK_PARKED = _lock(
+    select(_c.id)
+    .where(_in(_unindexed_status, Status.PARKED))
+    .order_by(*_oldest_first)
+    .limit(bindparam("unpark_limit"))
+)
+UNPARK_ROW = (
+    move("unpark").where(_this_row).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
+)
+
+RETRY_NOW = (
+    move("retry_now", status=_c.status)
+    .where(or_(_in(_c.status, Status.PARKED), _c.next_attempt_at_ms > _now))
+    .values(
+        next_attempt_at_ms=_now,
+        revived_at_ms=case((_in(_c.status, Status.PARKED), _now), else_=_c.revived_at_ms),
+    )
+)
+
+OLD_ABANDONED = (
+    select(_c.id, _c.event_type)
+    .where(_in(_unindexed_status, Status.ABANDONED), _c.created_at_ms < bindparam("cutoff"))
+    .order_by(_c.id)
+)
+LOCK_OLD_ABANDONED = OLD_ABANDONED.with_for_update()
+REQUEUE_ROW = move("requeue").where(_this_row).values(next_attempt_at_ms=_now, **_REVIVED)
+
+
+# What the cap deletes
+
+_deletable = (_c.id, _c.status, _c.event_type, _c.created_at_ms)
+
+
+def _first(condition: ColumnElement[bool], *order: ColumnElement[Any]) -> Select[Any]:
+    return _lock(select(*_deletable).where(condition).order_by(*order).limit(bindparam("excess")))
+
+
+def _oldest_undelivered() -> Select[Any]:
+    # Each half walks its own index in order and stops at the limit. A row under a lease that runs is in flight.
+    not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_ms <= _now)
+    waiting = _first(and_(_in(_unindexed_status, Status.PENDING, Status.SENDING), not_in_flight), *_oldest_first)
+    parked = _first(_in(_unindexed_status, Status.PARKED), *_oldest_first)
+    halves: CompoundSelect[Any] = union_all(select(waiting.subquery()), select(parked.subquery()))
+    both = halves.subquery()
+    return select(both).order_by(both.c.created_at_ms, both.c.id).limit(bindparam("excess"))
+
+
+TRIM = (
+    _first(_in(_unindexed_status, Status.SENT), _c.sent_at_ms, _c.id),
+    _first(_in(_unindexed_status, Status.ABANDONED), *_oldest_first),
+    _oldest_undelivered(),
+)
+"""The rows to delete while there are too many, in this order."""
+
+DELETE_ROW = delete(events).where(_this_row)
+
+ROWS = select(func.count()).select_from(events)
+# No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
+ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.min(_c.id)).scalar_subquery() + 1)
+
+
+@cache
+def count_deleted(dialect: str) -> Insert:
+    """Return the statement that adds to an entry of the ledger, or begins it; each dialect has its own."""
+    values: dict[str, Any] = {column.name: bindparam(column.name) for column in ledger.c}
+    if dialect in ("mysql", "mariadb"):
+        from sqlalchemy.dialects import mysql  # noqa: PLC0415 - a dialect is loaded only where it is used
+
+        counted: Any = mysql.insert(ledger).values(values)
+        added: Insert = counted.on_duplicate_key_update(events=ledger.c.events + counted.inserted.events)
+    else:
+        from sqlalchemy.dialects import postgresql, sqlite  # noqa: PLC0415 - as above
+
+        counted = (postgresql if dialect == "postgresql" else sqlite).insert(ledger).values(values)
+        added = counted.on_conflict_do_update(
+            index_elements=list(ledger.primary_key), set_={"events": ledger.c.events + counted.excluded.events}
+        )
+    return added
+
+
+# What is there
+
+
+def now(dialect: str) -> TextClause:
+    """Return the query for the server's clock, in ms."""
+    if dialect == "postgresql":
+        return text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)")
+    return text("SELECT CAST(unix_timestamp(sysdate(3)) * 1000 AS UNSIGNED)")
+
+
+_undelivered = _in(_c.status, Status.PENDING, Status.SENDING)
+PENDING_COUNT = select(func.count()).where(_undelivered)
+COUNTS = select(_c.event_type, _c.status, func.count()).group_by(_c.event_type, _c.status).order_by(_c.event_type)
+OLDEST_PENDING = select(func.min(_c.created_at_ms)).where(_undelivered)
+NEXT_DUE = select(func.min(_c.next_attempt_at_ms)).where(_in(_c.status, Status.PENDING))
+LAST_PARKED = (
+    select(_c.last_error, _c.next_attempt_at_ms)
+    .where(_in(_c.status, Status.PARKED))
+    .order_by(_c.next_attempt_at_ms.desc(), _c.id.desc())
+    .limit(1)
+)
+MOST_WAITING = (
+    select(_c.last_error, func.min(_c.next_attempt_at_ms), func.count())
+    .where(_in(_c.status, Status.PENDING), _c.last_error.is_not(None))
+    .group_by(_c.last_error)
+    .order_by(func.count().desc())
+    .limit(1)
+)
+DELETED = select(ledger).order_by(*ledger.primary_key)
+ODDITIES = select(
+    *(
+        select(func.count()).where(condition).scalar_subquery()
+        for condition in (
+            and_(_in(_c.status, Status.SENDING), _c.next_attempt_at_ms <= _now),
+            and_(_in(_c.status, Status.SENDING), _c.next_attempt_at_ms > bindparam("longest_lease")),
+            _c.created_at_ms > bindparam("soon"),
+            and_(_in(_c.status, Status.PENDING), _c.next_attempt_at_ms > bindparam("latest_due")),
+        )
+    )
+)
+
+
+def find(*, status: str | None, event_type: str | None, created_before_ms: int | None, limit: int) -> Select[Any]:
+    """Return the query for the oldest rows that fit all that is given."""
+    statement = select(ObservationEvent).order_by(*_oldest_first).limit(limit)
+    if status is not None:
+        statement = statement.where(_c.status == status)
+    if event_type is not None:
+        statement = statement.where(_c.event_type == event_type)
+    if created_before_ms is not None:
+        statement = statement.where(_c.created_at_ms < created_before_ms)
+    return statement
