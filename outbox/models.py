@@ -123,19 +123,17 @@ class ObservationEvent(Base):
         """Record that the server accepted the event."""
         self._move("deliver", sent_at_ms=sent_at_ms)
 
-    def reschedule(self, *, retry_count: int, next_attempt_at_ms: int, last_error: str) -> None:
+    def reschedule(self, *, retry_count: int, next_attempt_at_ms: int, error: str) -> None:
         """Let the row wait until `next_attempt_at_ms`."""
-        self._move(
-            "reschedule", retry_count=retry_count, next_attempt_at_ms=next_attempt_at_ms, last_error=last_error
-        )
+        self._move("reschedule", retry_count=retry_count, next_attempt_at_ms=next_attempt_at_ms, last_error=error)
 
-    def park(self, *, last_error: str) -> None:
+    def park(self, *, error: str) -> None:
         """Stop the row until the server accepts the token again."""
-        self._move("park", last_error=last_error)
+        self._move("park", last_error=error)
 
-    def abandon(self, *, last_error: str) -> None:
+    def abandon(self, *, error: str) -> None:
         """Give the row up; it stays, with its reason."""
-        self._move("abandon", last_error=last_error)
+        self._move("abandon", last_error=error)
 
     def release(self, *, now_ms: int) -> None:
         """Give the row back untried."""

@@ -22,9 +22,9 @@ LEASE = NOW + 5_000
 ROW_MOVES = {
     "claim": lambda r: r.claim(now_ms=NOW, lease_ms=60_000),
     "deliver": lambda r: r.deliver(sent_at_ms=NOW),
-    "reschedule": lambda r: r.reschedule(retry_count=3, next_attempt_at_ms=NOW + 9, last_error="503"),
-    "park": lambda r: r.park(last_error="401"),
-    "abandon": lambda r: r.abandon(last_error="permanent: 422"),
+    "reschedule": lambda r: r.reschedule(retry_count=3, next_attempt_at_ms=NOW + 9, error="503"),
+    "park": lambda r: r.park(error="401"),
+    "abandon": lambda r: r.abandon(error="permanent: 422"),
     "release": lambda r: r.release(now_ms=NOW),
     "unpark": lambda r: r.unpark(now_ms=NOW, spread_ms=5_000),
     "retry_now": lambda r: r.retry_now(now_ms=NOW),
