@@ -162,7 +162,7 @@ def main(context: click.Context, database: str | None) -> None:
 @_json
 @click.pass_obj
 def upgrade(database: str | None, *, as_json_: bool) -> None:
-    """Create the database, or bring its schema to what this program needs."""
+    """Create the database or upgrade its schema."""
     engine = open_engine(database or default_url())
     try:
         before = schema.upgrade(engine)
@@ -186,9 +186,9 @@ def upgrade(database: str | None, *, as_json_: bool) -> None:
 @_json
 @click.pass_context
 def enqueue(context: click.Context, files: tuple[str, ...], *, skip_invalid: bool, as_json_: bool) -> None:
-    """Record events: one JSON object a line, from files or standard input.
+    """Record events, one JSON object a line.
 
-    Each file is written as a whole or, if a line is invalid, not at all. The database is created or upgraded where
+    They come from files or standard input. Each file is written as a whole or, if a line is invalid, not at all. The database is created or upgraded where
     that is needed.
     """
     if os.environ.get("OUTBOX_CAPTURE") == "false":
@@ -354,7 +354,10 @@ def requeue(database: str | None, *, older_than: int, dry_run: bool, as_json_: b
 @click.pass_obj
 @click.pass_context
 def doctor(context: click.Context, database: str | None, *, as_json_: bool) -> None:
-    """Examine the database and say what is wrong; exit code 1 if anything is."""
+    """Say what is wrong with the database.
+
+    The exit code is 1 if anything is.
+    """
     from outbox.doctor import examine  # noqa: PLC0415 - only this command needs it
     from outbox.policy import Policy  # noqa: PLC0415 - as above
 
