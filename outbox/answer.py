@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import urllib3.exceptions
 
 from outbox import policy
-from outbox.clock import now_ms
+from outbox.clock import epoch_ms, now_ms
 from outbox.deadline import deadline
 from outbox.failures import HttpFailure, TransportFailure
 from outbox.redaction import redact, without_end
@@ -100,17 +100,17 @@ def _body(answer: BaseHTTPResponse) -> tuple[bytes, bool]:
 
 
 def _header_delay_ms(value: str) -> int | None:
-    value = value.strip()
-    if re.fullmatch("[0-9]{1,18}", value):
-        return policy.clamp_retry_after(int(value))
+    # Sent twice it is a list, of which the first counts; more than 18 digits are more than any clamp.
+    seconds = re.match(r"\s*([0-9]{1,18})[0-9]*\s*(?:,|$)", value)
+    if seconds:
+        return policy.clamp_retry_after(int(seconds.group(1)) * 1_000)
     try:
         date = parsedate_to_datetime(value)
     except (ValueError, TypeError, OverflowError):
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=timezone.utc)
-    # Rounded up: to come back a moment too early is to be refused again.
-    return policy.clamp_retry_after(-(-(int(date.timestamp()) * 1_000 - now_ms()) // 1_000))
+    return policy.clamp_retry_after(epoch_ms(date) - now_ms())
 
 
 def _phrase(status: int) -> str:

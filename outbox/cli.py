@@ -188,8 +188,8 @@ def upgrade(database: str | None, *, as_json_: bool) -> None:
 def enqueue(context: click.Context, files: tuple[str, ...], *, skip_invalid: bool, as_json_: bool) -> None:
     """Record events, one JSON object a line.
 
-    They come from files or standard input. Each file is written as a whole or, if a line is invalid, not at all. The database is created or upgraded where
-    that is needed.
+    They come from files or standard input. Each file is written as a whole or, if a line is invalid, not at all.
+    The database is created or upgraded where that is needed.
     """
     if os.environ.get("OUTBOX_CAPTURE") == "false":
         say("outbox: nothing recorded, capture is off (OUTBOX_CAPTURE=false)", err=True)

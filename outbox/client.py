@@ -12,6 +12,7 @@ import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from urllib.parse import unquote
 
 import requests
 import urllib3.exceptions
@@ -53,9 +54,10 @@ class HttpClient:
     `token` is the bearer token, or a callable that is asked for it before each upload; None or an empty text
     means not logged in. It is only sent over https, or over http to this machine, unless `allow_insecure`.
 
-    `deadline_ms` is for a whole upload, whatever the server does; `connect_timeout_ms` is for each address of
-    the host, `read_timeout_ms` for a silence of the server. Only a name look-up can't be interrupted, but
-    nothing is sent when it ends after the deadline. `gzip` compresses bodies over 1 KiB.
+    `deadline_ms` is for a whole upload, whatever the server does, and for the token's callable;
+    `connect_timeout_ms` is for each address of the host, `read_timeout_ms` for a silence of the server. Only the
+    callable and a name look-up can't be interrupted, but nothing is sent when they end after the deadline.
+    `gzip` compresses bodies over 1 KiB.
 
     `proxies` maps schemes to proxy URLs, as in requests; None takes them from the environment, except for
     this machine. `verify` is a CA bundle or directory; None takes it from the environment, True is the bundle
@@ -143,12 +145,12 @@ class HttpClient:
         return self._token() if callable(self._token) else self._token
 
     def _try(self, batch: Sequence[Item]) -> UploadFailure | None:
+        deadline.start(self.deadline_ms, self._read_s)
         token = self._current_token()
         if problem := _problem_of(token) if token else "none there, not logged in":
             return TransportFailure(f"token: {problem}")
         request = self._request(batch, str(token))
         secrets = sorted((str(token), *self._proxy_secrets), key=len, reverse=True)
-        deadline.start(self.deadline_ms, self._read_s)
         try:
             # The adapter and no session: a session would read the whole of a redirect's body, keep cookies
             # and replace the Authorization header by what .netrc says.
@@ -300,7 +302,10 @@ def _proxy(
             "the proxy for base_url (from proxies, or HTTP_PROXY, HTTPS_PROXY, ALL_PROXY) can't be used, "
             "expected http:// or https://, a host, and a password of latin-1 if any; SOCKS is not supported"
         )
-    return {"all": proxy}, (password, basic) if password else ()
+    if not parts.auth:
+        return {"all": proxy}, ()
+    # A key may stand in the place of the user, without a password.
+    return {"all": proxy}, (password, basic) if password else (unquote(parts.auth),)
 
 
 def _ca_bundle(verify: str | os.PathLike[str] | Literal[True] | None) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import http.client
 import io
+import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-
-if TYPE_CHECKING:
-    import socket
+from urllib3.exceptions import HTTPError
 
 # One TLS record: a larger piece would be several writes, each with the whole time-out for itself.
 _PIECE_BYTES = 16 * 1024
@@ -41,12 +40,12 @@ class _Deadline(threading.local):
     def is_over(self) -> bool:
         return self._now() >= self._end
 
-    def timeout(self) -> float:
+    def timeout(self, longest_s: float | None = None) -> float:
         """Return the seconds that the next operation may take. Raises TimeoutError when none are left."""
         left = self._end - self._now()
         if left <= 0:
             raise TimeoutError("deadline")
-        return min(left, self._longest)
+        return min(left, self._longest if longest_s is None else longest_s)
 
 
 deadline = _Deadline()
@@ -87,6 +86,23 @@ class Connection(HTTPConnection):
     response_class = _Response
     # Else `http.client.HTTPConnection.debuglevel = 1`, a common way to watch requests, prints the token.
     debuglevel = 0
+
+    def _new_conn(self) -> socket.socket:
+        # urllib3 would give each of the host's addresses the whole time-out.
+        name, patience_s = self._dns_host, self.timeout
+        found = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(address[4][0]) for address in found))
+        try:
+            for address in addresses[:-1]:
+                self._dns_host, self.timeout = address, deadline.timeout(patience_s)
+                try:
+                    return super()._new_conn()
+                except HTTPError:
+                    continue
+            self._dns_host, self.timeout = addresses[-1], deadline.timeout(patience_s)
+            return super()._new_conn()
+        finally:
+            self._dns_host, self.timeout = name, patience_s
 
     def send(self, data: Any) -> None:
         """Send in pieces, each of which is given what is left of the time."""

@@ -162,12 +162,12 @@ def retry_after(body: str) -> int | None:
         seconds = _outermost_retry_after(msgspec.json.decode(body))
     except (ValueError, RecursionError):
         seconds = _textual_retry_after(body)
-    return None if seconds is None else clamp_retry_after(seconds)
+    return None if seconds is None else clamp_retry_after(seconds * 1_000)
 
 
-def clamp_retry_after(seconds: int) -> int:
-    """Turn seconds into ms between 1 000 and 300 000."""
-    return min(max(seconds * 1_000, RETRY_AFTER_MIN_MS), RETRY_AFTER_MAX_MS)
+def clamp_retry_after(delay_ms: int) -> int:
+    """Return the delay, but at least 1 000 and at most 300 000 ms."""
+    return min(max(delay_ms, RETRY_AFTER_MIN_MS), RETRY_AFTER_MAX_MS)
 
 
 def _outermost_retry_after(document: object) -> int | None:

@@ -296,7 +296,7 @@ def test_a_newer_schema_is_refused(run, outbox, command):
         connection.exec_driver_sql("UPDATE outbox_alembic_version SET version_num = 'outbox_9999'")
     result = run(command)
     assert result.exit_code == 1
-    assert "newer than this program knows" in result.stderr
+    assert "this program is too old for it" in result.stderr
 
 
 # --- enqueue ---

@@ -706,7 +706,7 @@ def test_a_ca_bundle_of_the_environment_is_used(trusted, monkeypatch, name):
 
 
 def test_a_given_ca_bundle_replaces_that_of_the_environment(trusted, monkeypatch):
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
     with tls_peer(trusted, answers(ACCEPTED)) as peer:
         with HttpClient(peer.url, token=TOKEN, verify=trusted) as client:
             client.upload(BATCH)
@@ -723,8 +723,8 @@ def test_a_certificate_for_another_name_is_a_transport_failure(trusted, monkeypa
 
 
 def test_a_ca_bundle_that_is_not_there_is_refused():
-    with pytest.raises(ConfigurationError, match="is '/nowhere', expected an existing file or folder"):
-        HttpClient("https://ingest.example", token=TOKEN, verify="/nowhere")
+    with pytest.raises(ConfigurationError, match="is '/nowhere/ca.pem', expected an existing file or folder"):
+        HttpClient("https://ingest.example", token=TOKEN, verify="/nowhere/ca.pem")
 
 
 def test_tls_goes_through_a_proxys_tunnel(trusted):

@@ -6,6 +6,7 @@ import threading
 import pytest
 from freezegun import freeze_time
 
+from outbox import deadline
 from outbox.client import HttpClient
 from outbox.receiver import IngestServer
 from peers import (
@@ -161,3 +162,73 @@ def test_a_dripping_handshake_does_not_outlast_the_deadline():
         url = peer.url.replace("http:", "https:")
         with HttpClient(url, token=TOKEN, deadline_ms=300) as client:
             assert str(failure_of(client)) == OVER
+
+
+@pytest.fixture
+def dead_addresses(monkeypatch):
+    """Eight addresses behind one name, none of which ever accepts: their queues are full."""
+    listening, waiting = [], []
+    for number in range(2, 10):
+        dead = socket.create_server(
+            (f"127.0.0.{number}", 0 if not listening else listening[0].getsockname()[1]), backlog=0
+        )
+        listening.append(dead)
+        for _ in range(4):
+            caller = socket.socket()
+            caller.setblocking(False)
+            caller.connect_ex(dead.getsockname())
+            waiting.append(caller)
+    port = listening[0].getsockname()[1]
+    real = socket.getaddrinfo
+
+    def several(host, *arguments, **options):
+        if host != "many.test":
+            return real(host, *arguments, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (dead.getsockname()[0], port)) for dead in listening]
+
+    monkeypatch.setattr(socket, "getaddrinfo", several)
+    yield f"http://many.test:{port}"
+    for opened in (*listening, *waiting):
+        opened.close()
+
+
+def test_many_dead_addresses_do_not_outlast_the_deadline(dead_addresses):
+    asked = []
+    client = HttpClient(dead_addresses, token=TOKEN, allow_insecure=True, connect_timeout_ms=200, deadline_ms=300)
+    with client:
+        real = deadline.deadline.timeout
+        asked = []
+
+        def watched(longest_s=None):
+            asked.append(real(longest_s))
+            return asked[-1]
+
+        deadline.deadline.timeout = watched
+        try:
+            assert str(failure_of(client)) == OVER
+        finally:
+            del deadline.deadline.timeout
+    assert len(asked) <= 3
+    assert sum(asked) <= 0.31
+
+
+def test_a_live_address_behind_a_dead_one_is_found(server, monkeypatch):
+    port = int(server.url.rpartition(":")[2])
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: found if host == "two.test" else real(host, *a, **k)
+    )
+    with HttpClient(f"http://two.test:{port}", token=TOKEN, allow_insecure=True) as client:
+        client.upload(BATCH)
+    assert len(server.requests) == 1
+
+
+def test_the_token_is_asked_for_within_the_deadline(server):
+    def slow():
+        deadline.deadline.shorten(0)
+        return TOKEN
+
+    with HttpClient(server.url, token=slow) as client:
+        assert "no complete answer within" in str(failure_of(client))
+    assert server.requests == []

@@ -274,7 +274,7 @@ WRONG_SETTINGS = {
         "https://ingest.example", token=CANARY, proxies={"https": f"http://u:\u20ac{CANARY}@proxy.example"}
     ),
     "time": lambda: HttpClient("https://ingest.example", token=CANARY, deadline_ms=0),
-    "CA bundle": lambda: HttpClient("https://ingest.example", token=CANARY, verify="/nowhere"),
+    "CA bundle": lambda: HttpClient("https://ingest.example", token=CANARY, verify="/nowhere/ca.pem"),
 }
 
 
