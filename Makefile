@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check simulate clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
 
 test: $(VENV)/dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -17,6 +17,10 @@ check: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# More worlds than the tests run; a failing one is shown with its seed and its shortest trace.
+simulate: $(VENV)/dev
+	$(BIN)/python -m tests.simulation $(or $(SEEDS),10000)
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .coverage .coverage.*

@@ -4,19 +4,24 @@ import os
 
 from alembic import context
 from sqlalchemy import Connection
+from sqlalchemy.schema import SchemaItem
 
 from outbox.database import default_url, migrating, open_engine
-from outbox.models import Base
-from outbox.schema import VERSION_TABLE, include_name
+from outbox.models import VERSION_TABLE, Base
+from outbox.schema import include_name
 from outbox.sqlite import create_file
 
 
 def run(connection: Connection) -> None:
+    def is_meant_for_it(item: SchemaItem, *_: object) -> bool:
+        return connection.dialect.name in item.info.get("on", (connection.dialect.name,))
+
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
         version_table=VERSION_TABLE,
         include_name=include_name,
+        include_object=is_meant_for_it,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta, timezone
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MILLISECOND = timedelta(milliseconds=1)
 _REREAD_AFTER_S = 10.0
-_MOVED_MS = 60_000
 
 
 def now_ms() -> int:
@@ -40,8 +39,9 @@ class SharedClock:
 
     def now_ms(self) -> int:
         """Return the time now, in ms."""
+        before_ms = self._system_ns() // 1_000_000
         local_ms = now_ms()
-        if abs(local_ms - self._system_ns() // 1_000_000) > _MOVED_MS:
+        if not before_ms <= local_ms <= self._system_ns() // 1_000_000:
             return local_ms
         reading = self._reading
         if reading is None or self._monotonic() - reading[0] > _REREAD_AFTER_S:

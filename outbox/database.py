@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from outbox.failures import ConfigurationError, StorageError
 from outbox.forks import Gate
+from outbox.models import MYSQL
 from outbox.sqlite import (
     ADVICE,
     BUSY_TIMEOUT_MS,
@@ -38,6 +39,8 @@ _GIVEN_UP = frozenset({"40001", "40P01", 1205, 1213})
 
 # The name of the lock under which servers migrate: any number that nobody else uses, here "outbox" in ASCII.
 _MIGRATION_LOCK = 0x6F7574626F78
+# How long MySQL lets a migration wait for another one; MariaDB can't wait for ever.
+_MIGRATION_PATIENCE_S = 3_600
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -94,24 +97,32 @@ def writing(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def migrating(engine: Engine) -> Iterator[Connection]:
     """Open a transaction like `writing` that no other migration runs beside, here or on another host."""
-    with writing(engine) as connection:
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            yield connection
+        return
+    # A host's engine may commit by itself, or see nothing of what another migration did while this one waited.
+    with writing(engine.execution_options(isolation_level="READ COMMITTED")) as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
             yield connection
-        elif is_mysql(engine):
-            connection.exec_driver_sql(f"SELECT GET_LOCK('{_MIGRATION_LOCK}', -1)")
-            try:
-                yield connection
-            finally:
-                connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{_MIGRATION_LOCK}')")
-        else:
+            return
+        lock = f"SELECT GET_LOCK('{_MIGRATION_LOCK}', {_MIGRATION_PATIENCE_S})"
+        if connection.exec_driver_sql(lock).scalar() != 1:
+            raise StorageError(f"{_shown(engine)}: another migration is still under way")
+        try:
             yield connection
+            connection.exec_driver_sql("COMMIT")  # before another migration is let in
+        finally:
+            connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{_MIGRATION_LOCK}')")
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Open a connection for reading, which waits for no writer. Raises `StorageError` like `writing`."""
-    options = {"outbox_reading": True}
+    """Open a connection that reads one snapshot and waits for no writer. Raises `StorageError` like `writing`."""
+    options: dict[str, Any] = {"outbox_reading": True}
+    if engine.dialect.name != "sqlite":
+        options["isolation_level"] = "REPEATABLE READ"
     with use.inside(), translated(engine), engine.execution_options(**options).connect() as connection:
         yield connection
 
@@ -133,7 +144,11 @@ def in_words(engine: Engine, error: Exception) -> str:
     # Only the driver's own words: SQLAlchemy's would repeat the statement.
     words = " ".join(str(getattr(error, "orig", None) or error).split())
     advice = next((f"; {advice}" for part, advice in ADVICE if part in words), "")
-    return f"{engine.url.render_as_string(hide_password=True)}: {words}{advice}"
+    return f"{_shown(engine)}: {words}{advice}"
+
+
+def _shown(engine: Engine) -> str:
+    return engine.url.render_as_string(hide_password=True)
 
 
 def begin(engine: Engine, connection: PoolProxiedConnection, cursor: Any) -> None:
@@ -154,7 +169,7 @@ def begin(engine: Engine, connection: PoolProxiedConnection, cursor: Any) -> Non
 
 def is_mysql(engine: Engine) -> bool:
     """Tell whether the database is MySQL or MariaDB."""
-    return engine.dialect.name in ("mysql", "mariadb")
+    return engine.dialect.name in MYSQL
 
 
 def is_given_up(error: Exception) -> bool:
@@ -172,17 +187,18 @@ def is_disconnect(engine: Engine, connection: PoolProxiedConnection, error: Any)
 
 def _parse(database: str | URL) -> URL:
     # No message repeats the URL: a password may stand in it.
+    refusal = ConfigurationError("the database is not an SQLAlchemy URL; expected one such as sqlite:///outbox.db")
     try:
         url = make_url(database)
         url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
-        url.render_as_string()  # messages show it, which needs Unicode
+        url.render_as_string().encode()  # messages show it, which needs Unicode
         url.get_dialect().import_dbapi()
     except (ArgumentError, ValueError):
-        raise ConfigurationError(
-            "the database is not an SQLAlchemy URL; expected one such as sqlite:///outbox.db"
-        ) from None
+        raise refusal from None
     except ImportError as error:
         raise ConfigurationError(f"the database's driver is not installed: {error}") from None
+    if "\0" in (url.database or ""):
+        raise refusal  # no system has such a name
     return url
 
 

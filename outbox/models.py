@@ -4,17 +4,75 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, String, Text, event, inspect, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Dialect,
+    Index,
+    Integer,
+    String,
+    Text,
+    TextClause,
+    event,
+    inspect,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.attributes import set_attribute
 
 from outbox.failures import IllegalTransition
 from outbox.lifecycle import MOVES, Status, fire
 
+MYSQL = ("mysql", "mariadb")
+"""SQLAlchemy's names for what is one dialect to us."""
+
+VERSION_TABLE = "outbox_alembic_version"
+"""A version table of our own: a host's Alembic history in the same database stays untouched."""
+
+QUEUE_ON_MYSQL = "observation_events_queue_idx"
+DELIVERED_ON_MYSQL = "observation_events_delivered_idx"
+
+
+class _MediumText(Text):
+    """MySQL's text of up to 16 MiB: its TEXT ends at 64 KiB, below the largest payload."""
+
+    __visit_name__ = "MEDIUMTEXT"
+
+
+class _TextDefault(TextClause):
+    """The default of a text; MySQL takes one for a long text only as an expression, in parentheses."""
+
+    inherit_cache = True
+
+
+@compiles(_TextDefault, *MYSQL)
+def _in_parentheses(default: _TextDefault, _compiler: object, **_: object) -> str:
+    return f"({default.text})"
+
+
+def _index(name: str, *columns: str, on: tuple[str, ...], **options: Any) -> Index:
+    # Alembic does not ask an index whether it is meant for the database; our env.py looks into `info`.
+    index = Index(name, *columns, info={"on": on}, **options)
+
+    def is_meant(*_: Any, dialect: Dialect, **__: Any) -> bool:
+        return dialect.name in on
+
+    return index.ddl_if(callable_=is_meant)
+
+
 # SQLite gives only INTEGER PRIMARY KEY an automatic value.
 _ID = BigInteger().with_variant(Integer, "sqlite")
-# MySQL can neither index nor default a TEXT of unknown length.
-_NAME = Text().with_variant(String(191), "mysql", "mariadb")
+# MySQL can't index a TEXT.
+_NAME = Text().with_variant(String(191), *MYSQL)
+_TEXT = Text().with_variant(_MediumText(), *MYSQL)
+
+# Texts are equal only if they are the same: its own collations take "A" for "a".
+_ON_MYSQL = {
+    f"{dialect}_{option}": value
+    for dialect in MYSQL
+    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
+}
 
 STATUSES_IN_SQL = ", ".join(f"'{status.value}'" for status in Status)
 UNDELIVERED = "status IN ('pending', 'sending')"
@@ -36,17 +94,17 @@ class ObservationEvent(Base):
 
     id: Mapped[int] = mapped_column(_ID, primary_key=True, autoincrement=True)
     event_type: Mapped[str] = mapped_column(_NAME)
-    rule_id: Mapped[str | None] = mapped_column(Text)
-    rule_ids_json: Mapped[str] = mapped_column(Text, server_default=text("'[]'"))
-    session_id: Mapped[str] = mapped_column(_NAME, server_default=text("''"))
-    file_path: Mapped[str | None] = mapped_column(Text)
+    rule_id: Mapped[str | None] = mapped_column(_TEXT)
+    rule_ids_json: Mapped[str] = mapped_column(_TEXT, server_default=_TextDefault("'[]'"))
+    session_id: Mapped[str] = mapped_column(_TEXT, server_default=_TextDefault("''"))
+    file_path: Mapped[str | None] = mapped_column(_TEXT)
     occurred_at_ms: Mapped[int] = mapped_column(BigInteger)
-    payload_json: Mapped[str] = mapped_column(Text)
+    payload_json: Mapped[str] = mapped_column(_TEXT)
     status: Mapped[str] = mapped_column(_NAME, server_default=text("'pending'"))
     retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     next_attempt_at_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     """When the row is due; while it is `sending`, the lease."""
-    last_error: Mapped[str | None] = mapped_column(Text)
+    last_error: Mapped[str | None] = mapped_column(_TEXT)
     created_at_ms: Mapped[int] = mapped_column(BigInteger)
     sent_at_ms: Mapped[int | None] = mapped_column(BigInteger)
     revived_at_ms: Mapped[int | None] = mapped_column(BigInteger)
@@ -54,24 +112,28 @@ class ObservationEvent(Base):
 
     __table_args__ = (
         CheckConstraint(f"status IN ({STATUSES_IN_SQL})", name="observation_events_status_check"),
-        Index("observation_events_pending_idx", "status", "next_attempt_at_ms", "created_at_ms"),
-        Index("observation_events_recent_idx", "event_type", "session_id", "occurred_at_ms"),
+        # Those of difflore, for its file. On servers the first one leads planners astray, and the second one can't
+        # hold a long session.
+        _index("observation_events_pending_idx", "status", "next_attempt_at_ms", "created_at_ms", on=("sqlite",)),
+        _index("observation_events_recent_idx", "event_type", "session_id", "occurred_at_ms", on=("sqlite",)),
         # One index for each order in which rows are taken; each holds only the rows of its states. On SQLite the
         # plus keeps the planner from the baseline's status index, which it would otherwise always take.
-        Index(
+        _index(
             "observation_events_claim_idx",
             "created_at_ms",
             "id",
             "next_attempt_at_ms",
             "status",
+            on=("sqlite", "postgresql"),
             sqlite_where=text(f"+{UNDELIVERED}"),
             postgresql_where=text(UNDELIVERED),
         ),
         *(
-            Index(
+            _index(
                 f"observation_events_{status.value}_idx",
                 time,
                 "id",
+                on=("sqlite", "postgresql"),
                 sqlite_where=text(f"+status = '{status.value}'"),
                 postgresql_where=text(f"status = '{status.value}'"),
             )
@@ -81,7 +143,10 @@ class ObservationEvent(Base):
                 (Status.ABANDONED, "created_at_ms"),
             )
         ),
-        {"sqlite_autoincrement": True},
+        # MySQL has no partial indexes; one for each order starts with the status.
+        _index(QUEUE_ON_MYSQL, "status", "created_at_ms", "id", "next_attempt_at_ms", on=MYSQL),
+        _index(DELIVERED_ON_MYSQL, "status", "sent_at_ms", "id", on=MYSQL),
+        {"sqlite_autoincrement": True, **_ON_MYSQL},
     )
 
     def __init__(self, **columns: Any) -> None:
@@ -168,6 +233,7 @@ class LedgerEntry(Base):
     """
 
     __tablename__ = "observation_events_ledger"
+    __table_args__ = _ON_MYSQL
 
     status: Mapped[str] = mapped_column(_NAME, primary_key=True)
     """Where the events stood when they were deleted."""

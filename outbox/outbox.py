@@ -34,10 +34,11 @@ LARGEST_ID = 2**63 - 1
 class Outbox:
     """A durable outbox in one database. Safe to share between threads; a forked child may go on using it.
 
-    `database` is an SQLAlchemy URL, or an `Engine` of the host's, whose settings are kept. The schema is not
-    touched: raises `SchemaError`, saying what to do, where it is missing, older or newer than this program.
-    `Outbox.open` upgrades it first. `synchronous` is SQLite's: FULL keeps an event that `enqueue` accepted through
-    a power cut, NORMAL only through a crash of the program.
+    `database` is an SQLAlchemy URL, or an `Engine` of the host's, whose settings are kept; before a fork the host
+    disposes of it, while ours need nothing. The schema is not touched: raises `SchemaError`, saying what to do,
+    where it is missing, older or newer than this program. `Outbox.open` upgrades it first. `synchronous` is
+    SQLite's: FULL keeps an event that `enqueue` accepted through a power cut, NORMAL only through a crash of the
+    program.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, inspect
 
 from outbox.database import migrating, reading
 from outbox.failures import SchemaError
-from outbox.models import Base
+from outbox.models import VERSION_TABLE, Base
 from outbox.sqlite import create_file, is_there, sqlite_file
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 REVISIONS = ("outbox_0001", "outbox_0002", "outbox_0003")
 """The revisions that this program knows, oldest first. Kept here so that a look at them needs no Alembic."""
-
-VERSION_TABLE = "outbox_alembic_version"
-"""A version table of our own: a host's Alembic history in the same database stays untouched."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
 

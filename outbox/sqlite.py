@@ -36,6 +36,8 @@ ADVICE = (
 
 def create_sqlite_engine(url: URL, synchronous: Synchronous) -> Engine:
     """Return an engine in WAL mode whose writing transactions begin with BEGIN IMMEDIATE. It creates no file."""
+    if "uri" in url.query and not url.database:
+        raise ValueError("no name at all; SQLAlchemy would hand that on to the driver")
     options: dict[str, Any] = {"poolclass": QueuePool}
     if sqlite_file(url) is None:
         # A database in memory lives in one connection, which the threads share in turns.
@@ -49,7 +51,9 @@ def create_sqlite_engine(url: URL, synchronous: Synchronous) -> Engine:
 def sqlite_file(url: URL) -> Path | None:
     """Return the file of an SQLite database, or None for one in memory and for other databases."""
     name = url.database
-    in_memory = not name or name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory"
+    # Without uri=true SQLAlchemy drops the other options.
+    asks_for_memory = url.query.get("mode") == "memory" and "uri" in url.query
+    in_memory = not name or name == ":memory:" or "mode=memory" in name or asks_for_memory
     if url.get_backend_name() != "sqlite" or in_memory:
         return None
     return Path(str(name).removeprefix("file:").partition("?")[0])

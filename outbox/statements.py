@@ -8,16 +8,13 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    CompoundSelect,
     Insert,
     Select,
     Table,
     Text,
-    TextClause,
     Update,
     and_,
     bindparam,
-    case,
     delete,
     func,
     insert,
@@ -25,15 +22,21 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    text,
-    union_all,
+    table,
     update,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from outbox.lifecycle import MOVES, Status
-from outbox.models import LedgerEntry, ObservationEvent
+from outbox.models import (
+    DELIVERED_ON_MYSQL,
+    MYSQL,
+    QUEUE_ON_MYSQL,
+    VERSION_TABLE,
+    LedgerEntry,
+    ObservationEvent,
+)
 
 events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
 ledger: Table = LedgerEntry.__table__  # type: ignore[assignment]  # as above
@@ -101,6 +104,14 @@ def _lock(statement: Select[Any]) -> Select[Any]:
     return statement.with_for_update(skip_locked=True)
 
 
+def _in_order(statement: Select[Any], index: str) -> Select[Any]:
+    # MySQL locks what it sorts, everything that fits, and others would find nothing. So it has to walk an index
+    # that has the order, which it does only for one status at a time.
+    for dialect in MYSQL:
+        statement = statement.with_hint(events, f"FORCE INDEX ({index})", dialect)
+    return statement
+
+
 _this_row = _c.id == bindparam("row_id")
 _held = _c.next_attempt_at_ms == bindparam("lease")
 _now = bindparam("now", type_=BigInteger)
@@ -121,12 +132,17 @@ INSERT = insert(events).values({name: bindparam(name) for name in INSERTED})
 INSERT_RETURNING = INSERT.returning(_c.id)
 INSERT_IN_SESSION = insert(events).returning(_c.id, sort_by_parameter_order=True)
 
-_due = (
-    select(*(_c[name] for name in ClaimedRow._fields))
-    .where(_in(_unindexed_status, *MOVES["claim"].sources), _c.next_attempt_at_ms <= _now)
-    .order_by(*_oldest_first)
-    .limit(bindparam("batch_size"))
-)
+
+def _due_in(*statuses: Status) -> Select[Any]:
+    return (
+        select(*(_c[name] for name in ClaimedRow._fields))
+        .where(_in(_unindexed_status, *statuses), _c.next_attempt_at_ms <= _now)
+        .order_by(*_oldest_first)
+        .limit(bindparam("batch_size"))
+    )
+
+
+_due = _due_in(*MOVES["claim"].sources)
 CLAIM = (
     move("claim")
     .where(_c.id.in_(_due.with_only_columns(_c.id)))
@@ -141,7 +157,9 @@ CLAIM_POSTGRESQL = (
     .values(next_attempt_at_ms=bindparam("lease"))
     .returning(*(_c[name] for name in ClaimedRow._fields))
 )
-LOCK_DUE = _lock(_due)
+LOCK_DUE = tuple(_in_order(_lock(_due_in(status)), QUEUE_ON_MYSQL) for status in MOVES["claim"].sources)
+"""The oldest due rows of each status, on MySQL."""
+
 CLAIM_ROW = move("claim").where(_this_row).values(next_attempt_at_ms=bindparam("lease"))
 
 RENEW = (
@@ -164,23 +182,27 @@ SETTLE = {
 
 _REVIVED: dict[str, Any] = {"retry_count": 0, "last_error": null(), "revived_at_ms": _now}
 
-LOCK_PARKED = _lock(
+_parked = (
     select(_c.id)
     .where(_in(_unindexed_status, Status.PARKED))
     .order_by(*_oldest_first)
     .limit(bindparam("unpark_limit"))
 )
+LOCK_PARKED = _in_order(_lock(_parked), QUEUE_ON_MYSQL)
 UNPARK_ROW = (
     move("unpark").where(_this_row).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
 )
 
-RETRY_NOW = (
+# Two statements, for in one with a CASE on the status MySQL would look at the status that it has just set.
+RETRY_PARKED = (
     move("retry_now", status=_c.status)
-    .where(or_(_in(_c.status, Status.PARKED), _c.next_attempt_at_ms > _now))
-    .values(
-        next_attempt_at_ms=_now,
-        revived_at_ms=case((_in(_c.status, Status.PARKED), _now), else_=_c.revived_at_ms),
-    )
+    .where(_in(_c.status, Status.PARKED))
+    .values(next_attempt_at_ms=_now, revived_at_ms=_now)
+)
+RETRY_WAITING = (
+    move("retry_now", status=_c.status)
+    .where(_in(_c.status, Status.PENDING), _c.next_attempt_at_ms > _now)
+    .values(next_attempt_at_ms=_now)
 )
 
 OLD_ABANDONED = (
@@ -194,33 +216,48 @@ REQUEUE_ROW = move("requeue").where(_this_row).values(next_attempt_at_ms=_now, *
 
 # What the cap deletes
 
-_deletable = (_c.id, _c.status, _c.event_type, _c.created_at_ms)
+
+class Deletable(NamedTuple):
+    """What has to be known of a row to delete it in its turn, and to count it."""
+
+    id: int
+    status: str
+    event_type: str
+    age_ms: int
+    """When it was created, or sent."""
 
 
-def _first(condition: ColumnElement[bool], *order: ColumnElement[Any]) -> Select[Any]:
-    return _lock(select(*_deletable).where(condition).order_by(*order).limit(bindparam("excess")))
+# A row under a lease that runs is in flight.
+_not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_ms <= _now)
 
 
-def _oldest_undelivered() -> Select[Any]:
-    # Each half walks its own index in order and stops at the limit. A row under a lease that runs is in flight.
-    not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_ms <= _now)
-    waiting = _first(and_(_in(_unindexed_status, Status.PENDING, Status.SENDING), not_in_flight), *_oldest_first)
-    parked = _first(_in(_unindexed_status, Status.PARKED), *_oldest_first)
-    halves: CompoundSelect[Any] = union_all(select(waiting.subquery()), select(parked.subquery()))
-    both = halves.subquery()
-    return select(both).order_by(both.c.created_at_ms, both.c.id).limit(bindparam("excess"))
+def _oldest(
+    *statuses: Status, by: ColumnElement[Any] = _c.created_at_ms, index: str = QUEUE_ON_MYSQL
+) -> Select[Any]:
+    condition = _in(_unindexed_status, *statuses)
+    if Status.SENDING in statuses:
+        condition = and_(condition, _not_in_flight)
+    found = select(_c.id, _c.status, _c.event_type, by).where(condition).order_by(by, _c.id)
+    return _in_order(_lock(found.limit(bindparam("excess"))), index)
 
 
+_oldest_sent = _oldest(Status.SENT, by=_c.sent_at_ms, index=DELIVERED_ON_MYSQL)
 TRIM = (
-    _first(_in(_unindexed_status, Status.SENT), _c.sent_at_ms, _c.id),
-    _first(_in(_unindexed_status, Status.ABANDONED), *_oldest_first),
-    _oldest_undelivered(),
+    (_oldest_sent,),
+    (_oldest(Status.ABANDONED),),
+    (_oldest(Status.PENDING, Status.SENDING), _oldest(Status.PARKED)),
 )
-"""The rows to delete while there are too many, in this order."""
+"""The rows to delete while there are too many: first those of the first queries, oldest first, and so on.
+
+Each query walks one index in order and stops at the limit.
+"""
+TRIM_ON_MYSQL = (*TRIM[:2], tuple(_oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)))
 
 DELETE_ROW = delete(events).where(_this_row)
 
 ROWS = select(func.count()).select_from(events)
+TRIMMING: Select[Any] = select(literal_column("version_num")).select_from(table(VERSION_TABLE)).with_for_update()
+"""A row that is always there: on servers, who locks it trims."""
 # No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
 ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.min(_c.id)).scalar_subquery() + 1)
 
@@ -229,7 +266,7 @@ ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.mi
 def count_deleted(dialect: str) -> Insert:
     """Return the statement that adds to an entry of the ledger, or begins it; each dialect has its own."""
     values: dict[str, Any] = {column.name: bindparam(column.name) for column in ledger.c}
-    if dialect in ("mysql", "mariadb"):
+    if dialect in MYSQL:
         from sqlalchemy.dialects import mysql  # noqa: PLC0415 - a dialect is loaded only where it is used
 
         counted: Any = mysql.insert(ledger).values(values)
@@ -247,11 +284,13 @@ def count_deleted(dialect: str) -> Insert:
 # What is there
 
 
-def now(dialect: str) -> TextClause:
+@cache
+def now(dialect: str) -> Select[Any]:
     """Return the query for the server's clock, in ms."""
     if dialect == "postgresql":
-        return text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)")
-    return text("SELECT CAST(unix_timestamp(sysdate(3)) * 1000 AS UNSIGNED)")
+        return select(literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"))
+    # From UTC: a time of the session's zone is ambiguous for an hour when summer ends.
+    return select(literal_column("timestampdiff(MICROSECOND, '1970-01-01', utc_timestamp(6)) DIV 1000"))
 
 
 _undelivered = _in(_c.status, Status.PENDING, Status.SENDING)

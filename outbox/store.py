@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from heapq import merge
+from itertools import islice
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine
@@ -17,7 +19,7 @@ from outbox.database import is_mysql, reading
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome
 from outbox.statements import ClaimedRow
-from outbox.transaction import Transaction, Writer
+from outbox.transaction import Transaction, Writer, without_nul
 
 log = logging.getLogger("outbox")
 
@@ -69,8 +71,8 @@ class Store:
         self._writer = Writer(engine)
         self._is_mysql = is_mysql(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
-        is_shared = self._is_mysql or self._is_postgresql
-        self.now_ms = SharedClock(self._read_clock).now_ms if is_shared else now_ms
+        self._is_shared = self._is_mysql or self._is_postgresql
+        self.now_ms = SharedClock(self._read_clock).now_ms if self._is_shared else now_ms
         """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
 
     def insert(self, rows: Sequence[dict[str, Any]], *, max_rows: int, now_ms: int) -> tuple[list[int], bool]:
@@ -86,7 +88,7 @@ class Store:
             trimming = False
             ids = self._insert(transaction, rows)
             trimming = True
-            deleted = self._trim(transaction, max_rows=max_rows, now_ms=now_ms)
+            deleted = self._trim(transaction, max_rows=max_rows, now_ms=now_ms, own=len(rows))
             trimming = False
             return ids, deleted == _TRIM_SLICE
 
@@ -106,22 +108,25 @@ class Store:
             connection = session.connection(bind_arguments={"bind": self.engine})
         if self._is_mysql:  # it returns no rows from an INSERT, only the id of a single one
             return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
+        if self._is_postgresql:
+            rows = [without_nul(row) for row in rows]
         return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
 
     def claim(self, *, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
         """Move the oldest due rows to sending, under the lease; return them, oldest first."""
+        due = {"now": now_ms, "batch_size": batch_size}
 
         def claim(transaction: Transaction) -> list[ClaimedRow]:
-            due = {"now": now_ms, "batch_size": batch_size}
-            if self._is_mysql:
-                found = transaction.rows(sql.LOCK_DUE, **due)
-                transaction.change_many(sql.CLAIM_ROW, [{"row_id": row[0], "lease": lease_ms} for row in found])
-            else:
-                statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
-                found = transaction.rows(statement, lease=lease_ms, **due)
-            return [ClaimedRow(*row) for row in found]
+            statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
+            return _oldest_first(transaction.rows(statement, lease=lease_ms, **due))
 
-        return sorted(self._writer.run(claim), key=lambda row: (row.created_at_ms, row.id))
+        def claim_on_mysql(transaction: Transaction) -> list[ClaimedRow]:
+            found = [row for statement in sql.LOCK_DUE for row in transaction.rows(statement, **due)]
+            chosen = _oldest_first(found)[:batch_size]
+            transaction.change_many(sql.CLAIM_ROW, [{"row_id": row.id, "lease": lease_ms} for row in chosen])
+            return chosen
+
+        return self._writer.run(claim_on_mysql if self._is_mysql else claim)
 
     def renew(self, row_ids: Iterable[int], *, lease_ms: int, for_ms: int) -> tuple[set[int], int]:
         """Let a lease end `for_ms` from now; return the ids of the rows that were still held, and the new lease.
@@ -176,7 +181,12 @@ class Store:
 
     def retry_now(self, *, now_ms: int) -> int:
         """Make every row due that is parked or waits; return how many."""
-        return self._writer.run(lambda transaction: transaction.change(sql.RETRY_NOW, now=now_ms))
+        return self._writer.run(
+            lambda transaction: (
+                transaction.change(sql.RETRY_PARKED, now=now_ms)
+                + transaction.change(sql.RETRY_WAITING, now=now_ms)
+            )
+        )
 
     def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
         """Bring back the abandoned rows created before the cutoff; return how many by event type, by name."""
@@ -243,23 +253,31 @@ class Store:
             return list(session.scalars(statement))
 
     def _read_clock(self) -> int:
-        with reading(self.engine) as connection:
-            return int(connection.scalar(sql.now(self.engine.dialect.name)) or 0)
+        # As a writer, which tries again where the connection was broken.
+        return int(self._writer.run(lambda transaction: transaction.value(sql.now(self.engine.dialect.name))))
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         return transaction.insert(sql.INSERT_RETURNING if self._is_postgresql else sql.INSERT, rows)
 
-    def _trim(self, transaction: Transaction, *, max_rows: int, now_ms: int) -> int:
+    def _trim(self, transaction: Transaction, *, max_rows: int, now_ms: int, own: int = 0) -> int:
+        """Delete a slice of what is over the cap, `own` rows of which this transaction inserted."""
         if (transaction.value(sql.ROWS_AT_MOST) or 0) <= max_rows:
             return 0
-        excess = min(transaction.value(sql.ROWS) - max_rows, _TRIM_SLICE)
+        excess = transaction.value(sql.ROWS) - max_rows
+        if self._is_shared and excess > own:
+            # Several might count the same rows as too many, and each delete others.
+            transaction.rows(sql.TRIMMING)
+            excess = transaction.value(sql.ROWS) - max_rows
+        excess = min(excess, _TRIM_SLICE)
         deleted: Counter[tuple[str, str]] = Counter()
-        for statement in sql.TRIM:
+        for statements in sql.TRIM_ON_MYSQL if self._is_mysql else sql.TRIM:
             missing = excess - deleted.total()
             if missing > 0:
-                rows = transaction.rows(statement, excess=missing, now=now_ms)
-                transaction.change_many(sql.DELETE_ROW, [{"row_id": row_id} for row_id, *_ in rows])
-                deleted.update((status, event_type) for _, status, event_type, _ in rows)
+                found = (transaction.rows(statement, excess=missing, now=now_ms) for statement in statements)
+                oldest = merge(*(map(sql.Deletable._make, rows) for rows in found), key=_age)
+                rows = list(islice(oldest, missing))
+                transaction.change_many(sql.DELETE_ROW, [{"row_id": row.id} for row in rows])
+                deleted.update((row.status, row.event_type) for row in rows)
         self._count_deleted(transaction, deleted, reason="cap")
         return deleted.total()
 
@@ -275,3 +293,11 @@ class Store:
                 reason=reason,
                 events=events,
             )
+
+
+def _age(row: sql.Deletable) -> tuple[int, int]:
+    return row.age_ms, row.id
+
+
+def _oldest_first(rows: Iterable[tuple[Any, ...]]) -> list[ClaimedRow]:
+    return sorted((ClaimedRow(*row) for row in rows), key=lambda row: (row.created_at_ms, row.id))

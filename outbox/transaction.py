@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from sqlalchemy import Dialect, Engine, Select, UpdateBase
+from sqlalchemy import Dialect, Engine, PoolProxiedConnection, Select, UpdateBase
 
 from outbox.database import begin, in_words, is_disconnect, is_given_up, translated, use
 from outbox.failures import StorageError
@@ -24,6 +24,10 @@ class _UndoneError(StorageError):
 
 class _UnknownError(StorageError):
     """The connection broke during the commit."""
+
+
+class _UnreachableError(StorageError):
+    """There was no connection to be had."""
 
 
 class Transaction:
@@ -94,12 +98,15 @@ class _Compiled:
     def arguments(self, parameters: dict[str, Any]) -> Any:
         values = self._fixed | parameters
         if self._refuses_nul:
-            values = {name: _without_nul(value) for name, value in values.items()}
+            values = without_nul(values)
         return values if self._positions is None else [values[name] for name in self._positions]
 
 
-def _without_nul(value: Any) -> Any:
-    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
+def without_nul(values: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters as PostgreSQL takes them, whose texts hold every character but NUL."""
+    return {
+        name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in values.items()
+    }
 
 
 class Writer:
@@ -113,23 +120,29 @@ class Writer:
         """Run an operation in a transaction of its own, and return its result.
 
         It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
-        or when the connection broke before the commit. When it breaks during the commit nobody knows whether that
-        was done, so then only if the operation is `repeatable`. Raises `StorageError`.
+        or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
+        during the commit nobody knows whether that was done, so then only if the operation is `repeatable`. Raises
+        `StorageError`, and at once where there is no server to begin with.
         """
+        began = False
         with use.inside(), translated(self._engine):
             for pause_s in _PAUSES_S:
                 try:
                     return self._once(operation)
                 except _UndoneError:
-                    time.sleep(pause_s)
+                    began = True
                 except _UnknownError:
                     if not repeatable:
                         raise
-                    time.sleep(pause_s)
+                    began = True
+                except _UnreachableError:
+                    if not began:
+                        raise
+                time.sleep(pause_s)
             return self._once(operation)
 
     def _once(self, operation: Callable[[Transaction], Result]) -> Result:
-        connection = self._engine.raw_connection()
+        connection = self._connection()
         committing = False
         try:
             cursor = connection.cursor()
@@ -140,7 +153,13 @@ class Writer:
         except self._engine.dialect.loaded_dbapi.Error as error:
             if is_disconnect(self._engine, connection, error):
                 connection.invalidate()
-                raise (_UnknownError if committing else _UndoneError)(in_words(self._engine, error)) from error
+                self._engine.dispose()  # the others of the pool are likely to be as broken
+                words = in_words(self._engine, error)
+                if committing:
+                    raise _UnknownError(
+                        f"{words}; the connection broke during the commit, it is not known whether that was done"
+                    ) from error
+                raise _UndoneError(words) from error
             connection.rollback()
             if is_given_up(error):
                 raise _UndoneError(in_words(self._engine, error)) from error
@@ -151,3 +170,9 @@ class Writer:
         finally:
             connection.close()
         return result
+
+    def _connection(self) -> PoolProxiedConnection:
+        try:
+            return self._engine.raw_connection()
+        except self._engine.dialect.loaded_dbapi.Error as error:
+            raise _UnreachableError(in_words(self._engine, error)) from error

@@ -95,3 +95,20 @@ def on_statement(outbox: Outbox, seen: Callable[[str], object]) -> None:
 
 def columns_of(found: ObservationEvent) -> dict[str, Any]:
     return {column.name: getattr(found, column.name) for column in ObservationEvent.__table__.columns}
+
+
+def refuse(outbox: Outbox, what: str, table: str, words: str, *, on_sqlite: str = "ABORT") -> None:
+    """Let the database itself refuse every INSERT, UPDATE or DELETE of a table, in these words."""
+    trigger = f"CREATE TRIGGER refuse BEFORE {what} ON {table}"
+    statements = {
+        "sqlite": [f"{trigger} BEGIN SELECT RAISE({on_sqlite}, '{words}'); END"],
+        "postgresql": [
+            "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql"
+            f" AS $$ BEGIN RAISE EXCEPTION '{words}'; END $$",
+            f"{trigger} FOR EACH ROW EXECUTE FUNCTION refuse()",
+        ],
+        "mysql": [f"{trigger} FOR EACH ROW SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = '{words}'"],
+    }
+    with outbox.engine.begin() as connection:
+        for statement in statements[outbox.engine.dialect.name]:
+            connection.exec_driver_sql(statement)

@@ -1,9 +1,36 @@
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from outbox import Outbox
+from servers import NOT_TESTED, Servers
+
+SERVERS = ("postgresql", "mariadb")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of the contract once for each database, but for those that speak SQLite's own language."""
+    marker = metafunc.definition.get_closest_marker
+    if "database" not in metafunc.fixturenames or marker("sqlite"):
+        return
+    if marker("servers"):
+        metafunc.parametrize("database", SERVERS, indirect=True)
+    elif marker("contract"):
+        metafunc.parametrize("database", ("sqlite", *SERVERS), indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else "")
+        if NOT_TESTED in reason:
+            reasons[reason[reason.index(NOT_TESTED) :]] += 1
+    for reason, tests in sorted(reasons.items()):
+        terminalreporter.write_line(f"{tests} tests {reason}", yellow=True)
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +41,24 @@ def _only_named_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    found = Servers()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'outbox.db'}"
+def database(request: pytest.FixtureRequest) -> str:
+    """Which database the test runs on."""
+    return getattr(request, "param", "sqlite")
+
+
+@pytest.fixture
+def url(database: str, tmp_path: Path, servers: Servers) -> str:
+    if database == "sqlite":
+        return f"sqlite:///{tmp_path / 'outbox.db'}"
+    return servers.empty_outbox(database).render_as_string(hide_password=False)
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """What users and servers hand over, right or wrong: it ends in a result or in words, and nothing is half done."""
 
 import json
-import os
 import re
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import make_url
 
-from outbox import ConfigurationError, HttpClient, InvalidEvent, Outbox, StorageError
+from outbox import ConfigurationError, HttpClient, Outbox, StorageError
 from outbox.answer import _header_delay_ms
 from outbox.cli import main
 from outbox.database import open_engine
@@ -27,7 +25,10 @@ COMMANDS = sorted(main.commands.keys() - ENDLESS)
 OPTIONS = sorted({name for command in main.commands.values() for option in command.params for name in option.opts})
 
 # Arguments are bytes; those that are no UTF-8 come as surrogates, and NUL can't be passed on.
-arguments = st.text(st.characters(codec="utf-8", exclude_characters="\0") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
+arguments = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0")
+    | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,10 @@ def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("input")
     Outbox.open(f"sqlite:///{made / 'outbox.db'}").close()
     return made
+
+
+def names_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 def run(*words: str, stdin: bytes = b"") -> tuple[int, str]:
@@ -51,7 +56,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(FIELDS), inner),
     max_leaves=6,
 )
-changed = st.dictionaries(st.sampled_from(FIELDS) | st.text(), json_values, max_size=3).map(lambda more: VALID | more)
+changed = st.dictionaries(st.sampled_from(FIELDS) | st.text(), json_values, max_size=3).map(
+    lambda more: VALID | more
+)
 lines = st.lists(
     st.just(VALID).map(json.dumps).map(str.encode)
     | changed.map(json.dumps).map(str.encode)
@@ -78,7 +85,10 @@ def test_a_file_of_events_is_recorded_whole_or_not_at_all(folder: Path, lines: l
         options = ["--skip-invalid"] if skip else []
         exit_code, _ = run("--database", url, "enqueue", *options, stdin=b"\n".join(lines))
         recorded = outbox.pending_count() - before
-    given_lines = [line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line for number, line in enumerate(b"\n".join(lines).split(b"\n"))]
+    given_lines = [
+        line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+        for number, line in enumerate(b"\n".join(lines).split(b"\n"))
+    ]
     given_lines = [line.strip() for line in given_lines if line.strip()]
     valid = sum(map(is_event, given_lines))
     if skip:
@@ -99,9 +109,9 @@ words = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(words=words)
 def test_any_arguments_end_in_an_exit_code_and_words(folder: Path, words: list[str]) -> None:
-    before = os.listdir(folder)
+    before = names_in(folder)
     run("--database", f"sqlite:///{folder / 'outbox.db'}", *words)
-    assert {*os.listdir(folder)} <= {*before, "outbox.db-wal", "outbox.db-shm"}
+    assert names_in(folder) <= before | {"outbox.db-wal", "outbox.db-shm"}
 
 
 ages = st.from_regex(r"[0-9]{1,12}[smhdwy]?", fullmatch=True) | st.from_regex(
@@ -126,14 +136,30 @@ def test_any_id_is_an_event_or_none_or_wrong_use(folder: Path, row_id: int | str
     assert exit_code in (0, 1, 2)
 
 
-hosts = st.sampled_from(["", "localhost", "127.0.0.1", "[::1]", "[::1", "api.example.com", "exämple.com", "a..b", "localhost.", "0", "127.1", "*"])
+hosts = st.sampled_from(
+    [
+        "",
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+        "[::1",
+        "api.example.com",
+        "exämple.com",
+        "a..b",
+        "localhost.",
+        "0",
+        "127.1",
+        "*",
+    ]
+)
 url_parts = st.tuples(
     st.sampled_from(["http", "https", "HTTP", "ftp", "", "sqlite"]),
     st.sampled_from(["://", ":", ":/", ":///", "//", ":\\\\"]),
     st.sampled_from(["", "user@", "user:secret@", "@", "%40"]),
     hosts | st.text(max_size=5),
     st.sampled_from(["", ":", ":0", ":80", ":65536", ":-1", ":x", ":٣"]),
-    st.sampled_from(["", "/", "/v1", "//", "/../x", "/%zz", "/a b", "/\n", "?q", "#f", "\\"]) | st.text(max_size=5),
+    st.sampled_from(["", "/", "/v1", "//", "/../x", "/%zz", "/a b", "/\n", "?q", "#f", "\\"])
+    | st.text(max_size=5),
 ).map("".join)
 
 
@@ -153,7 +179,7 @@ def test_any_base_url_works_or_is_refused(url: str) -> None:
 
 database_parts = st.tuples(
     st.sampled_from(["sqlite", "sqlite+pysqlite", "SQLite", "sqlite+nothing", "nothing", "", "postgresql+nothing"]),
-    st.sampled_from([":///", "://", ":", "//", ":////nowhere/", "://host/", "://user:secret@host/"]),
+    st.sampled_from([":///", "://", ":", "//", ":///nowhere/at/all/", "://host/", "://user:secret@host/"]),
     st.text(st.characters(exclude_characters="/\\"), max_size=8) | st.sampled_from([":memory:", "file:a", "file::memory:", "."]),
     st.sampled_from(["", "?", "?uri=true", "?uri=x", "?mode=memory", "?timeout=x", "?timeout=1", "?cached_statements=-1", "?a=b&a=c"]),
 ).map("".join)  # fmt: skip
@@ -171,7 +197,7 @@ def test_any_database_url_is_opened_or_refused(url: str, tmp_path_factory) -> No
             assert "secret" not in str(refusal)
             return
         finally:
-            assert os.listdir() == []
+            assert list(Path().iterdir()) == []
         engine.dispose()
         try:
             Outbox.open(url).close()
@@ -186,7 +212,7 @@ def test_looking_at_any_database_url_creates_nothing(url: str, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("database"))
         assert run("--database", url, "status")[0] in (1, 2)
-        assert os.listdir() == []
+        assert list(Path().iterdir()) == []
 
 
 moments = st.datetimes() | st.datetimes(timezones=st.integers(-1_439, 1_439).map(lambda minutes: st.just(timezone(timedelta(minutes=minutes)))).flatmap(lambda zone: zone))  # fmt: skip

@@ -5,11 +5,14 @@ from collections import Counter
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import pytest
 from freezegun import freeze_time
 
 from builders import ScriptedClient, row, rule_fired, statuses
 from outbox import HttpClient, Outbox, Policy
 from outbox.receiver import IngestServer
+
+pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +62,7 @@ def run_at_once(processes: list[subprocess.Popen]) -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.sqlite  # on servers: test_servers.py
 def test_processes_that_flush_one_file_at_once_send_each_row_once(outbox: Outbox, url: str) -> None:
     outbox.enqueue_many(rule_fired(session_id=f"s{number}") for number in range(2_000))
     with IngestServer() as server:

@@ -347,7 +347,7 @@ def test_types_may_be_defined_while_others_decode(registry) -> None:
         while not done.is_set():
             try:
                 decode(encode(rule_fired())[1])
-            except BaseException as error:  # noqa: BLE001 - whatever it is
+            except BaseException as error:
                 failures.append(error)
 
     threads = [threading.Thread(target=decode_all_the_time) for _ in range(4)]

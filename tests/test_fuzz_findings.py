@@ -16,17 +16,16 @@ def run(url: str, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("name", ["a\0b.db", "x" * 5_000])
-def test_a_file_that_no_system_can_have_is_refused(name: str, tmp_path) -> None:
-    url = f"sqlite:///{tmp_path}/{name}"
+def test_a_file_that_no_system_can_have_is_refused(tmp_path) -> None:
+    url = f"sqlite:///{tmp_path}/{'x' * 5_000}"
     with pytest.raises(StorageError, match="can't create the database"):
         Outbox.open(url)
     assert run(url, "upgrade")[0] == run(url, "status")[0] == 1
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["\udcff.db"])
-def test_a_file_whose_name_is_not_unicode_is_refused(name: str, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["\udcff.db", "a\0b.db", "\0&mode=memory"])
+def test_a_file_whose_name_is_no_text_is_refused(name: str, tmp_path) -> None:
     url = f"sqlite:///{tmp_path}/{name}"
     with pytest.raises(ConfigurationError, match="the database is not an SQLAlchemy URL"):
         Outbox.open(url)
@@ -41,6 +40,8 @@ def test_a_file_whose_name_is_not_unicode_is_refused(name: str, tmp_path) -> Non
         "sqlite:///outbox.db?timeout=abc",
         "sqlite:///outbox.db?uri=maybe",
         "sqlite:///outbox.db?check_same_thread=q",
+        "sqlite://?uri=true",
+        "sqlite://?uri=true&cache=shared",
     ],
 )
 def test_a_database_url_with_a_part_that_cannot_be_used_is_refused(named: str) -> None:
@@ -49,8 +50,15 @@ def test_a_database_url_with_a_part_that_cannot_be_used_is_refused(named: str) -
     assert run(named, "status")[0] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Query string argument:sqlalchemy.exc.SAWarning")
+def test_a_file_is_none_in_memory_whatever_its_url_says_besides(url: str, tmp_path) -> None:
+    with Outbox.open(f"{url}?mode=memory") as outbox:
+        outbox.enqueue(rule_fired())
+    assert (tmp_path / "outbox.db").stat().st_mode & 0o777 == 0o600
+
+
 def test_an_option_of_the_driver_that_is_too_large_is_a_storage_error(url: str) -> None:
-    with pytest.raises(StorageError, match="too large"):
+    with pytest.raises(StorageError, match="too large|greater than maximum"):
         Outbox.open(f"{url}?cached_statements={10**14}")
 
 
@@ -106,4 +114,4 @@ def test_a_limit_beyond_what_a_database_can_count_is_wrong_use(outbox: Outbox, u
 def test_what_is_no_modules_name_is_wrong_use(outbox: Outbox, url: str, module: str) -> None:
     exit_code, output = run(url, "--types", module, "status")
     assert exit_code == 2
-    assert "can't import" in output
+    assert "expected the name of a module, such as shop.events" in " ".join(output.split())

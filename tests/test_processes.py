@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -132,6 +133,8 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(outbox: Outbox, url:
 
 @can_fork
 @beside_threads
+# What is in use at the fork belongs to a pool that is given up then, and is closed when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_fork_does_not_wait_for_ever(outbox: Outbox, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
     is_open, is_over = threading.Event(), threading.Event()
@@ -149,7 +152,23 @@ def test_a_fork_does_not_wait_for_ever(outbox: Outbox, monkeypatch) -> None:
     child.end()
     is_over.set()
     thread.join()
+    gc.collect()
     assert outbox.enqueue(rule_fired()) == 1
+
+
+@can_fork
+def test_a_child_has_connections_to_a_server_of_its_own() -> None:
+    pytest.importorskip("psycopg")
+    engine = database.open_engine("postgresql+psycopg://127.0.0.1:1/none")
+    inherited = engine.pool
+
+    def check() -> None:
+        assert engine.pool is not inherited
+
+    child = Child(check)
+    child.act()
+    child.end()
+    assert engine.pool is inherited
 
 
 @can_fork

@@ -7,6 +7,8 @@ from builders import NOON, NOON_MS, row, rule_fired, statuses
 from outbox import HttpClient, Outbox
 from outbox.receiver import Answer, Drop, IngestServer
 
+pytestmark = pytest.mark.contract
+
 TOKEN = "token-of-tests"  # noqa: S105 - made up
 
 

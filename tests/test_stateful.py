@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import pytest
 from freezegun import freeze_time
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from builders import DOWN, NOON, NOON_MS, OK, REJECTED, REVOKED, SLOW_DOWN, ScriptedClient, rule_fired
 from outbox import Outbox, Policy
+from servers import Servers
 
 MAX_ROWS = 12
 
@@ -20,13 +29,11 @@ MAX_ROWS = 12
 class OutboxMachine(RuleBasedStateMachine):
     """The model: for each row its status, when it is due, and the failures so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
-        self.folder = TemporaryDirectory()
         self.time = freeze_time(NOON)
         self.clock = self.time.start()
         self.now = NOON_MS
-        url = f"sqlite:///{Path(self.folder.name) / 'outbox.db'}"
         self.outbox = Outbox.open(url, policy=Policy(max_rows=MAX_ROWS, batch_size=4), synchronous="NORMAL")
         self.status: dict[int, str] = {}
         self.due: dict[int, int] = {}
@@ -37,7 +44,6 @@ class OutboxMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.outbox.close()
         self.time.stop()
-        self.folder.cleanup()
 
     def cap(self) -> None:
         def rank(row_id: int) -> tuple[int, int, int]:
@@ -57,9 +63,9 @@ class OutboxMachine(RuleBasedStateMachine):
     def jittered(self, delay: int, row_id: int) -> int:
         return self.now + delay + (self.now ^ row_id) % (delay // 4)
 
-    @rule(count=st.integers(1, 5))
-    def enqueue(self, count: int) -> None:
-        for row_id in self.outbox.enqueue_many([rule_fired()] * count):
+    @rule(events=st.integers(1, 5))
+    def enqueue(self, events: int) -> None:
+        for row_id in self.outbox.enqueue_many([rule_fired()] * events):
             self.status[row_id], self.due[row_id], self.failures[row_id] = "pending", self.now, 0
         self.cap()
 
@@ -144,5 +150,24 @@ class OutboxMachine(RuleBasedStateMachine):
         assert sum(stats.counts.values()) == len(found) <= MAX_ROWS
 
 
-TestOutbox = OutboxMachine.TestCase
-TestOutbox.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+@pytest.fixture
+def fresh_url(database: str, tmp_path: Path, servers: Servers) -> Callable[[], str]:
+    """Give the URL of an empty database, as often as it is called."""
+    number = count()
+    if database == "sqlite":
+        return lambda: f"sqlite:///{tmp_path}/{next(number)}.db"
+    return lambda: servers.empty_outbox(database).render_as_string(hide_password=False)
+
+
+@pytest.mark.contract
+def test_every_sequence_of_calls_does_what_the_model_says(database: str, fresh_url) -> None:
+    examples, steps = (60, 40) if database == "sqlite" else (8, 25)
+    run_state_machine_as_test(
+        lambda: OutboxMachine(fresh_url()),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )

@@ -19,6 +19,12 @@ def upgrade() -> None:
         sa.Column("event_type", name, primary_key=True),
         sa.Column("reason", name, primary_key=True),
         sa.Column("events", sa.BigInteger, nullable=False),
+        mysql_engine="InnoDB",
+        mysql_charset="utf8mb4",
+        mysql_collate="utf8mb4_bin",
+        mariadb_engine="InnoDB",
+        mariadb_charset="utf8mb4",
+        mariadb_collate="utf8mb4_bin",
     )
 
 

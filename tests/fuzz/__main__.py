@@ -19,7 +19,10 @@ def main() -> None:
             (Path(seeds) / str(number)).write_bytes(seed)
         dictionary.writelines(f'"{token}"\n' for token in TOKENS)
         dictionary.flush()
-        atheris.Setup([sys.argv[0], f"-dict={dictionary.name}", *sys.argv[2:], seeds], TARGETS[name])
+        atheris.Setup(
+            [sys.argv[0], f"-dict={dictionary.name}", f"-artifact_prefix={Path.cwd()}/", *sys.argv[2:], seeds],
+            TARGETS[name],
+        )
         atheris.Fuzz()
 
 

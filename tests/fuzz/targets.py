@@ -181,7 +181,8 @@ def arguments(data: bytes) -> None:
     chosen: list[str] = []
     while provider.remaining_bytes() and len(chosen) < 8:
         word = provider.PickValueInList(WORDS) if provider.ConsumeBool() else any_text(provider)
-        chosen.append(word.replace("\0", ""))  # no system passes one on
+        # Those that a system can pass on.
+        chosen.append(os.fsdecode(word.encode(errors="surrogatepass")).replace("\0", ""))
     if ENDLESS & {*chosen}:
         return
     run(chosen, provider.ConsumeBytes(200) or json.dumps(VALID[0]).encode())

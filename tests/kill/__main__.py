@@ -103,7 +103,7 @@ def fork(work: Callable[[], None]) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         work()
-    except BaseException:  # noqa: BLE001 - whatever it is, this process ends here
+    except BaseException:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
@@ -179,9 +179,8 @@ class Arena:
             # Held open here, the server would not notice that the parent closed it.
             os.close(self._stop_server)
             told = os.open(self._told, os.O_WRONLY | os.O_APPEND)
-            Steps(step, lambda fact: None)
-            life = Life(self.file, self.url, name, lambda fact: os.write(told, f"{fact}\n".encode()))
-            getattr(life, role)()
+            steps = Steps(step, lambda fact: os.write(told, f"{fact}\n".encode()))
+            getattr(Life(self.file, self.url, name, steps.tell), role)()
 
         pid = fork(live)
         self._alive[pid] = f"{role} at a {'step' if by_step else 'time'}"
@@ -204,7 +203,8 @@ class Arena:
                 outbox.retry_now()
 
     def check(self) -> dict[str, object]:
-        told = dict(json.loads(line) for line in self._told.read_text().splitlines())
+        lines = self._told.read_text().splitlines()
+        told = dict(json.loads(line) for line in lines if not line.startswith("killed "))
         arrived = {json.loads(line)["session_id"] for line in self._store.read_text().splitlines()}
         with closing(sqlite3.connect(self.file)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -212,7 +212,9 @@ class Arena:
             ledger = dict(
                 connection.execute("SELECT status, sum(events) FROM observation_events_ledger GROUP BY status")
             )
-            ever = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'").fetchone()[0]
+            ever = connection.execute(
+                "SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'"
+            ).fetchone()[0]
             orders = {name for (name,) in connection.execute("SELECT name FROM orders")}
         assert ever == len(rows) + sum(ledger.values()), "a row left that is not counted"
         assert ledger.keys() <= {"sent", "abandoned"}, "the cap took what was still to be sent"

@@ -71,14 +71,11 @@ class Nursery:
 def _be_killed(job: dict[str, str], kill_at: int, report: str) -> None:
     out = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
-    def tell(fact: str) -> None:
-        os.write(out, f"{fact}\n".encode())
-
-    steps = Steps(kill_at, tell)
-    PROGRAMS.get(job["program"], OPEN).work(Job(**job, tell=tell))
+    steps = Steps(kill_at, lambda fact: os.write(out, f"{fact}\n".encode()))
+    PROGRAMS.get(job["program"], OPEN).work(Job(**job, tell=steps.tell))
     steps.end()
     for name in steps.names:
-        tell(f"step {name}")
+        steps.tell(f"step {name}")
 
 
 def _serve() -> None:

@@ -42,6 +42,8 @@ class Program:
     """Fills the file before the process starts."""
     answer: Callable[[IngestServer], None] = lambda server: None
     """Tells the server how to answer the process."""
+    together: int = 1
+    """How many events are enqueued as one, all or none."""
 
 
 def url_of(file: object) -> str:
@@ -153,7 +155,7 @@ def store_without_an_answer(server: IngestServer) -> None:
 WAITING = ("pending",) * 3
 PROGRAMS = {
     "enqueue": Program(enqueue_singly),
-    "enqueue many": Program(enqueue_in_groups),
+    "enqueue many": Program(enqueue_in_groups, together=3),
     "enqueue in a session": Program(enqueue_in_a_session, prepare=add_orders),
     "enqueue at the cap": Program(enqueue_at_the_cap, prepare=fill("sent", "abandoned", "pending")),
     "flush, accepted": Program(flush_all, prepare=fill(*WAITING, "parked")),
@@ -190,7 +192,7 @@ def name_rows_after(file: Path, run: str) -> None:
         connection.execute("UPDATE observation_events SET payload_json = replace(payload_json, ?, ?)", (RUN, run))
 
 
-def check_what_is_left(file: Path, *, told: Collection[int], received: Collection[str]) -> None:
+def check_what_is_left(file: Path, *, told: Collection[int], received: Collection[str], together: int = 1) -> None:
     """Hold what a killed process left against what it had said: ids that enqueue returned."""
     with closing(sqlite3.connect(file)) as connection:
 
@@ -203,6 +205,7 @@ def check_what_is_left(file: Path, *, told: Collection[int], received: Collectio
         ever = sum(column("SELECT seq FROM sqlite_sequence WHERE name = 'observation_events'"))
         assert ever == len(ids) + deleted, "a row left that is not counted"
         assert max(told, default=0) <= ever
+        assert ever % together == 0, "a part of what is enqueued as one"
         assert len({*told} - {*ids}) <= deleted, "an event is gone that enqueue accepted"
         delivered = column(
             "SELECT payload_json FROM observation_events WHERE status = 'sent' AND created_at_ms < sent_at_ms"

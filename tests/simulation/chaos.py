@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,19 +23,22 @@ from outbox import BatchItem, FixOutcome, HttpFailure, Outbox, Policy, RuleFired
 
 from .model import LIVENESS, LOSS, REPORT, WEEK_MS, Model, Violation
 from .server import Answer, Client, Server
-from .stage import NOON_MS, Director, Process, Stage, Theatre
+from .stage import NOON_MS, DatabaseFault, Director, Process, Stage, Theatre
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
 
-CRASH, DATABASE, LOST_COMMIT, LOST_ANSWER = "crash", "database", "lost-commit", "lost-answer"
+CRASH, DATABASE, DEADLOCK, DISCONNECT = "crash", "database", "deadlock", "disconnect"
+LOST_COMMIT, LOST_ANSWER = "lost-commit", "lost-answer"
 SKEW, JUMP, LEAP = "skew", "jump", "leap"
 DOWN, LIMIT, AUTH, DRIFT, BUG = "down", "limit", "auth", "drift", "bug"
 POISON, SPOILT, HOST, OPERATOR, CAP = "poison", "spoilt", "host", "operator", "cap"
 KINDS = (
-    CRASH, DATABASE, LOST_COMMIT, LOST_ANSWER, SKEW, JUMP, LEAP, DOWN, LIMIT, AUTH, DRIFT, BUG, POISON, SPOILT, HOST,
-    OPERATOR, CAP,
+    CRASH, DATABASE, DEADLOCK, DISCONNECT, LOST_COMMIT, LOST_ANSWER, SKEW, JUMP, LEAP, DOWN, LIMIT, AUTH, DRIFT, BUG,
+    POISON, SPOILT, HOST, OPERATOR, CAP,
 )  # fmt: skip
 TICKS = 1_500
+
+_SERIALIZATION_FAILURE = "40001"
 
 # The longest back-off with its jitter, the lease of whoever died last, and parked rows that come back two by two.
 _GRACE_MS = 1_920_000 * 5 // 4 + 60_000 + 60 // 2 * 5_000
@@ -67,6 +71,8 @@ class Result:
     commits: int
     trace: Sequence[str]
     failure: BaseException | None
+    seen: Counter[str]
+    """How often what happened that a world has to know, or else nothing was tried."""
 
     @property
     def digest(self) -> str:
@@ -118,9 +124,9 @@ class World(Director):
             try:
                 stage.play(self._cast())
                 self._check_end()
-            except Exception as error:  # noqa: BLE001 - it is the result
+            except Exception as error:
                 failure = error
-        return Result(self.case, stage.ticks, self.model.commits, stage.trace, failure)
+        return Result(self.case, stage.ticks, self.model.commits, stage.trace, failure, self.model.seen)
 
     def _cast(self) -> list[Process]:
         lives: list[tuple[str, Callable[[Process], None]]] = [("writer", self._write)]
@@ -163,9 +169,7 @@ class World(Director):
                 process.rest()
                 continue
             process.stage.note(process.name, "reports", report)
-            outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
-            if outcomes != report.claimed:
-                raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")
+            self.model.flushed(operation, report)
             process.begin("rest")
             if report.claimed == 0 or (not self.calm and self.work.random() < 0.3):
                 process.rest()
@@ -193,7 +197,7 @@ class World(Director):
                 if operation.inserted and not operation.commit_lost:
                     raise Violation(LOSS, "enqueue failed, and yet inserted rows") from None
             else:
-                if operation.inserted != len(events) and not operation.commit_lost:
+                if operation.inserted != len(events):
                     raise Violation(LOSS, f"{operation.inserted} of {len(events)} events were inserted")
                 self.model.enqueued([row_id or 0 for row_id in ids])
             process.rest()
@@ -234,7 +238,7 @@ class World(Director):
             process.begin("foreign")
             payload = self.work.choice((sound, "spoilt", '{"event_type":"spoilt"}'))
             with suppress(DBAPIError), process.engine.begin() as connection:
-                now = process.stage.read_clock()
+                now = process.read_clock()
                 connection.execute(statement, {"now": now, "payload": payload})
             process.rest()
 
@@ -246,9 +250,12 @@ class World(Director):
             operation = process.begin(kind, cutoff_ms=cutoff_ms)
             try:
                 if kind == "retry_now":
-                    outbox.retry_now()
+                    self.model.moved(operation, kind, outbox.retry_now())
                 elif kind == "requeue":
-                    outbox.requeue_abandoned(older_than=cutoff_ms, dry_run=self.work.random() < 0.2)
+                    dry_run = self.work.random() < 0.2
+                    report = outbox.requeue_abandoned(older_than=cutoff_ms, dry_run=dry_run)
+                    if not dry_run:
+                        self.model.moved(operation, kind, report.total)
                 else:
                     outbox.stats()
                     outbox.pending_count()
@@ -333,13 +340,26 @@ class World(Director):
         self._last = self._schedule.choice(runnable)
         return self._last
 
-    def database_fault(self, process: Process, step: str) -> str | None:
-        if self.calm or DATABASE not in self.kinds or self._trouble.random() >= self._fault_rate:
+    def database_fault(self, process: Process, step: str) -> DatabaseFault | None:
+        if self.calm or self._trouble.random() >= self._fault_rate:
             return None
-        return "database is locked" if step == "BEGIN IMMEDIATE" else f"disk I/O error at {step}"
+        faults = []
+        if DATABASE in self.kinds:
+            faults.append("database is locked" if step == "BEGIN IMMEDIATE" else f"disk I/O error at {step}")
+        faults += [kind for kind in (DEADLOCK, DISCONNECT) if kind in self.kinds]
+        if not faults:
+            return None
+        fault = self._trouble.choice(faults)
+        return DatabaseFault(
+            fault,
+            sqlstate=_SERIALIZATION_FAILURE if fault == DEADLOCK else None,
+            breaks_connection=fault == DISCONNECT,
+        )
 
-    def loses_commit(self, process: Process) -> bool:
-        return not self.calm and LOST_COMMIT in self.kinds and self._trouble.random() < self._fault_rate
+    def lost_commit(self, process: Process) -> DatabaseFault | None:
+        if self.calm or LOST_COMMIT not in self.kinds or self._trouble.random() >= self._fault_rate:
+            return None
+        return DatabaseFault("broke while it committed", breaks_connection=self._trouble.random() < 0.5)
 
     def _stir(self) -> None:
         stage = self.stage
@@ -351,7 +371,9 @@ class World(Director):
             process.clock_offset_ms += self._time.choice((-3_600_000, -60_000, -1_000, 1_000, 60_000, 3_600_000))
             stage.note(process.name, "clock jumps to", process.clock_offset_ms)
         if CRASH in self.kinds and self._trouble.random() < self._crash_rate:
-            self._trouble.choice(stage.processes).doomed = True
+            uploading = [process for process in stage.processes if process.operation.uploading]
+            preferred = uploading if self._trouble.random() < 0.5 else []
+            self._trouble.choice(preferred or stage.processes).doomed = True
         if self._weather.random() < 0.03:
             self.server.logged_in = True
             self._sky = self._weather.choice(self._skies)
@@ -373,12 +395,14 @@ class World(Director):
     def _to_a_boundary(self) -> int | None:
         """Return how far it is to a moment at which some row changes its nature, or a millisecond beside it."""
         draw = self._time
-        process = draw.choice(self.stage.processes)
         if not self.model.rows:
             return None
-        row = self.model.rows[draw.choice(list(self.model.rows))]
-        if process.operation.uploading:
-            row = self.model.rows.get(draw.choice(process.operation.requests[-1].ids), row)
+        uploading = [process for process in self.stage.processes if process.operation.uploading]
+        process = draw.choice(uploading or self.stage.processes)
+        ids = process.operation.requests[-1].ids if uploading else tuple(self.model.rows)
+        row = self.model.rows.get(draw.choice(ids))
+        if row is None:
+            return None
         boundary = row.next_attempt_at_ms
         if LEAP in self.kinds and draw.random() < 0.3:
             boundary = row.gave_chance_at() + WEEK_MS

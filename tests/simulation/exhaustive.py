@@ -11,9 +11,11 @@ a flush does behind its settlement is left out: with so few rows and none of the
 from __future__ import annotations
 
 import sqlite3
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 from unittest import mock
 
@@ -25,6 +27,7 @@ from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, NOON_MS, Director, Process, Stag
 
 T = TypeVar("T")
 
+_BEGINNING = 0
 _STEPS = {"before BEGIN IMMEDIATE", BEFORE_UPLOAD, AFTER_UPLOAD, "rest"}
 _LONG_ENOUGH_MS = 3 * 60 * 60 * 1_000
 
@@ -40,7 +43,7 @@ _PAYLOAD = '{"event_type":"rule_fired","rule_ids":[],"session_id":"s1","fired_at
 _ROW = f"('rule_fired', '{_PAYLOAD}', {NOON_MS}, {NOON_MS}, {NOON_MS})"
 
 ANSWERS = {
-    "ok": lambda: Answer(),
+    "ok": Answer,
     "permanent": lambda: Answer(HttpFailure(422, "No"), stored=False),
     "transient": lambda: Answer(HttpFailure(503, "Later"), stored=False),
     "lost": lambda: Answer(TransportFailure("reset by peer")),
@@ -66,14 +69,27 @@ class Search:
 
     scope: Scope
     outboxes: dict[str, Outbox]
-    states: set[int] = field(default_factory=set)
+    followers: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """What each state leads to, by the hashes of both."""
     ends: set[int] = field(default_factory=set)
     paths: int = 0
     steps: int = 0
-    to_try: list[list[int]] = field(default_factory=lambda: [[]])
+    to_try: list[tuple[int, list[int]]] = field(default_factory=lambda: [(_BEGINNING, [])])
+
+    def interleavings(self) -> int:
+        """Return how many ways lead from the beginning to an end."""
+
+        @cache
+        def ways(state: int) -> int:
+            return 1 if state in self.ends else sum(ways(follower) for follower in self.followers[state])
+
+        return ways(_BEGINNING)
 
     def __str__(self) -> str:
-        return f"{len(self.states)} states, {len(self.ends)} ends, {self.paths} paths of {self.steps} steps"
+        return (
+            f"{len(self.followers)} states in {self.interleavings()} interleavings with {len(self.ends)} ends,"
+            f" in {self.paths} paths of {self.steps} steps"
+        )
 
 
 def search(scope: Scope, theatre: Theatre) -> Search:
@@ -86,7 +102,7 @@ def search(scope: Scope, theatre: Theatre) -> Search:
         names = [f"flusher{number}" for number in range(scope.flushers)]
         found = Search(scope, {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names})
         while found.to_try:
-            path = _Path(found, found.to_try.pop())
+            path = _Path(found, *found.to_try.pop())
             path.play(theatre, observer, policy)
             found.paths += 1
             found.steps += path.stage.ticks
@@ -96,8 +112,9 @@ def search(scope: Scope, theatre: Theatre) -> Search:
 class _Path(Director):
     """Plays the choices that it is given, and from there on always the first one."""
 
-    def __init__(self, found: Search, prefix: list[int]) -> None:
+    def __init__(self, found: Search, came_from: int, prefix: list[int]) -> None:
         self._search = found
+        self._came_from = came_from
         self._prefix = prefix
         self._taken: list[int] = []
         self._crashes, self._expiries = found.scope.crashes, found.scope.expiries
@@ -165,17 +182,22 @@ class _Path(Director):
 
     def _pick(self, options: Sequence[T]) -> T:
         depth = len(self._taken)
-        if depth < len(self._prefix):
-            choice = self._prefix[depth]
-        else:
-            state = hash(self._state())
-            self._is_known = state in self._search.states
+        choice = self._prefix[depth] if depth < len(self._prefix) else 0
+        if depth >= len(self._prefix) and not self._is_known:
+            state = self._arrive()
+            self._is_known = state in self._search.followers
             if not self._is_known:
-                self._search.states.add(state)
-                self._search.to_try += [[*self._taken, other] for other in range(1, len(options))]
-            choice = 0
+                others = range(1, len(options))
+                self._search.to_try += [(state, [*self._taken, other]) for other in others]
+                self._search.followers[state] = []
         self._taken.append(choice)
         return options[choice]
+
+    def _arrive(self) -> int:
+        state = hash(self._state())
+        self._search.followers[self._came_from].append(state)
+        self._came_from = state
+        return state
 
     def _state(self) -> Hashable:
         """Return all that what follows depends on.
@@ -183,23 +205,20 @@ class _Path(Director):
         A process is deterministic: where it stands and all that it knows follow from what it was told since it began
         its flush, by the clock, the database and the server.
         """
-        stage = self.stage
-        model = stage.model
         return (
-            stage.now_ms,
+            self.stage.now_ms,
             self._crashes,
             self._expiries,
-            tuple(sorted(model.rows.items())),
+            tuple(sorted(self.stage.model.rows.items())),
             tuple(sorted(self._server.stored)),
             # Sorted, for who of them is who makes no difference.
-            tuple(sorted(hash(self._told(process)) for process in stage.processes)),
+            tuple(sorted(hash(self._told(process)) for process in self.stage.processes)),
         )
 
     def _told(self, process: Process) -> Hashable:
         operation = process.operation
         return (
-            process is self.stage.current,
-            tuple(row_id for row_id, owner in self.stage.model.holders.items() if owner is operation),
+            tuple(sorted(row_id for row_id, owner in self.stage.model.holders.items() if owner is operation)),
             process.at,
             process.idle,
             process.doomed,
@@ -211,7 +230,7 @@ class _Path(Director):
 
     def _end(self) -> Process | None:
         """Go on without trouble from an end that is new, to see that everything is delivered."""
-        end = hash(self._state())
+        end = self._arrive()
         if end in self._search.ends:
             return None
         self._search.ends.add(end)

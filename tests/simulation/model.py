@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox import HttpFailure, Policy, UploadFailure
+from outbox import FlushReport, HttpFailure, Policy, UploadFailure
 from outbox.lifecycle import MOVES
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Operation:
     troubled: bool = False
     commit_lost: bool = False
     inserted: int = 0
+    moved: Counter[str] = field(default_factory=Counter)
 
     @property
     def now_ms(self) -> int:
@@ -154,6 +155,7 @@ class Model:
         self.rows, self.deleted, self.ever_inserted = self.read()
         self.holders: dict[int, Operation] = {}
         self.commits = 0
+        self.seen: Counter[str] = Counter()
 
     def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str]], int]:
         # A row that is as it was stays the same object.
@@ -223,6 +225,7 @@ class Model:
             if row.status == "sending" and row.next_attempt_at_ms > now:
                 raise Violation(EXCLUSION, f"at {now} the cap deleted a row in flight: {row}")
         self._check_order_of_cap(gone, now=now, unseen=unseen)
+        self.seen.update(f"cap {row.status}" for row in gone)
 
     def _check_order_of_cap(self, gone: list[Row], *, now: int, unseen: int) -> None:
         def deletable(row: Row) -> bool:
@@ -269,6 +272,11 @@ class Model:
                 for row_id in ids:
                     self.holders.pop(row_id, None)
         self._check_settled_at_once(operation, moves)
+        self.seen.update(moves.keys())
+        operation.moved.update({trigger: len(ids) for trigger, ids in moves.items()})
+        reasons = [(self.rows[row_id].last_error or "").partition(":")[0] for row_id in moves.get("abandon", ())]
+        self.seen.update(f"abandon {reason}" for reason in reasons)
+        self.seen["take over"] += sum(before[row_id].status == "sending" for row_id in moves.get("claim", ()))
         stage.note(
             process.name, "commits", ", ".join(f"{trigger} {sorted(ids)}" for trigger, ids in moves.items())
         )
@@ -291,7 +299,7 @@ class Model:
     def _of_flusher(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
         now = operation.now_ms
         lease = now + self.policy.lease_ms
-        if self.holders.get(old.id) is operation and old.status == "sending":
+        if self._holds(operation, old):
             yield "renew", old._replace(next_attempt_at_ms=lease)
         if old.status in ("pending", "sending") and old.next_attempt_at_ms <= now:
             yield "claim", old._replace(status="sending", next_attempt_at_ms=lease)
@@ -302,7 +310,7 @@ class Model:
 
     def _of_owner(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
         """Yield the fenced moves: only who holds the row makes them, with the reason that it was given."""
-        if self.holders.get(old.id) is not operation or old.status != "sending":
+        if not self._holds(operation, old):
             return
         if operation.troubled:
             yield "release", old._replace(status="pending", next_attempt_at_ms=operation.now_ms)
@@ -323,6 +331,18 @@ class Model:
         if operation.accepted() or len(decodable) == 1:
             for failure in alone:
                 yield "abandon", abandoned._replace(last_error=f"permanent: {failure}")
+
+    def _holds(self, operation: Operation, row: Row) -> bool:
+        if row.status != "sending":
+            return False
+        if self.holders.get(row.id) is operation:
+            return True
+        # The lease is a time. Where clocks differ, a row may pass through other hands and come under the very
+        # lease of who lost it; where they agree, it can't, for each taker's lease lies behind the last one.
+        by_chance = not self.equal_clocks and row.id in operation.claim
+        by_chance = by_chance and row.next_attempt_at_ms == operation.lease_ms
+        self.seen["same lease twice"] += by_chance
+        return by_chance
 
     def _of_shared_failure(self, old: Row, failure: UploadFailure | None, now: int) -> Iterator[tuple[str, Row]]:
         if is_transient(failure):
@@ -390,7 +410,7 @@ class Model:
         )
         if new.status == "sent" and old.status != "sent":
             raise Violation(ACCEPTANCE, what)
-        if old.status == "sending" and self.holders.get(old.id) is not operation:
+        if old.status == "sending" and not self._holds(operation, old):
             raise Violation(EXCLUSION, what)
         if new.status == "abandoned":
             raise Violation(ABANDONMENT, what)
@@ -409,6 +429,29 @@ class Model:
                 shared = set(mine.requests[-1].ids) & set(theirs.requests[-1].ids)
                 if shared:
                     raise Violation(EXCLUSION, f"{process.name} and {other.name} both upload {sorted(shared)}")
+
+    def flushed(self, operation: Operation, report: FlushReport) -> None:
+        """Check what a flush reports, and that it recorded what it saw accepted."""
+        self.seen["lost lease"] += report.lost_leases
+        outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
+        if outcomes != report.claimed:
+            raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")
+        told = {"reschedule": report.rescheduled, "park": report.parked, "abandon": report.abandoned}
+        for trigger, count in told.items():
+            self.moved(operation, trigger, count)
+        forgotten = [
+            row_id for row_id in operation.accepted() if row_id in self.rows and self.rows[row_id].status != "sent"
+        ]
+        if forgotten:
+            raise Violation(ACCEPTANCE, f"{forgotten} were accepted, and are not sent")
+
+    def moved(self, operation: Operation, trigger: str, count: int) -> None:
+        """Check how many rows an operation says that it moved."""
+        # Nobody who did not learn of a commit can tell what it did.
+        if operation.moved[trigger] != count and not operation.commit_lost:
+            raise Violation(
+                REPORT, f"{trigger} of {count} rows is reported, of {operation.moved[trigger]} was done"
+            )
 
     def enqueued(self, ids: list[int]) -> None:
         """Check that what enqueue returned is durable."""

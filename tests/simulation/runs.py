@@ -19,11 +19,14 @@ LAST_STEPS = 60
 def theatre() -> Iterator[Theatre]:
     """Open a theatre in memory, where the system has such a place."""
     memory = Path("/dev/shm")  # noqa: S108 - it is where the database is fastest
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    where = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as folder:
         yield Theatre(Path(folder))
 
 
-def run_seeds(first: int, last: int, ticks: int = TICKS) -> tuple[int, int, Result | None]:
+def run_seeds(
+    first: int, last: int, ticks: int = TICKS, *, shorten: bool = True
+) -> tuple[int, int, Result | None]:
     """Run seeds until one fails; return the ticks, the commits and the failed world, shrunk."""
     all_ticks = commits = 0
     with theatre() as stage:
@@ -32,7 +35,7 @@ def run_seeds(first: int, last: int, ticks: int = TICKS) -> tuple[int, int, Resu
             all_ticks += result.ticks
             commits += result.commits
             if result.failure is not None:
-                return all_ticks, commits, shrink(result, stage)
+                return all_ticks, commits, shrink(result, stage) if shorten else result
     return all_ticks, commits, None
 
 
@@ -51,6 +54,7 @@ def report(result: Result) -> str:
 
 
 def run_chunk(bounds: tuple[int, int, int]) -> tuple[int, int, int, str | None]:
+    """Run seeds in a process of a pool: tell how many they were, the ticks, the commits and what failed."""
     first, last, ticks = bounds
     all_ticks, commits, failed = run_seeds(first, last, ticks)
     return last - first, all_ticks, commits, None if failed is None else report(failed)

@@ -12,17 +12,16 @@ import shutil
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 from sqlalchemy import Engine, create_engine, event
 
-from outbox import Outbox, clock
+from outbox import Outbox, clock, transaction
 from outbox.database import open_engine
 
 from .model import Model, Operation, Violation
@@ -35,9 +34,29 @@ BEFORE_COMMIT, AFTER_COMMIT = "before COMMIT", "after COMMIT"
 # Nobody waits inside SQLite: who would wait for a lock is not chosen to run until it is free.
 _PRAGMAS = {"busy_timeout": "PRAGMA busy_timeout = 0", "synchronous": "PRAGMA synchronous = OFF"}
 
+_really_sleep = time.sleep
+
+
+class _Here(threading.local):
+    """Which process this thread is."""
+
+    process: Process | None = None
+
+
+_here = _Here()
+
 
 class ProcessDied(BaseException):
     """The process is no more. Whatever it still tries on its way out, to clean up for example, fails with this too."""
+
+
+class DatabaseFault(sqlite3.OperationalError):
+    """An error of the database; `sqlstate` and `breaks_connection` are what servers add to it."""
+
+    def __init__(self, message: str, *, sqlstate: str | None = None, breaks_connection: bool = False) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.breaks_connection = breaks_connection
 
 
 class Director:
@@ -53,13 +72,13 @@ class Director:
         """Whether others may go on at this step."""
         return True
 
-    def database_fault(self, process: Process, step: str) -> str | None:
-        """Return the message that the statement about to run fails with, if it is to fail."""
+    def database_fault(self, process: Process, step: str) -> DatabaseFault | None:
+        """Return what the statement about to run fails with, if it is to fail."""
         return None
 
-    def loses_commit(self, process: Process) -> bool:
-        """Whether the commit happens and is reported as failed, as when a connection breaks."""
-        return False
+    def lost_commit(self, process: Process) -> DatabaseFault | None:
+        """Return what a commit that has just happened is reported with, if it is to look like a failure."""
+        return None
 
 
 class Process:
@@ -89,8 +108,17 @@ class Process:
             self.stage.pass_on(self)
         if self.doomed:
             self.stage.note(self.name, "dies", step)
+            if not self.stage.closing:
+                self.stage.model.seen[f"death {step}"] += 1
             raise ProcessDied
         self.stage.note(self.name, step, detail)
+
+    def read_clock(self) -> int:
+        """Return what the clock of this process shows."""
+        reading = self.stage.now_ms + self.clock_offset_ms
+        self.operation.readings.append(reading)
+        self.stage.furthest_ms = max(self.stage.furthest_ms, reading)
+        return reading
 
     def begin(self, kind: str, **details: Any) -> Operation:
         self.operation = Operation(kind, **details)
@@ -105,6 +133,7 @@ class Process:
         self.pause("rest")
 
     def _run(self, life: Callable[[Process], None]) -> None:
+        _here.process = self
         self.baton.acquire()
         try:
             while not self.stage.closing:
@@ -113,7 +142,7 @@ class Process:
                     break
                 if not self.stage.closing:
                     self._rise_again()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
+        except BaseException as error:
             self.stage.fail(error)
         finally:
             self.done = True
@@ -149,34 +178,21 @@ class Stage:
         self.processes = list(processes)
         for process in processes:
             process.stage = self
-        with ExitStack() as patches:
-            patches.enter_context(mock.patch.object(logging.getLogger("outbox"), "disabled", new=True))
-            for reader in _readers_of_the_clock():
-                patches.enter_context(mock.patch.object(reader, "now_ms", self.read_clock))
-            for process in processes:
-                process.thread.start()
-            following = self._choose()
-            if following is not None:
-                following.baton.release()
-                self._over.acquire()
-            self.closing = True
-            for process in processes:
-                process.doomed = True
-                if not process.done:
-                    process.baton.release()
-                process.thread.join()
-                process.leave_seat()
+        for process in processes:
+            process.thread.start()
+        following = self._choose()
+        if following is not None:
+            following.baton.release()
+            self._over.acquire()
+        self.closing = True
+        for process in processes:
+            process.doomed = True
+            if not process.done:
+                process.baton.release()
+            process.thread.join()
+            process.leave_seat()
         if self.failure is not None:
             raise self.failure
-
-    def read_clock(self) -> int:
-        """Return what the clock of the process that runs shows."""
-        process = self.current
-        assert process is not None
-        reading = self.now_ms + process.clock_offset_ms
-        process.operation.readings.append(reading)
-        self.furthest_ms = max(self.furthest_ms, reading)
-        return reading
 
     def runnable(self) -> list[Process]:
         # Who waits for the lock can go on once the writer is done, be it by dying.
@@ -213,16 +229,38 @@ class Stage:
         following = None
         try:
             following = None if self.failure else self.director.choose()
-        except BaseException as error:  # noqa: BLE001 - as above
+        except BaseException as error:
             self.fail(error)
         self.current = following
         return following
 
 
-@cache
-def _readers_of_the_clock() -> list[ModuleType]:
-    loaded = [module for name, module in sys.modules.items() if name.startswith("outbox")]
-    return [module for module in loaded if vars(module).get("now_ms") is clock.now_ms]
+@contextmanager
+def simulated_world() -> Iterator[None]:
+    """Let the package see the clock of the process that runs, and let it take faults of SQLite for a server's."""
+    with ExitStack() as patches:
+        for module in [module for name, module in sys.modules.items() if name.startswith("outbox")]:
+            if vars(module).get("now_ms") is clock.now_ms and module is not clock:
+                patches.enter_context(mock.patch.object(module, "now_ms", _read_clock))
+        patches.enter_context(mock.patch.object(time, "sleep", _sleep))
+        patches.enter_context(mock.patch.object(transaction, "is_disconnect", _is_disconnect))
+        patches.enter_context(mock.patch.object(logging.getLogger("outbox"), "disabled", new=True))
+        yield
+
+
+def _read_clock() -> int:
+    return NOON_MS if _here.process is None else _here.process.read_clock()
+
+
+def _sleep(seconds: float) -> None:
+    if _here.process is None:
+        _really_sleep(seconds)
+    else:
+        _here.process.pause("sleeps", seconds)
+
+
+def _is_disconnect(_engine: object, _connection: object, error: object) -> bool:
+    return isinstance(error, DatabaseFault) and error.breaks_connection
 
 
 class Connection(sqlite3.Connection):
@@ -274,9 +312,10 @@ class Connection(sqlite3.Connection):
             except Violation as violation:
                 process.stage.fail(violation)
         process.pause(AFTER_COMMIT)
-        if wrote and process.stage.director.loses_commit(process):
-            process.operation.commit_lost = process.operation.troubled = True
-            raise sqlite3.OperationalError("the connection broke while it committed")
+        fault = process.stage.director.lost_commit(process) if wrote else None
+        if fault is not None:
+            process.operation.commit_lost = True
+            self._fail(process, fault)
 
     def rollback(self) -> None:
         super().rollback()
@@ -290,11 +329,14 @@ class Connection(sqlite3.Connection):
         self._release_lock()
 
     def _fail_if_told(self, process: Process, step: str) -> None:
-        message = process.stage.director.database_fault(process, step)
-        if message is not None:
-            process.operation.troubled = True
-            process.stage.note(process.name, "fails", message)
-            raise sqlite3.OperationalError(message)
+        fault = process.stage.director.database_fault(process, step)
+        if fault is not None:
+            self._fail(process, fault)
+
+    def _fail(self, process: Process, fault: DatabaseFault) -> None:
+        process.operation.troubled = True
+        process.stage.note(process.name, "fails", fault)
+        raise fault
 
     def _take_lock(self, process: Process) -> None:
         process.waits_for_lock = True
@@ -346,7 +388,9 @@ class Seat:
             self._connections.clear()
             self.engine.dispose()
 
-    def _connect(self, _dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> Connection:
+    def _connect(
+        self, _dialect: object, _record: object, _arguments: object, options: dict[str, Any]
+    ) -> Connection:
         options = {**options, "check_same_thread": False, "factory": Connection}
         connection: Connection = sqlite3.connect(self._theatre.path, **options)
         connection.execute(_PRAGMAS["busy_timeout"])
@@ -382,10 +426,12 @@ class Theatre:
         shutil.copyfile(self._template, self.path)
         observer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
-            yield observer
+            with simulated_world():
+                yield observer
         finally:
             for seat in self._seats.values():
                 seat.close_connections()
             observer.close()
             for path in self.path.parent.glob(f"{self.path.name}*"):
-                path.unlink()
+                with suppress(PermissionError):  # Windows keeps a file that is open still
+                    path.unlink()

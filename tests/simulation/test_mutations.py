@@ -1,0 +1,170 @@
+"""The simulation notices what it is for: each of these bugs, put into a copy of the package, fails within its seeds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import outbox
+
+from .model import (
+    ABANDONMENT,
+    ACCEPTANCE,
+    ATOMICITY,
+    CONSERVATION,
+    EXCLUSION,
+    LIVENESS,
+    LOSS,
+    MOVE,
+)
+
+pytestmark = pytest.mark.slow
+
+SEEDS = 300
+
+_FENCE = "return statement.where(_this_row, _held) if declared.fenced else statement"
+
+
+class Mutation(NamedTuple):
+    file: str
+    original: str
+    mutant: str
+    breaks: tuple[str, ...]
+
+
+def _without_fence(trigger: str) -> Mutation:
+    fence = f'_held if trigger != "{trigger}" else bindparam("lease") > 0'
+    return Mutation("statements.py", _FENCE, _FENCE.replace("_held", fence), (EXCLUSION,))
+
+
+MUTATIONS = {
+    "reschedule without its fence": _without_fence("reschedule"),
+    "park without its fence": _without_fence("park"),
+    "abandon without its fence": _without_fence("abandon"),
+    "release without its fence": _without_fence("release"),
+    "renew without its fence": Mutation(
+        "statements.py",
+        ".where(_this_row, _in(_unindexed_status, Status.SENDING), _held)",
+        '.where(_this_row, _in(_unindexed_status, Status.SENDING), bindparam("lease") > 0)',
+        (EXCLUSION,),
+    ),
+    "deliver with a fence": Mutation(
+        "lifecycle.py",
+        'Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT)',
+        'Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT, fenced=True)',
+        (ACCEPTANCE,),
+    ),
+    "claim without a lease": Mutation(
+        "flusher.py",
+        "lease_ms = now + policy.lease_ms\n    rows",
+        "lease_ms = now\n    rows",
+        (MOVE, EXCLUSION),
+    ),
+    "claim of what others hold": Mutation(
+        "flusher.py", "store.claim(now_ms=now,", "store.claim(now_ms=now + policy.lease_ms,", (MOVE, EXCLUSION)
+    ),
+    "claim of no lease that ran out": Mutation(
+        "lifecycle.py",
+        'Move("claim", (PENDING, SENDING), SENDING',
+        'Move("claim", (PENDING,), SENDING',
+        (MOVE, LIVENESS),
+    ),
+    "retry now pulls rows from under a flusher": Mutation(
+        "statements.py",
+        'move("retry_now", status=_c.status)\n    .where(_in(_c.status, Status.PARKED))',
+        'update(events)\n    .values(status="pending")\n    .where(_in(_c.status, Status.PARKED, Status.SENDING))',
+        (MOVE, EXCLUSION),
+    ),
+    "the cap deletes rows in flight": Mutation(
+        "statements.py",
+        "not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_ms <= _now)",
+        "not_in_flight = _now > 0",
+        (EXCLUSION,),
+    ),
+    "the cap counts nothing": Mutation(
+        "store.py",
+        '        self._count_deleted(transaction, deleted, reason="cap")\n',
+        "",
+        (CONSERVATION,),
+    ),
+    "aged out after exactly a week": Mutation(
+        "policy.py", "> policy.max_age_ms", ">= policy.max_age_ms", (ABANDONMENT,)
+    ),
+    "no answer means sent": Mutation(
+        "flusher.py",
+        "        except UploadFailure as failure:\n            return failure\n",
+        "        except UploadFailure as failure:\n            if hasattr(failure, 'status'):\n                return failure\n",
+        (ACCEPTANCE,),
+    ),
+    "a rejected batch is abandoned as a whole": Mutation(
+        "flusher.py", "return self._isolate(batch)", "pass", (ABANDONMENT,)
+    ),
+    "a server that rejects everything costs the events": Mutation(
+        "flusher.py",
+        "self._settle(self._judge(Verdict.TRANSIENT, candidates))",
+        "self._settle(self._judge(Verdict.PERMANENT, candidates))",
+        (ABANDONMENT,),
+    ),
+    "a settlement in two transactions": Mutation(
+        "store.py",
+        """        return self._writer.run(
+            lambda transaction: Counter(
+                {
+                    trigger: transaction.change_many(sql.SETTLE[trigger], rows)
+                    for trigger, rows in by_trigger.items()
+                }
+            ),
+            repeatable=True,
+        )
+""",
+        """        return Counter(
+            {
+                trigger: self._writer.run(
+                    lambda transaction: transaction.change_many(sql.SETTLE[trigger], rows), repeatable=True
+                )
+                for trigger, rows in by_trigger.items()
+            }
+        )
+""",
+        (ATOMICITY,),
+    ),
+    "an insert that is tried again after a lost commit": Mutation(
+        "store.py",
+        "return self._writer.run(insert_and_trim)",
+        "return self._writer.run(insert_and_trim, repeatable=True)",
+        (LOSS,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_bug_is_noticed(name: str, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    _copy_everything(tmp_path)
+    mutated = tmp_path / "outbox" / mutation.file
+    text = mutated.read_text("utf-8")
+    assert text.count(mutation.original) == 1, f"{mutation.file} no longer has what {name!r} changes"
+    mutated.write_text(text.replace(mutation.original, mutation.mutant), "utf-8")
+    # Only the copy is to be found, from where the program starts.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "simulation", str(SEEDS), "--as-found"]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert told.returncode == 1, f"no world of {SEEDS} fails"
+    found = re.search(r"^seed (\d+) breaks (\d [a-z ,]+):", told.stdout, re.MULTILINE)
+    assert found is not None, told.stdout + told.stderr
+    assert found.group(2) in mutation.breaks
+    print(f"noticed after {int(found.group(1)) + 1} seeds: {found.group(2)}")
+
+
+def _copy_everything(folder: Path) -> None:
+    package = Path(outbox.__file__).parent
+    nothing_built = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / "outbox", ignore=nothing_built)
+    shutil.copytree(Path(__file__).parent, folder / "simulation", ignore=nothing_built)
+    if not (package / "migrations").is_dir():
+        shutil.copytree(package.parent / "migrations", folder / "migrations", ignore=nothing_built)

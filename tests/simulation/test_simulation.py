@@ -1,0 +1,92 @@
+"""Worlds from seeds: nothing that is promised breaks in any of them, and a seed always gives the same world."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .chaos import KINDS, Case, run, shrink
+from .model import ACCEPTANCE, Model, Violation
+from .runs import report, run_seeds, theatre
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SEEDS = 500
+AT_ONCE = 50
+TICKS = 1_200
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+def test_every_promise_holds_in_every_world(first: int) -> None:
+    ticks, commits, failed = run_seeds(first, first + AT_ONCE, TICKS)
+    assert failed is None, report(failed)
+    assert ticks > AT_ONCE * TICKS
+    assert commits > AT_ONCE * 10
+
+
+def test_the_worlds_know_what_they_are_for() -> None:
+    """A simulation in which nothing goes wrong finds nothing."""
+    seen: Counter[str] = Counter()
+    with theatre() as stage:
+        for seed in range(60):
+            seen += run(Case(seed, TICKS), stage).seen
+    wanted = {
+        *("claim", "take over", "renew", "lost lease"),
+        *("deliver", "reschedule", "park", "unpark", "release", "retry_now", "requeue"),
+        *("abandon permanent", "abandon aged-out", "abandon aged-out (rate-limited)"),
+        *("cap sent", "cap abandoned", "cap pending", "cap parked", "cap sending"),
+        *("death before upload", "death after upload", "death before COMMIT", "death after COMMIT"),
+        *("death after UPDATE", "death after INSERT"),
+    }
+    assert wanted <= seen.keys()
+
+
+@pytest.mark.parametrize("seed", [3, 17, 49])
+def test_a_seed_gives_the_same_world_byte_for_byte(seed: int) -> None:
+    with theatre() as stage:
+        first, second = run(Case(seed), stage), run(Case(seed), stage)
+    assert first.trace == second.trace
+    digests = {_digest_elsewhere(seed, hash_seed) for hash_seed in ("1", "2")}
+    assert digests == {first.digest}
+
+
+def test_seeds_give_different_worlds() -> None:
+    with theatre() as stage:
+        assert len({run(Case(seed, 300), stage).digest for seed in range(10)}) == 10
+
+
+def test_a_failing_world_is_shrunk_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_check = Model._check_against_table
+
+    def refuse_third_park(self: Model, trigger: str, old: object, new: object) -> None:
+        real_check(self, trigger, old, new)
+        if trigger == "park" and self.seen["park"] >= 2:
+            raise Violation(ACCEPTANCE, "made up")
+
+    monkeypatch.setattr(Model, "_check_against_table", refuse_third_park)
+    with theatre() as stage:
+        failed = next(result for seed in range(50) if (result := run(Case(seed), stage)).failure is not None)
+        shortest = shrink(failed, stage)
+        assert shortest.case.ticks <= failed.ticks
+        assert shortest.case.kinds is not None
+        assert "auth" in shortest.case.kinds
+        assert len(shortest.case.kinds) < len(KINDS) // 2
+        assert run(shortest.case, stage).digest == shortest.digest
+    assert f"--seed {shortest.case.seed} --ticks {shortest.case.ticks}" in report(shortest)
+    assert "3 sent means accepted: made up" in report(shortest)
+
+
+def _digest_elsewhere(seed: int, hash_seed: str) -> str:
+    command = [sys.executable, "-m", f"{__package__}", "--seed", str(seed)]
+    told = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return told.stdout.split("trace ")[-1].split(",")[0]
