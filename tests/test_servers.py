@@ -27,6 +27,7 @@ from servers import PrivatePostgresql, Server, Servers
 pytestmark = pytest.mark.servers
 
 ROOT = Path(__file__).parent.parent
+SECRET = "s3cr3t"
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"]
 
 
@@ -129,6 +130,8 @@ def once(happen: Callable[..., object], at_call: int) -> list[str]:
     seen: list[str] = []
 
     def before(connection, statement):
+        if statement == ";":  # the pool looks whether the connection is alive
+            return
         seen.append(" ".join(statement.split()))
         if len(seen) == at_call:
             happen(connection)
@@ -405,7 +408,7 @@ def rehearse(watched: Outbox, operation: str, happen: Callable[..., object]) -> 
 def test_a_conflict_at_any_call_is_tried_again(watched: Outbox, operation: str) -> None:
     with freeze_time(NOON):
         results = list(rehearse(watched, operation, raises_conflict))
-    assert len(results) > 4
+    assert len(results) >= 4
     assert [statement for statement, done in results if not done] == []
 
 
@@ -415,7 +418,7 @@ def test_a_connection_that_is_killed_before_the_commit_costs_nothing(
 ) -> None:
     with freeze_time(NOON):
         results = list(rehearse(watched, operation, lambda _: server.kill_connections(make_url(url))))
-    assert len(results) > 4
+    assert len(results) >= 4
     assert {statement for statement, done in results if not done} <= {"COMMIT"}
 
 
@@ -532,14 +535,14 @@ def test_connections_that_are_killed_during_an_upload_cost_no_delivery(
 
 @pytest.mark.parametrize("opener", [Outbox, Outbox.open])
 def test_a_server_that_is_down_is_told_without_the_password(server: Server, opener) -> None:
-    down = server.url.set(port=1, host="127.0.0.1", username="app", password="s3cr3t p@ss/%41", database="events")
+    down = server.url.set(port=1, host="127.0.0.1", username="app", password=f"{SECRET} p@ss/%41", database="events")
     with pytest.raises(StorageError, match=r"app:\*\*\*@127\.0\.0\.1:1/events: .*127\.0\.0\.1") as caught:
         opener(down)
     assert_no_secret(caught.value)
 
 
 def test_a_server_that_does_not_know_the_database_says_so_without_the_password(server: Server) -> None:
-    unknown = server.url.set(password="s3cr3t p@ss/%41", database="outbox_no_such_database")
+    unknown = server.url.set(password=f"{SECRET} p@ss/%41", database="outbox_no_such_database")
     with pytest.raises(StorageError, match="outbox_no_such_database|Access denied") as caught:
         Outbox.open(unknown)
     assert_no_secret(caught.value)
@@ -549,12 +552,12 @@ def test_an_error_of_a_statement_names_no_password(server: Server, url: str, out
     with outbox.engine.begin() as connection:
         connection.execute(text("DROP TABLE observation_events"))
     with pytest.raises(StorageError, match="observation_events") as caught:
-        outbox.enqueue(rule_fired(session_id="s3cr3t"))
+        outbox.enqueue(rule_fired(session_id=SECRET))
     assert_no_secret(caught.value)
 
 
 def assert_no_secret(error: BaseException) -> None:
-    assert "s3cr3t" not in "".join(traceback.format_exception(error)) + repr(error)
+    assert SECRET not in "".join(traceback.format_exception(error)) + repr(error)
 
 
 @pytest.fixture
