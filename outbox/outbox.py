@@ -89,7 +89,8 @@ class Outbox:
         transaction instead: it comes with the commit and goes with the rollback, and nothing of the session is
         flushed, expired or committed. A mapping names its type as `event_type`.
 
-        Raises `InvalidEvent`, naming the field and what it should be, and `StorageError`; nothing is written then.
+        Raises `InvalidEvent`, naming the field and what it should be, and `StorageError`. Nothing is written then,
+        unless it is the connection to a server that broke, and that during the commit.
         """
         ids = self.enqueue_many([event], session=session)
         return ids[0] if ids else None
