@@ -11,7 +11,7 @@ test: $(VENV)/dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/coverage report --fail-under=$$($(BIN)/python tests/coverage_goal.py)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check

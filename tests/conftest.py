@@ -5,11 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from outbox import Outbox
 from servers import NOT_TESTED, Servers
 
 SERVERS = ("postgresql", "mariadb")
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("outbox", deadline=None)
+settings.load_profile("outbox")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,7 +3,7 @@ from datetime import timedelta
 
 import pytest
 from freezegun import freeze_time
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import NOON, NOON_MS
@@ -22,6 +22,7 @@ def test_a_frozen_time_is_exact_to_the_millisecond(offset_ms: int) -> None:
         assert now_ms() == NOON_MS + offset_ms
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**9))
 def test_a_part_of_a_millisecond_is_left_out(microseconds: int) -> None:
     with freeze_time(NOON + timedelta(microseconds=microseconds)):

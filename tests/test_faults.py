@@ -230,7 +230,7 @@ try:
 except StorageError as error:
     print(error)
 """
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     child = in_a_child(program, url)
     assert "unable to open database file; let this user read and write the file and its folder" in child.stdout, (

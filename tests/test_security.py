@@ -486,7 +486,7 @@ def test_nothing_that_a_server_says_leads_to_another_host(outbox, status, monkey
                 outbox.flush(client)
 
     assert elsewhere == []
-    assert set(names) == {"localhost"}
+    assert set(names) <= {"localhost", "127.0.0.1", "::1"}
     assert len(heads) >= 2
     assert all(head.startswith("POST /cloud/observations ") and "Cookie" not in head for head in heads)
 

@@ -535,7 +535,9 @@ def test_connections_that_are_killed_during_an_upload_cost_no_delivery(
 
 @pytest.mark.parametrize("opener", [Outbox, Outbox.open])
 def test_a_server_that_is_down_is_told_without_the_password(server: Server, opener) -> None:
-    down = server.url.set(port=1, host="127.0.0.1", username="app", password=f"{SECRET} p@ss/%41", database="events")
+    down = server.url.set(
+        port=1, host="127.0.0.1", username="app", password=f"{SECRET} p@ss/%41", database="events"
+    )
     with pytest.raises(StorageError, match=r"app:\*\*\*@127\.0\.0\.1:1/events: .*127\.0\.0\.1") as caught:
         opener(down)
     assert_no_secret(caught.value)
