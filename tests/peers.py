@@ -15,7 +15,7 @@ import pytest
 
 from outbox.failures import UploadFailure
 
-TOKEN = "tok-123/abc+def=="  # noqa: S105 - made up
+TOKEN = "tok-123/abc+def=="
 FOREVER_S = 30
 
 HEAD = b"HTTP/1.1 500 \r\n"

@@ -32,7 +32,7 @@ from outbox.receiver import Answer, IngestServer, Mode
 from outbox.schema import REVISIONS
 from outbox.stats import duration, failure_in_words
 
-TOKEN = "tok-0123456789"  # noqa: S105 - made up
+TOKEN = "tok-0123456789"
 GOOD = '{"event_type":"rule_fired","rule_ids":["r1"],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
 HOSTILE = "\x1b[31mred\x07\x9b2J\u202e\x7f\nnext"
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")

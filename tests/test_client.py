@@ -524,7 +524,7 @@ def test_the_token_is_not_shown_and_does_not_travel(client):
             copies(client)
 
 
-LATIN_TOKEN = "tökén-äöü-123"  # noqa: S105 - made up
+LATIN_TOKEN = "tökén-äöü-123"
 
 
 # --- settings ---
@@ -620,7 +620,7 @@ def test_given_proxies_replace_those_of_the_environment(server, monkeypatch):
         assert len(proxy.heads) == 1
 
 
-PASSWORD = "p@ss:wörd/1"  # noqa: S105 - made up
+PASSWORD = "p@ss:wörd/1"
 
 
 def with_password(url):

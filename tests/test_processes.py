@@ -25,7 +25,7 @@ from outbox import HttpClient, Outbox, SchemaError, database, events, schema
 from outbox.receiver import Answer, Hang, IngestServer
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "token-of-tests"  # noqa: S105 - made up
+TOKEN = "token-of-tests"
 HOUR_MS = 3_600_000
 
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

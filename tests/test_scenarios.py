@@ -9,7 +9,7 @@ from outbox.receiver import Answer, Drop, IngestServer
 
 pytestmark = pytest.mark.contract
 
-TOKEN = "token-of-tests"  # noqa: S105 - made up
+TOKEN = "token-of-tests"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from outbox import HttpClient, Outbox, Policy, RuleFired, store
 from outbox.clock import now_ms
 from outbox.receiver import Drop, IngestServer
 
-TOKEN = "token-of-tests"  # noqa: S105 - made up
+TOKEN = "token-of-tests"
 POISON = "poison"
 RUN = "name-of-the-run"
 HOUR_MS = 3_600_000
