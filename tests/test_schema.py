@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, text
 
 from builders import ScriptedClient, rule_fired, statuses
-from outbox import Outbox, SchemaError, StorageError, schema
+from outbox import Outbox, Policy, SchemaError, StorageError, schema
 from outbox.database import open_engine
 from outbox.models import Base
 
@@ -213,6 +213,18 @@ def test_a_downgrade_and_upgrade_keep_every_event(url: str) -> None:
     with Outbox(url) as outbox:
         assert [found.id for found in outbox.find()] == ids
         assert outbox.flush(ScriptedClient()).sent == 3
+
+
+def test_the_ledger_survives_a_downgrade_and_an_upgrade(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+        outbox.enqueue_many([rule_fired()] * 4)
+        counted = outbox.stats().deleted
+    assert counted == [("pending", "rule_fired", "cap", 3)]
+    for revision in (*schema.REVISIONS[-2::-1], "base"):
+        command.downgrade(alembic_here(url), revision)
+        command.upgrade(alembic_here(url), "head")
+        with Outbox(url) as outbox:
+            assert outbox.stats().deleted == counted
 
 
 def test_sql_for_a_database_administrator_can_be_written(url: str, capsys: pytest.CaptureFixture[str]) -> None:
