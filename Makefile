@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check simulate clean
+.PHONY: demo test check simulate kill clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
@@ -18,9 +18,12 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# More worlds than the tests run; a failing one is shown with its seed and its shortest trace.
+# Longer runs than the tests make. A failing world is shown with its seed and its shortest trace.
 simulate: $(VENV)/dev
 	$(BIN)/python -m tests.simulation $(or $(SEEDS),10000)
+
+kill: $(VENV)/dev
+	$(BIN)/python -m tests.kill 1000
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist .coverage .coverage.*

@@ -86,14 +86,17 @@ def _is_redefined(known: type[Event], other: type[Event]) -> bool:
 def _union_decoder(types: list[type[Event]]) -> msgspec.json.Decoder[Event]:
     try:
         return msgspec.json.Decoder(Union[tuple(types)])  # noqa: UP007 - of types known only at run time
+    except (TypeError, NameError) as error:
+        names = ", ".join(known.__qualname__ for known in types if not _is_decodable(known))
+        raise ConfigurationError(f"the event type {names} can't be decoded: {error}") from None
+
+
+def _is_decodable(known: type[Event]) -> bool:
+    try:
+        msgspec.json.Decoder(known)
     except (TypeError, NameError):
-        for known in types:
-            try:
-                msgspec.json.Decoder(known)
-            except (TypeError, NameError) as error:
-                message = f"the event type {known.__qualname__} can't be decoded: {error}"
-                raise ConfigurationError(message) from None
-        raise
+        return False
+    return True
 
 
 _registry = _Registry()

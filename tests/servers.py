@@ -17,14 +17,14 @@ from uuid import uuid4
 
 import psycopg  # noqa: F401 - now: while the time is frozen it can't be imported
 import pytest
-from sqlalchemy import URL, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import OperationalError
 from typing_extensions import Self
 
 from outbox.database import open_engine
+from outbox.schema import REVISIONS, TABLES, current_revision
 
 NOBODY = "nobody"
-LOCK_PATIENCE_S = 20
 
 
 class MissingError(Exception):
@@ -171,7 +171,7 @@ class Servers:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._found: dict[str, Server | MissingError] = {}
-        self._databases: dict[str, URL] = {}
+        self._databases: dict[str, Engine] = {}
 
     def close(self) -> None:
         self._stack.close()
@@ -199,46 +199,47 @@ class Servers:
         """Return the URL of the run's database on a server, without any row, and without what tests left there."""
         server = self.get(name)
         if name not in self._databases:
-            self._databases[name] = self._stack.enter_context(server.database())
-        _clear(self._databases[name])
-        return self._databases[name]
+            made = open_engine(self._stack.enter_context(server.database()))
+            self._stack.callback(made.dispose)
+            self._databases[name] = made
+        engine = self._databases[name]
+        with engine.begin() as connection:
+            _clear(connection)
+        return engine.url
 
 
 NOT_TESTED = "not tested on "
 
+# How to list the triggers and the tables of the database, to bound the wait for a test that still holds a lock, and to
+# begin again with the first id.
+_TRIGGERS = {
+    "postgresql": "SELECT tgname || ' ON ' || tgrelid::regclass FROM pg_trigger WHERE NOT tgisinternal",
+    "mysql": "SELECT trigger_name FROM information_schema.triggers WHERE trigger_schema = database()",
+}
+_TABLES = {
+    "postgresql": "SELECT tablename FROM pg_tables WHERE schemaname = 'public'",
+    "mysql": "SELECT table_name FROM information_schema.tables WHERE table_schema = database()",
+}
+_PATIENCE = {"postgresql": "SET lock_timeout = '20s'", "mysql": "SET SESSION lock_wait_timeout = 20"}
+_FIRST_ID = {
+    "postgresql": "ALTER SEQUENCE observation_events_id_seq RESTART",
+    "mysql": "ALTER TABLE observation_events AUTO_INCREMENT = 1",
+}
 
-def _clear(url: URL) -> None:
-    engine = open_engine(url)
-    with engine.begin() as connection:
-        run = connection.exec_driver_sql
-        if engine.dialect.name == "postgresql":
-            run(f"SET LOCAL lock_timeout = '{LOCK_PATIENCE_S}s'")
-            for table, trigger in run(
-                "SELECT tgrelid::regclass, tgname FROM pg_trigger WHERE NOT tgisinternal"
-            ).fetchall():
-                run(f"DROP TRIGGER {trigger} ON {table}")
-            tables = set(run("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").scalars())
-        else:
-            run(f"SET SESSION lock_wait_timeout = {LOCK_PATIENCE_S}")
-            for (trigger,) in run(
-                "SELECT trigger_name FROM information_schema.triggers WHERE trigger_schema = database()"
-            ).fetchall():
-                run(f"DROP TRIGGER {trigger}")
-            tables = set(
-                run("SELECT table_name FROM information_schema.tables WHERE table_schema = database()").scalars()
-            )
-        ours = {"observation_events", "observation_events_ledger", "outbox_alembic_version"}
-        for table in tables - ours:
-            run(f"DROP TABLE {table}")
-        if not ours <= tables:
-            for table in tables & ours:
-                run(f"DROP TABLE {table}")
-        elif engine.dialect.name == "postgresql":
-            run("DELETE FROM observation_events")
-            run("DELETE FROM observation_events_ledger")
-            run("ALTER SEQUENCE observation_events_id_seq RESTART")
-        else:
-            run("DELETE FROM observation_events")
-            run("DELETE FROM observation_events_ledger")
-            run("ALTER TABLE observation_events AUTO_INCREMENT = 1")
-    engine.dispose()
+
+def _clear(connection: Connection) -> None:
+    dialect = connection.dialect.name
+    run = connection.exec_driver_sql
+    run(_PATIENCE[dialect])
+    for trigger in run(_TRIGGERS[dialect]).scalars().all():
+        run(f"DROP TRIGGER {trigger}")
+    tables = set(run(_TABLES[dialect]).scalars())
+    kept = set(TABLES)
+    if not kept <= tables or current_revision(connection) != REVISIONS[-1]:
+        kept = set()
+    for table in tables - kept:
+        run(f"DROP TABLE {table}")
+    if kept:
+        run("DELETE FROM observation_events")
+        run("DELETE FROM observation_events_ledger")
+        run(_FIRST_ID[dialect])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from outbox import events
 from outbox.cli import main
 from outbox.receiver import IngestServer
 
@@ -31,6 +32,11 @@ def server():
 
 def test_the_code_of_the_readme_runs(server: IngestServer, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    # The event types that the page defines go with this test.
+    registry = events._Registry()
+    for known in events.event_types().values():
+        registry.add(known)
+    monkeypatch.setattr(events, "_registry", registry)
     namespace: dict[str, object] = {}
     for block in blocks("README.md", "python"):
         exec(compile(block.replace(EXAMPLE_SERVER, server.url), "README.md", "exec"), namespace)  # noqa: S102 - our own

@@ -319,6 +319,7 @@ def test_a_restored_file_is_used_without_a_restart(outbox: Outbox, url: str) -> 
     assert outbox.flush_all(ScriptedClient()).sent == 2
 
 
+@pytest.mark.contract
 def test_a_schema_from_the_future_is_told(outbox: Outbox, url: str) -> None:
     with outbox.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE outbox_alembic_version SET version_num = 'outbox_9999'")
@@ -361,6 +362,7 @@ def test_the_doctor_speaks_json(outbox: Outbox, url: str) -> None:
     assert '"check": "schema", "is_well": true' in result.output
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
@@ -382,6 +384,7 @@ def test_the_doctor_finds_times_that_cannot_be(outbox: Outbox, url: str, columns
         assert words in said
 
 
+@pytest.mark.contract
 def test_the_doctor_counts_several(outbox: Outbox, url: str) -> None:
     with freeze_time(NOON):
         add_row(outbox, status="sending")
@@ -431,6 +434,15 @@ def test_the_doctor_tells_what_the_integrity_check_finds(outbox: Outbox, url: st
     code, words = doctor(url)
     assert code == 1
     assert "WRONG  integrity    the file is damaged" in words
+
+
+@pytest.mark.servers
+def test_the_doctor_examines_what_a_server_has(outbox: Outbox) -> None:
+    outbox.enqueue(rule_fired())
+    assert [(finding.check, finding.is_well) for finding in examine(outbox.engine, Policy())] == [
+        ("schema", True),
+        ("times", True),
+    ]
 
 
 def test_a_database_in_memory_has_no_file_to_examine() -> None:
