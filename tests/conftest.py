@@ -22,10 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker
     if "database" not in metafunc.fixturenames or marker("sqlite"):
         return
+    # What a server answers hardly depends on the version of Python.
+    servers = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
     if marker("servers"):
-        metafunc.parametrize("database", SERVERS, indirect=True)
+        metafunc.parametrize("database", servers, indirect=True)
     elif marker("contract"):
-        metafunc.parametrize("database", ("sqlite", *SERVERS), indirect=True)
+        metafunc.parametrize("database", ["sqlite", *servers], indirect=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
