@@ -169,10 +169,10 @@ class _Claim:
 
     def let_go(self) -> None:
         """Record what the server took, for that is a fact, and give back the rest."""
-        now = self._store.now_ms()
-        released = Outcome("release", {"next_attempt_at_ms": now})
-        delivered = Outcome("deliver", {"sent_at_ms": now})
         try:
+            now = self._store.now_ms()
+            released = Outcome("release", {"next_attempt_at_ms": now})
+            delivered = Outcome("deliver", {"sent_at_ms": now})
             self._store.settle(
                 [(row_id, delivered if row_id in self._accepted else released) for row_id in self._open],
                 lease_ms=self._lease_ms,
