@@ -31,7 +31,7 @@ from peers import (
     tls_peer,
 )
 
-DEADLINE_MS = 300
+DEADLINE_MS = 1_000
 LITTLE_MEMORY = 16 * 1024 * 1024
 PIECE = b"x" * 1024 * 1024
 
