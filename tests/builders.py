@@ -110,5 +110,5 @@ def refuse(outbox: Outbox, what: str, table: str, words: str, *, on_sqlite: str 
         "mysql": [f"{trigger} FOR EACH ROW SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = '{words}'"],
     }
     with outbox.engine.begin() as connection:
-        for statement in statements[outbox.engine.dialect.name]:
+        for statement in statements[outbox.engine.dialect.name.replace("mariadb", "mysql")]:
             connection.exec_driver_sql(statement)

@@ -22,22 +22,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker
     if "database" not in metafunc.fixturenames or marker("sqlite"):
         return
+    only = marker("servers")
     # What a server answers hardly depends on the version of Python.
-    servers = [pytest.param(name, marks=pytest.mark.slow) for name in SERVERS]
-    if marker("servers"):
+    servers = [
+        pytest.param(name, marks=pytest.mark.slow) for name in (only.args if only and only.args else SERVERS)
+    ]
+    if only:
         metafunc.parametrize("database", servers, indirect=True)
     elif marker("contract"):
         metafunc.parametrize("database", ["sqlite", *servers], indirect=True)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reasons: Counter[str] = Counter()
-    for report in terminalreporter.stats.get("skipped", []):
-        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else "")
-        if NOT_TESTED in reason:
-            reasons[reason[reason.index(NOT_TESTED) :]] += 1
-    for reason, tests in sorted(reasons.items()):
-        terminalreporter.write_line(f"{tests} tests {reason}", yellow=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say in one line for each server that is not here what that costs, rather than in one for each test."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [NOT_TESTED.search(str(report.longrepr)) for report in skipped]
+    if skipped:
+        terminalreporter.stats["skipped"] = [
+            report for report, why in zip(skipped, reasons, strict=True) if not why
+        ]
+    yield
+    if skipped:
+        terminalreporter.stats["skipped"] = skipped
+    for reason, tests in Counter(why.group(1) for why in reasons if why).items():
+        terminalreporter.write_line(f"{tests} tests not run: {reason}", yellow=True)
 
 
 @pytest.fixture(autouse=True)

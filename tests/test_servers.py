@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from builders import DOWN, NOON, REVOKED, ScriptedClient, add_row, refuse, row, rule_fired, statuses
 from outbox import ObservationEvent, Outbox, Policy, StorageError, schema, transaction
-from outbox.database import open_engine
+from outbox.database import is_mysql, open_engine
 from servers import PrivatePostgresql, Server, Servers
 
 pytestmark = pytest.mark.servers
@@ -279,7 +279,7 @@ def refuse_more(outbox: Outbox) -> None:
         ],
     }
     with outbox.engine.begin() as connection:
-        for statement in statements[outbox.engine.dialect.name]:
+        for statement in statements["mysql" if is_mysql(outbox.engine) else "postgresql"]:
             connection.exec_driver_sql(statement)
 
 
@@ -341,11 +341,10 @@ def test_a_hosts_engines_that_upgrade_one_empty_database_at_once_all_succeed(emp
         engine.dispose()
 
 
+@pytest.mark.servers("mariadb")  # PostgreSQL waits for ever
 def test_a_migration_that_waits_too_long_for_another_one_says_so(
-    empty: URL, database: str, monkeypatch: pytest.MonkeyPatch
+    empty: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if database == "postgresql":
-        pytest.skip("it waits for ever")
     monkeypatch.setattr("outbox.database._MIGRATION_PATIENCE_S", 0)
     engine = open_engine(empty)
     with (
@@ -563,10 +562,8 @@ def assert_no_secret(error: BaseException) -> None:
 
 
 @pytest.fixture
-def private(database: str, servers: Servers) -> Iterator[PrivatePostgresql]:
+def private(servers: Servers) -> Iterator[PrivatePostgresql]:
     """A PostgreSQL that may be stopped."""
-    if database != "postgresql":
-        pytest.skip("only PostgreSQL can be started by a test")
     with servers.private_postgresql() as started:
         yield started
 
@@ -576,6 +573,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transaction, "_PAUSES_S", (0,) * 5)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back_is_used_without_a_restart(
     private: PrivatePostgresql, impatient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -599,6 +597,7 @@ def test_a_server_that_goes_away_and_comes_back_is_used_without_a_restart(
         assert outbox.flush(ScriptedClient()).sent == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_during_an_upload_costs_no_delivery(private: PrivatePostgresql) -> None:
     def restart(_batch):
         private.stop()
@@ -610,6 +609,7 @@ def test_a_server_that_restarts_during_an_upload_costs_no_delivery(private: Priv
         assert statuses(outbox) == ["sent"]
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_between_the_tries_is_waited_for(
     private: PrivatePostgresql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -706,9 +706,8 @@ def test_a_url_needs_no_driver(outbox: Outbox, database: str) -> None:
     assert outbox.flush(ScriptedClient()).sent == len(PLAIN[database])
 
 
-def test_a_schema_of_its_own_can_be_named_in_the_url(empty: URL, database: str) -> None:
-    if database != "postgresql":
-        pytest.skip("only PostgreSQL has schemas in a database")
+@pytest.mark.servers("postgresql")
+def test_a_schema_of_its_own_can_be_named_in_the_url(empty: URL) -> None:
     engine = create_engine(empty)
     with engine.begin() as connection:
         connection.execute(text("CREATE SCHEMA events"))
