@@ -69,6 +69,12 @@ class Peer:
             thread.join(FOREVER_S)
         self._listener.close()
 
+    def wait_for_the_end(self):
+        """Wait until every connection so far is closed on this side."""
+        for thread in self._threads[1:]:
+            thread.join(FOREVER_S)
+            assert not thread.is_alive()
+
     def _listen(self):
         while True:
             try:

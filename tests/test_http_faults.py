@@ -215,8 +215,10 @@ def check(outbox, row_id, fault):
 def check_that_it_goes_on(outbox, client):
     """What failed and what comes later are delivered."""
     last = outbox.enqueue(rule_fired())
-    outbox.retry_now()
-    outbox.flush(client)
+    # A peer that closes after its answer may do so while the next upload is on its way: that one is tried again.
+    for _ in range(2):
+        outbox.retry_now()
+        outbox.flush(client)
     assert outbox.pending_count() == 0
     assert row(outbox, last).status == "sent"
 
@@ -269,6 +271,7 @@ def test_a_connection_that_ends_between_two_uploads_is_replaced(outbox):
     first, second = outbox.enqueue(rule_fired()), rule_fired()
     with Peer(answers(ACCEPTED)) as peer, client_of(peer) as client:
         outbox.flush(client)
+        peer.wait_for_the_end()
         second = outbox.enqueue(second)
         outbox.flush(client)
 
