@@ -31,6 +31,9 @@ HOUR_MS = 3_600_000
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 # Later Pythons say so of every fork beside threads; whether it goes well is what is tested.
 beside_threads = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+# What is in use at the fork belongs to a pool that is given up then, and is closed when it is collected: such a test
+# collects it itself, or a later one would be blamed.
+gives_up_a_pool = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 class Child:
@@ -133,8 +136,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(outbox: Outbox, url:
 
 @can_fork
 @beside_threads
-# What is in use at the fork belongs to a pool that is given up then, and is closed when it is collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@gives_up_a_pool
 def test_a_fork_does_not_wait_for_ever(outbox: Outbox, monkeypatch) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
     is_open, is_over = threading.Event(), threading.Event()
@@ -172,11 +174,13 @@ def test_a_child_has_connections_to_a_server_of_its_own() -> None:
 
 
 @can_fork
+@gives_up_a_pool
 def test_a_fork_within_a_transaction_of_its_own_thread_does_not_wait(outbox: Outbox) -> None:
     with database.writing(outbox.engine):
         child = Child(outbox.pending_count)
         child.act()
         child.end()
+    gc.collect()
     assert outbox.enqueue(rule_fired()) == 1
 
 
