@@ -19,6 +19,7 @@ from outbox.failures import (
     IllegalTransition,
     InvalidEvent,
     OutboxError,
+    QueueFull,
     SchemaError,
     StorageError,
     TransportFailure,
@@ -30,6 +31,7 @@ from outbox.maintenance import RequeueReport
 from outbox.models import ObservationEvent
 from outbox.outbox import Outbox
 from outbox.policy import Policy
+from outbox.statements import Pause
 from outbox.stats import Stats
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ __all__ = [
     "ObservationEvent",
     "Outbox",
     "OutboxError",
+    "Pause",
     "Policy",
+    "QueueFull",
     "RequeueReport",
     "RuleActuallyCited",
     "RuleCitedInEdit",

@@ -32,6 +32,7 @@ from outbox.display import (
     say,
     status_in_words,
     what_next,
+    when,
 )
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
@@ -244,11 +245,16 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
             f"{report.attempted} attempted, {report.sent} sent, {report.rescheduled} rescheduled,"
             f" {report.parked} parked, {report.abandoned} abandoned"
         )
+    elif report.paused_until_ms is not None:
+        say(
+            f"the service is left alone until {when(report.paused_until_ms, now_ms=now_ms())};"
+            " `outbox retry` ends that"
+        )
     else:
         say("nothing was due")
     if report.failure is not None:
         say(f"outbox: the last failure: {escape(report.failure)}", err=True)
-    if report.sent < report.claimed or not is_complete:
+    if report.sent < report.claimed or report.paused_until_ms is not None or not is_complete:
         context.exit(UNDELIVERED)
 
 
@@ -261,8 +267,8 @@ def status(database: str | None, *, as_json_: bool) -> None:
         stats = outbox.stats()
         where = outbox.engine.url.render_as_string(hide_password=True)
     if as_json_:
-        deleted = [entry._asdict() for entry in stats.deleted]
-        say(as_json({"database": where, **dataclasses.asdict(stats), "deleted": deleted}))
+        entries = {name: [entry._asdict() for entry in getattr(stats, name)] for name in ("deleted", "pauses")}
+        say(as_json({"database": where, **dataclasses.asdict(stats), **entries}))
     else:
         say(status_in_words(stats, where, now_ms=now_ms()))
 

@@ -106,6 +106,11 @@ class HttpClient:
         self._threads = threading.local()
 
     @property
+    def destination(self) -> str:
+        """The service whose pauses are shared: the base URL."""
+        return self.base_url.rstrip("/")
+
+    @property
     def logged_in(self) -> bool:
         """Whether there is a token. Asks the callable, where there is one."""
         return bool(self._current_token())

@@ -40,6 +40,8 @@ from outbox.stats import Stats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_MORE_THAN_THERE_ARE = 10_000
+
 POLICY = Policy(backoff_ms=400)
 """The usual policy but for the back-off, or the demo would take a quarter of an hour."""
 
@@ -281,7 +283,7 @@ class _Play:
 
     def wait(self) -> None:
         """Wait until all that is pending is due, for the due times are spread."""
-        pending = self.outbox.find(status=Status.PENDING, limit=POLICY.max_rows)
+        pending = self.outbox.find(status=Status.PENDING, limit=_MORE_THAN_THERE_ARE)
         due_ms = max((row.next_attempt_at_ms for row in pending), default=0)
         self.say(f"  waiting for {max(0, due_ms - now_ms()) / 1_000:.1f} s, until they are due")
         while (left_ms := due_ms - now_ms()) > 0:

@@ -15,6 +15,7 @@ import click
 from outbox.events import content_hash, decode
 from outbox.failures import InvalidEvent
 from outbox.lifecycle import Status
+from outbox.statements import Pause
 from outbox.stats import Stats, duration, failure_in_words
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         facts.append(("oldest", f"{duration(stats.oldest_pending_age_ms)} old, of what is pending or being sent"))
     if stats.next_due_at_ms is not None:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
+    facts += [("paused", _pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
     if stats.likely_cause is not None:
         facts.append(("likely cause", stats.likely_cause))
     text = f"{_facts(facts)}\n\n{table(rows)}"
@@ -92,6 +94,13 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         text += f"\n\ndeleted so far, {stats.left_undelivered} of them undelivered:\n"
         text += table([("state", "type", "reason", "events"), *stats.deleted])
     return text
+
+
+def _pause_in_words(pause: Pause, *, now_ms: int) -> str:
+    why = f"{pause.destination}: {failure_in_words(pause.last_error)}"
+    if pause.paused_until_ms > now_ms:
+        return f"{why}; nothing is sent for {duration(pause.paused_until_ms - now_ms)}, `outbox retry` ends that"
+    return f"{why}; one flusher {'tries' if pause.probe_until_ms > now_ms else 'is to try'} it with a small batch"
 
 
 def list_in_words(rows: Sequence[ObservationEvent]) -> str:

@@ -3,6 +3,7 @@
 OutboxError
 ├── ConfigurationError      a setting that can't work (also a ValueError)
 ├── InvalidEvent            an event that can't be stored or decoded (also a ValueError)
+├── QueueFull               the queue is at its cap, and the policy is to reject
 ├── IllegalTransition       a move that the lifecycle does not have
 ├── SchemaError             the database's schema is missing, older or newer than this program
 ├── StorageError            the database could not do what was asked
@@ -24,6 +25,10 @@ class ConfigurationError(OutboxError, ValueError):
 
 class InvalidEvent(OutboxError, ValueError):  # noqa: N818 - the name says what is invalid
     """An event can't be stored or decoded; the message names the field and what it should be."""
+
+
+class QueueFull(OutboxError):  # noqa: N818 - the field's own term
+    """The queue is at its cap and the policy is to reject; nothing was recorded. Flush, then try again."""
 
 
 class IllegalTransition(OutboxError):  # noqa: N818 - the field's own term

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from outbox import maintenance
 from outbox.events import Event, check_types, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
-from outbox.policy import Outcome, Policy, Verdict, abandonment, decide, verdict
-from outbox.statements import ClaimedRow
-from outbox.store import Store
+from outbox.models import LONGEST_NAME
+from outbox.policy import Outcome, Policy, Verdict, abandonment, as_last_error, decide, pause_ms, verdict
+from outbox.store import Claim, Store
 
 log = logging.getLogger("outbox")
 
 _ONE_BY_ONE = 8
 """A claim of up to this many rows is isolated row by row to its end."""
+
+_PROBE_SIZE = 8
+"""How many rows are sent to see whether a paused destination works again."""
 
 
 class BatchItem(NamedTuple):
@@ -37,6 +40,8 @@ class UploadClient(Protocol):
     """What takes events to the server.
 
     A client that can bound its uploads says so in an attribute `deadline_ms`, at most three quarters of the lease.
+    One that names the service in an attribute `destination` shares its pauses: on a database server, what one
+    flusher learns of a service that is down or asks to slow down holds for the flushers of all hosts.
     """
 
     @property
@@ -65,7 +70,9 @@ class FlushReport:
     verdict: Verdict | None = None
     """The verdict that held for the whole batch, where one did: no use in flushing on at once."""
     failure: str | None = None
-    """The text of the last failure."""
+    """The text of the last failure, or of the one that a pause is for."""
+    paused_until_ms: int | None = None
+    """Until then nothing is sent: the service failed, or asked to slow down, and this holds for all hosts."""
 
     def __add__(self, other: FlushReport) -> FlushReport:
         return FlushReport(
@@ -78,6 +85,7 @@ class FlushReport:
             self.lost_leases + other.lost_leases,
             other.verdict,
             other.failure or self.failure,
+            other.paused_until_ms,
         )
 
 
@@ -92,11 +100,20 @@ def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
     check_types()
     now = store.now_ms()
     lease_ms = now + policy.lease_ms
-    rows = store.claim(now_ms=now, lease_ms=lease_ms, batch_size=policy.batch_size)
-    if not rows:
+    claimed = store.claim(
+        now_ms=now,
+        lease_ms=lease_ms,
+        batch_size=policy.batch_size,
+        destination=_destination(client),
+        probe_size=_PROBE_SIZE,
+    )
+    if not claimed.rows:
         maintenance.cap(store, policy, now_ms=now)
+        maintenance.expire(store, policy, now_ms=now)
+        if claimed.pause is not None and claimed.pause.until_ms > now:
+            return FlushReport(failure=claimed.pause.last_error, paused_until_ms=claimed.pause.until_ms)
         return FlushReport()
-    claim = _Claim(store, policy, client, rows, lease_ms)
+    claim = _Claim(store, policy, client, claimed, lease_ms)
     try:
         return claim.work_off()
     except BaseException:
@@ -130,19 +147,25 @@ def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
         )
 
 
+def _destination(client: UploadClient) -> str | None:
+    destination = getattr(client, "destination", None)
+    return None if destination is None else str(destination)[:LONGEST_NAME]
+
+
 class _Claim:
     """The rows of one claim, from the lease to their outcomes."""
 
-    def __init__(
-        self, store: Store, policy: Policy, client: UploadClient, rows: Sequence[ClaimedRow], lease_ms: int
-    ) -> None:
+    def __init__(self, store: Store, policy: Policy, client: UploadClient, claimed: Claim, lease_ms: int) -> None:
         self._store = store
         self._policy = policy
         self._client = client
-        self._rows = rows
-        self._lease_ms = lease_ms
+        self._rows = claimed.rows
+        self._pause = claimed.pause
+        self._destination = _destination(client)
+        self._tried = False
+        self._lease_ms = self._first_lease_ms = lease_ms
         # Rows without an outcome; and what the server took and the database does not know yet.
-        self._open = {row.id for row in rows}
+        self._open = {row.id for row in claimed.rows}
         self._accepted: list[int] = []
         self._sent = 0
         self._landed: Counter[str] = Counter()
@@ -151,10 +174,12 @@ class _Claim:
     def work_off(self) -> FlushReport:
         batch = self._decode()
         judged, failure = self._deliver(batch)
+        self._pass_on(failure)
         now = self._store.now_ms()
         if self._sent:
             maintenance.unpark(self._store, self._policy, now_ms=now)
         maintenance.cap(self._store, self._policy, now_ms=now)
+        maintenance.expire(self._store, self._policy, now_ms=now)
         return FlushReport(
             claimed=len(self._rows),
             attempted=len(batch),
@@ -179,6 +204,7 @@ class _Claim:
             )
         except OutboxError as error:
             log.warning("releasing %d events failed, their lease will run out: %s", len(self._open), error)
+        self._end_probe()
 
     def _decode(self) -> list[BatchItem]:
         batch = []
@@ -254,7 +280,35 @@ class _Claim:
             self._open = held
         return [item for item in items if item.id in self._open]
 
+    def _pass_on(self, failure: UploadFailure | None) -> None:
+        """Let the flushers of all hosts know how the destination does."""
+        destination, known = self._destination, self._pause
+        if destination is None:
+            return
+        if not self._tried:
+            self._end_probe()
+            return
+        seen = 0 if known is None else known.failures
+        duration_ms = None if failure is None else pause_ms(failure, seen, self._policy)
+        if duration_ms is not None:
+            until_ms, last_error = self._store.now_ms() + duration_ms, as_last_error(str(failure))
+            maintenance.attempt(
+                "pausing",
+                lambda: self._store.pause(destination, seen=seen, until_ms=until_ms, last_error=last_error),
+            )
+        elif known is not None:
+            maintenance.attempt("resuming", lambda: self._store.resume(destination, seen=seen))
+
+    def _end_probe(self) -> None:
+        known = self._pause
+        if known is not None:
+            maintenance.attempt(
+                "ending the probe of",
+                lambda: self._store.end_probe(known.destination, lease_ms=self._first_lease_ms),
+            )
+
     def _upload(self, batch: list[BatchItem]) -> UploadFailure | None:
+        self._tried = True
         try:
             self._client.upload(tuple(batch))
         except UploadFailure as failure:

@@ -31,15 +31,23 @@ def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: boo
 def unpark(store: Store, policy: Policy, *, now_ms: int) -> None:
     """Bring back parked rows after a success. A failure is logged: it must not undo what was sent."""
     limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
-    _attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+    attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
 
 
 def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
     """Delete what is over the cap. A failure is logged: the next enqueue or flush tries again."""
-    _attempt("capping", lambda: store.trim(max_rows=policy.max_rows, now_ms=now_ms))
+    attempt("capping", lambda: store.trim(policy=policy, now_ms=now_ms))
 
 
-def _attempt(what: str, operation: Callable[[], int]) -> None:
+def expire(store: Store, policy: Policy, *, now_ms: int) -> None:
+    """Delete a slice of what was delivered long ago. A failure is logged: the next flush tries again."""
+    keep_sent_ms = policy.keep_sent_ms
+    if keep_sent_ms:
+        attempt("expiring", lambda: store.expire(sent_before_ms=now_ms - keep_sent_ms))
+
+
+def attempt(what: str, operation: Callable[[], int]) -> None:
+    """Do what must not undo a flush when it fails; a failure is logged."""
     try:
         count = operation()
     except Exception as error:  # noqa: BLE001 - whatever it is, what was sent is sent

@@ -1,4 +1,4 @@
-"""The ORM models: the table of events, and the ledger of those that were deleted."""
+"""The ORM models: the table of events, the ledger of those that were deleted, and the services that are paused."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ def _index(name: str, *columns: str, on: tuple[str, ...], **options: Any) -> Ind
 
 # SQLite gives only INTEGER PRIMARY KEY an automatic value.
 _ID = BigInteger().with_variant(Integer, "sqlite")
-# MySQL can't index a TEXT.
-_NAME = Text().with_variant(String(191), *MYSQL)
+LONGEST_NAME = 191
+"""How many characters of a name MySQL can index; it can't index a TEXT at all."""
+
+_NAME = Text().with_variant(String(LONGEST_NAME), *MYSQL)
 _TEXT = Text().with_variant(_MediumText(), *MYSQL)
 
 # Texts are equal only if they are the same: its own collations take "A" for "a".
@@ -240,6 +242,21 @@ class LedgerEntry(Base):
     event_type: Mapped[str] = mapped_column(_NAME, primary_key=True)
     reason: Mapped[str] = mapped_column(_NAME, primary_key=True)
     events: Mapped[int] = mapped_column(BigInteger)
+
+
+class Destination(Base):
+    """A service that is left alone for a while, by the flushers of all hosts; no row while all is well."""
+
+    __tablename__ = "observation_destinations"
+    __table_args__ = _ON_MYSQL
+
+    destination: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    failures: Mapped[int] = mapped_column(Integer)
+    """Pauses in a row. A flusher that saw another number reports on a time before this pause."""
+    paused_until_ms: Mapped[int] = mapped_column(BigInteger)
+    probe_until_ms: Mapped[int] = mapped_column(BigInteger)
+    """Until then one flusher finds out whether the service works again, and the others wait."""
+    last_error: Mapped[str] = mapped_column(_TEXT)
 
 
 @event.listens_for(ObservationEvent, "before_update")

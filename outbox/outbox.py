@@ -46,8 +46,8 @@ class Outbox:
     ) -> None:
         self._owns_engine = not isinstance(database, Engine)
         self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
-        self.policy = policy or Policy()
         self._store = Store(self.engine)
+        self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
         try:
             schema.check(self.engine)
         except BaseException:
@@ -89,8 +89,9 @@ class Outbox:
         transaction instead: it comes with the commit and goes with the rollback, and nothing of the session is
         flushed, expired or committed. A mapping names its type as `event_type`.
 
-        Raises `InvalidEvent`, naming the field and what it should be, and `StorageError`. Nothing is written then,
-        unless it is the connection to a server that broke, and that during the commit.
+        Raises `InvalidEvent`, naming the field and what it should be, `QueueFull` where the policy says so, and
+        `StorageError`. Nothing is written then, unless it is the connection to a server that broke, and that
+        during the commit.
         """
         ids = self.enqueue_many([event], session=session)
         return ids[0] if ids else None
@@ -112,8 +113,8 @@ class Outbox:
         if not rows:
             return []
         if session is not None:
-            return self._store.insert_in(session, rows)
-        ids, over_cap = self._store.insert(rows, max_rows=self.policy.max_rows, now_ms=now)
+            return self._store.insert_in(session, rows, policy=self.policy)
+        ids, over_cap = self._store.insert(rows, policy=self.policy, now_ms=now)
         if over_cap:
             maintenance.cap(self._store, self.policy, now_ms=now)
         return ids

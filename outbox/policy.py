@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ RETRY_AFTER_MIN_MS, RETRY_AFTER_MAX_MS = 1_000, 300_000
 """A server's wish for a delay is clamped to these."""
 
 _MAX_DOUBLINGS = 5
+_MAX_PAUSE_DOUBLINGS = 6
 _DAY_MS = 24 * 60 * 60 * 1_000
 # Doubled five times and added to the time, it is a number that databases can hold.
 _LIMIT = 2**53
@@ -27,7 +28,8 @@ _LIMIT = 2**53
 class Policy:
     """How much, how often and how long. Times are milliseconds.
 
-    Raises `ConfigurationError` for a value that is not a whole number above zero and below 2^53.
+    Raises `ConfigurationError` for a value that is not a whole number above zero and below 2^53, but for what is
+    said to be another.
     """
 
     batch_size: int = 64
@@ -38,22 +40,45 @@ class Policy:
     """The unit of the back-off: doubled for each transient failure of a row, at most five times."""
     rate_limit_ms: int = 60_000
     """The delay after a 429 that names none."""
+    pause_ms: int = 1_000
+    """How long, on servers, the flushers of all hosts leave a destination alone that failed; doubled for each
+    further failure, six times at most."""
     max_age_ms: int = 7 * _DAY_MS
     """A row older than this is abandoned at its next transient failure."""
-    max_rows: int = 10_000
-    """The cap: over it, delivered rows are deleted first, then abandoned ones, then the oldest."""
+    max_rows: int | None = None
+    """The cap; 0 is none. By default 10 000 on SQLite, and none on servers."""
+    when_full: Literal["trim", "reject"] = "trim"
+    """At the cap: "trim" deletes delivered rows first, then abandoned ones, then the oldest; "reject" deletes only
+    delivered ones, and `enqueue` raises `QueueFull` where that does not make room."""
+    keep_sent_ms: int | None = None
+    """How long delivered rows stay; 0 is for ever. By default until the cap deletes them on SQLite, and 7 days on
+    servers."""
     unpark_limit: int = 256
     """How many parked rows one success brings back."""
     unpark_spread_ms: int = 5_000
     """They come back spread over this time, so that recovery is no stampede."""
 
     def __post_init__(self) -> None:
+        if self.when_full not in ("trim", "reject"):
+            raise ConfigurationError(f"policy: when_full is {self.when_full!r}, expected 'trim' or 'reject'")
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _LIMIT:
+            if field.name == "when_full" or (field.default is None and value is None):
+                continue
+            at_least = 0 if field.default is None else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < _LIMIT:
                 raise ConfigurationError(
-                    f"policy: {field.name} is {value!r}, expected a whole number above 0 and below 2^53"
+                    f"policy: {field.name} is {value!r}, expected a whole number from {at_least} on and below 2^53"
                 )
+
+    def on(self, *, is_shared: bool) -> Policy:
+        """Return the policy with what suits a server, or SQLite, where it leaves that open."""
+        max_rows, keep_sent_ms = (0, 7 * _DAY_MS) if is_shared else (10_000, 0)
+        return replace(
+            self,
+            max_rows=max_rows if self.max_rows is None else self.max_rows,
+            keep_sent_ms=keep_sent_ms if self.keep_sent_ms is None else self.keep_sent_ms,
+        )
 
 
 class Verdict(Enum):
@@ -109,7 +134,7 @@ def decide(judged: Verdict, failure: UploadFailure, row: Judged, *, now_ms: int,
     """Decide what a failure that was judged so does to one row."""
     text = str(failure)
     if judged is Verdict.AUTH_BLOCKED:
-        return Outcome("park", {"last_error": _cut(text)})
+        return Outcome("park", {"last_error": as_last_error(text)})
     if judged is Verdict.PERMANENT:
         return abandonment(f"permanent: {text}")
     asked_delay_ms = _asked_delay_ms(failure)
@@ -129,14 +154,28 @@ def decide(judged: Verdict, failure: UploadFailure, row: Judged, *, now_ms: int,
         {
             "retry_count": retry_count,
             "next_attempt_at_ms": now_ms + delay_ms + jitter(delay_ms, now_ms ^ row.id),
-            "last_error": _cut(text),
+            "last_error": as_last_error(text),
         },
     )
 
 
+def pause_ms(failure: UploadFailure, seen: int, policy: Policy) -> int | None:
+    """Return for how long, in ms, everybody leaves the destination alone, after so many pauses in a row.
+
+    None where the failure says nothing about the destination: it answered, if only to reject a token or a row.
+    """
+    judged = verdict(failure)
+    asked_delay_ms = _asked_delay_ms(failure)
+    if judged is Verdict.RATE_LIMITED:
+        return asked_delay_ms or policy.rate_limit_ms
+    if judged is Verdict.TRANSIENT:
+        return max(policy.pause_ms << min(seen, _MAX_PAUSE_DOUBLINGS), asked_delay_ms or 0)
+    return None
+
+
 def abandonment(reason: str) -> Outcome:
     """Give the row up, for this reason."""
-    return Outcome("abandon", {"last_error": _cut(reason)})
+    return Outcome("abandon", {"last_error": as_last_error(reason)})
 
 
 def backoff(retry_count: int, unit_ms: int = Policy.backoff_ms) -> int:
@@ -200,6 +239,7 @@ def _asked_delay_ms(failure: UploadFailure) -> int | None:
     return retry_after(failure.body_snippet) if failure.retry_after_ms is None else failure.retry_after_ms
 
 
-def _cut(text: str) -> str:
-    # A text that no database can store would keep the row from ever being settled.
+def as_last_error(text: str) -> str:
+    """Return a failure's text as it is stored: cut, and with nothing in it that a database refuses."""
+    # Such a text would keep the row from ever being settled.
     return text[:MAX_ERROR_LENGTH].replace("\0", "\ufffd").encode(errors="replace").decode()

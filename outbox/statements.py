@@ -34,12 +34,14 @@ from outbox.models import (
     MYSQL,
     QUEUE_ON_MYSQL,
     VERSION_TABLE,
+    Destination,
     LedgerEntry,
     ObservationEvent,
 )
 
 events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
 ledger: Table = LedgerEntry.__table__  # type: ignore[assignment]  # as above
+destinations: Table = Destination.__table__  # type: ignore[assignment]  # as above
 _c = events.c
 
 
@@ -253,9 +255,22 @@ Each query walks one index in order and stops at the limit.
 """
 TRIM_ON_MYSQL = (*TRIM[:2], tuple(_oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)))
 
+EXPIRED = _in_order(
+    _lock(
+        select(_c.id, _c.status, _c.event_type, _c.sent_at_ms)
+        .where(_in(_unindexed_status, Status.SENT), _c.sent_at_ms < bindparam("sent_before"))
+        .order_by(_c.sent_at_ms, _c.id)
+        .limit(bindparam("slice_size"))
+    ),
+    DELIVERED_ON_MYSQL,
+)
+
 DELETE_ROW = delete(events).where(_this_row)
 
 ROWS = select(func.count()).select_from(events)
+UNDELIVERED_ROWS = select(func.count()).where(
+    _in(_c.status, *(status for status in Status if status != Status.SENT))
+)
 TRIMMING: Select[Any] = select(literal_column("version_num")).select_from(table(VERSION_TABLE)).with_for_update()
 """A row that is always there: on servers, who locks it trims."""
 # No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
@@ -279,6 +294,71 @@ def count_deleted(dialect: str) -> Insert:
             index_elements=list(ledger.primary_key), set_={"events": ledger.c.events + counted.excluded.events}
         )
     return added
+
+
+# What is left alone
+
+
+class Pause(NamedTuple):
+    """A service that failed, and is left alone."""
+
+    destination: str
+    failures: int
+    paused_until_ms: int
+    probe_until_ms: int
+    last_error: str
+
+    @property
+    def until_ms(self) -> int:
+        """When the next flusher may try, as a probe."""
+        return max(self.paused_until_ms, self.probe_until_ms)
+
+
+_this_destination = destinations.c.destination == bindparam("destination")
+_seen = destinations.c.failures == bindparam("seen")
+PAUSES = select(*(destinations.c[name] for name in Pause._fields)).order_by(destinations.c.destination)
+PAUSE = PAUSES.where(_this_destination)
+LOCK_PAUSE = PAUSE.with_for_update()
+CHANGE_PAUSE = (
+    update(destinations)
+    .where(_this_destination)
+    .values({name: bindparam(f"new_{name}") for name in Pause._fields[1:]})
+)
+BEGIN_PROBE = (
+    update(destinations)
+    .where(_this_destination, _seen, destinations.c.paused_until_ms <= _now, destinations.c.probe_until_ms <= _now)
+    .values(probe_until_ms=bindparam("lease"))
+)
+END_PROBE = (
+    update(destinations)
+    .where(_this_destination, destinations.c.probe_until_ms == bindparam("lease"))
+    .values(probe_until_ms=0)
+)
+RESUME = delete(destinations).where(_this_destination, _seen)
+RESUME_ALL = delete(destinations)
+
+
+@cache
+def new_destination(dialect: str) -> Insert:
+    """Return the statement that makes a destination known, if it is not; each dialect has its own."""
+    values: dict[str, Any] = {
+        "destination": bindparam("destination"),
+        "failures": 0,
+        "paused_until_ms": 0,
+        "probe_until_ms": 0,
+        "last_error": "",
+    }
+    if dialect in MYSQL:
+        from sqlalchemy.dialects import mysql  # noqa: PLC0415 - as above
+
+        there: Insert = (
+            mysql.insert(destinations).values(values).on_duplicate_key_update(failures=destinations.c.failures)
+        )
+    else:
+        from sqlalchemy.dialects import postgresql  # noqa: PLC0415 - as above
+
+        there = postgresql.insert(destinations).values(values).on_conflict_do_nothing()
+    return there
 
 
 # What is there

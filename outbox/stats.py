@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outbox.lifecycle import Status
+from outbox.statements import Pause
 
 if TYPE_CHECKING:
     from outbox.store import Deleted, Store, Trouble
@@ -27,6 +28,8 @@ class Stats:
     """What was deleted over the life of the database, by status, event type and reason."""
     left_undelivered: int
     """How many of those had not been delivered."""
+    pauses: list[Pause]
+    """The services that failed, and are left alone by the flushers of all hosts; on servers only."""
     likely_cause: str | None
     """Why events are not delivered at present, and what to do, in words."""
 
@@ -47,6 +50,7 @@ def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
         next_due_at_ms=seen.next_due_at_ms,
         deleted=seen.deleted,
         left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
+        pauses=seen.pauses,
         likely_cause=_likely_cause(seen.parked, seen.waiting, counts, now_ms=now_ms, lease_ms=lease_ms),
     )
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import merge
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Select
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
 from outbox import statements as sql
 from outbox.clock import SharedClock, now_ms
 from outbox.database import is_mysql, reading
+from outbox.failures import QueueFull
 from outbox.models import ObservationEvent
-from outbox.policy import Outcome
-from outbox.statements import ClaimedRow
+from outbox.policy import Outcome, Policy
+from outbox.statements import ClaimedRow, Pause
 from outbox.transaction import Transaction, Writer, without_nul
 
 log = logging.getLogger("outbox")
@@ -61,6 +62,17 @@ class Overview(NamedTuple):
     parked: Trouble | None
     waiting: Trouble | None
     deleted: list[Deleted]
+    pauses: list[Pause]
+
+
+class Claim(NamedTuple):
+    """The rows that a flusher got, oldest first, and the pause of their destination, if it has one.
+
+    Rows under a pause are a probe; without rows, a pause that is not over is the reason.
+    """
+
+    rows: list[ClaimedRow]
+    pause: Pause | None = None
 
 
 class Store:
@@ -71,24 +83,27 @@ class Store:
         self._writer = Writer(engine)
         self._is_mysql = is_mysql(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
-        self._is_shared = self._is_mysql or self._is_postgresql
-        self.now_ms = SharedClock(self._read_clock).now_ms if self._is_shared else now_ms
+        self.is_shared = self._is_mysql or self._is_postgresql
+        """Whether this is a server, on which many hosts work."""
+        self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms
         """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
 
-    def insert(self, rows: Sequence[dict[str, Any]], *, max_rows: int, now_ms: int) -> tuple[list[int], bool]:
+    def insert(self, rows: Sequence[dict[str, Any]], *, policy: Policy, now_ms: int) -> tuple[list[int], bool]:
         """Insert rows and trim one slice of what is over the cap, in one transaction, for it costs one sync.
 
         Return the ids in the order of the rows, and whether more may be over the cap. A trim that fails is logged,
-        and the rows are inserted without it.
+        and the rows are inserted without it. Raises `QueueFull` where the policy is to reject: on a server only as
+        far as other transactions that enqueue right now have committed.
         """
         trimming = False
 
         def insert_and_trim(transaction: Transaction) -> tuple[list[int], bool]:
             nonlocal trimming
             trimming = False
+            _refuse_when_full(transaction.value, policy, own=len(rows))
             ids = self._insert(transaction, rows)
             trimming = True
-            deleted = self._trim(transaction, max_rows=max_rows, now_ms=now_ms, own=len(rows))
+            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, own=len(rows))
             trimming = False
             return ids, deleted == _TRIM_SLICE
 
@@ -100,33 +115,87 @@ class Store:
             log.warning("capping the queue failed, the events are kept: %s", error)
         return self._writer.run(lambda transaction: self._insert(transaction, rows)), False
 
-    def insert_in(self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]]) -> list[int]:
-        """Insert rows on the connection of the caller's session, in its transaction, and do nothing else."""
+    def insert_in(
+        self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]], *, policy: Policy
+    ) -> list[int]:
+        """Insert rows on the connection of the caller's session, in its transaction, and do nothing else.
+
+        Raises `QueueFull` where the policy is to reject; only for that it looks at what is there.
+        """
         try:
             connection = session.connection(bind_arguments={"mapper": ObservationEvent})
         except UnboundExecutionError:  # a session that is bound by the host's own models
             connection = session.connection(bind_arguments={"bind": self.engine})
+        _refuse_when_full(connection.scalar, policy, own=len(rows))
         if self._is_mysql:  # it returns no rows from an INSERT, only the id of a single one
             return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
         if self._is_postgresql:
             rows = [without_nul(row) for row in rows]
         return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
 
-    def claim(self, *, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
-        """Move the oldest due rows to sending, under the lease; return them, oldest first."""
-        due = {"now": now_ms, "batch_size": batch_size}
+    def claim(
+        self, *, now_ms: int, lease_ms: int, batch_size: int, destination: str | None = None, probe_size: int = 1
+    ) -> Claim:
+        """Move the oldest due rows to sending, under the lease.
 
-        def claim(transaction: Transaction) -> list[ClaimedRow]:
-            statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
-            return _oldest_first(transaction.rows(statement, lease=lease_ms, **due))
+        On a server, while the destination is paused, there are none; after the pause one flusher gets a probe, and
+        no other one any rows before its outcome is known or its lease has run out.
+        """
 
-        def claim_on_mysql(transaction: Transaction) -> list[ClaimedRow]:
-            found = [row for statement in sql.LOCK_DUE for row in transaction.rows(statement, **due)]
-            chosen = _oldest_first(found)[:batch_size]
-            transaction.change_many(sql.CLAIM_ROW, [{"row_id": row.id, "lease": lease_ms} for row in chosen])
-            return chosen
+        def claim(transaction: Transaction) -> Claim:
+            return Claim(self._claim(transaction, now_ms, lease_ms, batch_size))
 
-        return self._writer.run(claim_on_mysql if self._is_mysql else claim)
+        def claim_unless_paused(transaction: Transaction) -> Claim:
+            this = {"destination": destination, "lease": lease_ms}
+            is_probe = False
+            while not is_probe:  # once more where another flusher was faster
+                found = transaction.rows(sql.PAUSE, destination=destination)
+                if not found:
+                    return claim(transaction)
+                pause = Pause._make(found[0])
+                if pause.until_ms > now_ms:
+                    return Claim([], pause)
+                is_probe = transaction.change(sql.BEGIN_PROBE, seen=pause.failures, now=now_ms, **this) > 0
+            rows = self._claim(transaction, now_ms, lease_ms, min(probe_size, batch_size))
+            if not rows:
+                transaction.change(sql.END_PROBE, **this)
+            return Claim(rows, pause)
+
+        return self._writer.run(claim_unless_paused if self.is_shared and destination is not None else claim)
+
+    def pause(self, destination: str, *, seen: int, until_ms: int, last_error: str) -> int:
+        """Let all flushers leave the destination alone until then, at least; return 1.
+
+        `seen` is how many pauses in a row the failed upload knew of. One that knew of fewer than there are by now
+        began before the latest, so it can only prolong that, and ends no probe. Does nothing but on a server.
+        """
+
+        def pause(transaction: Transaction) -> int:
+            transaction.change(sql.new_destination(self.engine.dialect.name), destination=destination)
+            there = Pause._make(transaction.rows(sql.LOCK_PAUSE, destination=destination)[0])
+            is_latest = there.failures == seen
+            return transaction.change(
+                sql.CHANGE_PAUSE,
+                destination=destination,
+                new_failures=there.failures + is_latest,
+                new_paused_until_ms=max(there.paused_until_ms, until_ms),
+                new_probe_until_ms=0 if is_latest else there.probe_until_ms,
+                new_last_error=last_error,
+            )
+
+        return self._writer.run(pause) if self.is_shared else 0
+
+    def resume(self, destination: str, *, seen: int) -> int:
+        """End the pause of a destination, unless it failed again; return how many were ended."""
+        return self._writer.run(
+            lambda transaction: transaction.change(sql.RESUME, destination=destination, seen=seen)
+        )
+
+    def end_probe(self, destination: str, *, lease_ms: int) -> int:
+        """Let another flusher probe: this one tried nothing. Return how many probes were ended."""
+        return self._writer.run(
+            lambda transaction: transaction.change(sql.END_PROBE, destination=destination, lease=lease_ms)
+        )
 
     def renew(self, row_ids: Iterable[int], *, lease_ms: int, for_ms: int) -> tuple[set[int], int]:
         """Let a lease end `for_ms` from now; return the ids of the rows that were still held, and the new lease.
@@ -180,13 +249,15 @@ class Store:
         return self._writer.run(unpark)
 
     def retry_now(self, *, now_ms: int) -> int:
-        """Make every row due that is parked or waits; return how many."""
-        return self._writer.run(
-            lambda transaction: (
-                transaction.change(sql.RETRY_PARKED, now=now_ms)
-                + transaction.change(sql.RETRY_WAITING, now=now_ms)
+        """Make every row due that is parked or waits, and end every pause; return how many rows."""
+
+        def retry_now(transaction: Transaction) -> int:
+            transaction.change(sql.RESUME_ALL)
+            return transaction.change(sql.RETRY_PARKED, now=now_ms) + transaction.change(
+                sql.RETRY_WAITING, now=now_ms
             )
-        )
+
+        return self._writer.run(retry_now)
 
     def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
         """Bring back the abandoned rows created before the cutoff; return how many by event type, by name."""
@@ -201,16 +272,24 @@ class Store:
         per_type = Counter(event_type for _, event_type in self._writer.run(requeue))
         return dict(sorted(per_type.items()))
 
-    def trim(self, *, max_rows: int, now_ms: int) -> int:
+    def trim(self, *, policy: Policy, now_ms: int) -> int:
         """Delete what is over the cap, never a row in flight, in slices; return how many."""
         deleted = 0
-        while True:
-            in_slice = self._writer.run(
-                lambda transaction: self._trim(transaction, max_rows=max_rows, now_ms=now_ms)
-            )
+        while policy.max_rows:
+            in_slice = self._writer.run(lambda transaction: self._trim(transaction, policy=policy, now_ms=now_ms))
             deleted += in_slice
             if in_slice < _TRIM_SLICE:
-                return deleted
+                break
+        return deleted
+
+    def expire(self, *, sent_before_ms: int) -> int:
+        """Delete a slice of the rows that were delivered before then, the oldest; return how many."""
+
+        def expire(transaction: Transaction) -> int:
+            found = transaction.rows(sql.EXPIRED, sent_before=sent_before_ms, slice_size=_TRIM_SLICE)
+            return self._delete(transaction, [sql.Deletable(*row) for row in found], reason="retention")
+
+        return self._writer.run(expire)
 
     def pending_count(self) -> int:
         """Return how many rows are pending or sending."""
@@ -229,6 +308,7 @@ class Store:
                 parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),
                 waiting=None if waiting is None else Trouble(*waiting),
                 deleted=[Deleted(*row) for row in connection.execute(sql.DELETED)],
+                pauses=[Pause(*row) for row in connection.execute(sql.PAUSES)],
             )
 
     def oddities(self, *, now_ms: int, longest_lease_ms: int, soon_ms: int, latest_due_ms: int) -> Oddities:
@@ -256,32 +336,44 @@ class Store:
         # As a writer, which tries again where the connection was broken.
         return int(self._writer.run(lambda transaction: transaction.value(sql.now(self.engine.dialect.name))))
 
+    def _claim(self, transaction: Transaction, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
+        due = {"now": now_ms, "batch_size": batch_size}
+        if self._is_mysql:
+            found = [row for statement in sql.LOCK_DUE for row in transaction.rows(statement, **due)]
+            chosen = _oldest_first(found)[:batch_size]
+            transaction.change_many(sql.CLAIM_ROW, [{"row_id": row.id, "lease": lease_ms} for row in chosen])
+            return chosen
+        statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
+        return _oldest_first(transaction.rows(statement, lease=lease_ms, **due))
+
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         return transaction.insert(sql.INSERT_RETURNING if self._is_postgresql else sql.INSERT, rows)
 
-    def _trim(self, transaction: Transaction, *, max_rows: int, now_ms: int, own: int = 0) -> int:
+    def _trim(self, transaction: Transaction, *, policy: Policy, now_ms: int, own: int = 0) -> int:
         """Delete a slice of what is over the cap, `own` rows of which this transaction inserted."""
-        if (transaction.value(sql.ROWS_AT_MOST) or 0) <= max_rows:
+        max_rows = policy.max_rows
+        if not max_rows or (transaction.value(sql.ROWS_AT_MOST) or 0) <= max_rows:
             return 0
         excess = transaction.value(sql.ROWS) - max_rows
-        if self._is_shared and excess > own:
+        if self.is_shared and excess > own:
             # Several might count the same rows as too many, and each delete others.
             transaction.rows(sql.TRIMMING)
             excess = transaction.value(sql.ROWS) - max_rows
         excess = min(excess, _TRIM_SLICE)
-        deleted: Counter[tuple[str, str]] = Counter()
-        for statements in sql.TRIM_ON_MYSQL if self._is_mysql else sql.TRIM:
-            missing = excess - deleted.total()
+        steps = sql.TRIM_ON_MYSQL if self._is_mysql else sql.TRIM
+        chosen: list[sql.Deletable] = []
+        for statements in steps[:1] if policy.when_full == "reject" else steps:
+            missing = excess - len(chosen)
             if missing > 0:
                 found = (transaction.rows(statement, excess=missing, now=now_ms) for statement in statements)
                 oldest = merge(*(map(sql.Deletable._make, rows) for rows in found), key=_age)
-                rows = list(islice(oldest, missing))
-                transaction.change_many(sql.DELETE_ROW, [{"row_id": row.id} for row in rows])
-                deleted.update((row.status, row.event_type) for row in rows)
-        self._count_deleted(transaction, deleted, reason="cap")
-        return deleted.total()
+                chosen += islice(oldest, missing)
+        return self._delete(transaction, chosen, reason="cap")
 
-    def _count_deleted(self, transaction: Transaction, deleted: Counter[tuple[str, str]], *, reason: str) -> None:
+    def _delete(self, transaction: Transaction, rows: list[sql.Deletable], *, reason: str) -> int:
+        """Delete rows and count them in the ledger; return how many."""
+        transaction.change_many(sql.DELETE_ROW, [{"row_id": row.id} for row in rows])
+        deleted = Counter((row.status, row.event_type) for row in rows)
         # In order, so that no two transactions wait for each other.
         for (status, found), events in sorted(deleted.items()):
             # What is not UTF-8 can be read as it is, but not written.
@@ -292,6 +384,18 @@ class Store:
                 event_type=event_type,
                 reason=reason,
                 events=events,
+            )
+        return len(rows)
+
+
+def _refuse_when_full(value_of: Callable[[Select[Any]], Any], policy: Policy, *, own: int) -> None:
+    room = (policy.max_rows or 0) - own
+    if policy.max_rows and policy.when_full == "reject" and (value_of(sql.ROWS_AT_MOST) or 0) > room:
+        undelivered = value_of(sql.UNDELIVERED_ROWS) or 0
+        if undelivered > room:
+            raise QueueFull(
+                f"{undelivered} events are not delivered yet, and the policy's max_rows is {policy.max_rows}:"
+                f" there is no room for {own} more"
             )
 
 

@@ -257,4 +257,5 @@ def _clear(connection: Connection) -> None:
     if kept:
         run("DELETE FROM observation_events")
         run("DELETE FROM observation_events_ledger")
+        run("DELETE FROM observation_destinations")
         run(_FIRST_ID[dialect])

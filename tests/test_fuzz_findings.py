@@ -94,7 +94,7 @@ def test_no_event_has_a_type_that_is_not_unicode(outbox: Outbox, url: str) -> No
 
 @pytest.mark.parametrize(
     "field",
-    ["batch_size", "lease_ms", "backoff_ms", "rate_limit_ms", "max_age_ms", "max_rows", "unpark_limit", "unpark_spread_ms"],
+    ["batch_size", "lease_ms", "backoff_ms", "rate_limit_ms", "pause_ms", "max_age_ms", "max_rows", "keep_sent_ms", "unpark_limit", "unpark_spread_ms"],
 )  # fmt: skip
 def test_no_policy_is_beyond_what_a_database_can_count(outbox: Outbox, url: str, field: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{field} is {TOO_LARGE}, expected"):

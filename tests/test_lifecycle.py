@@ -39,7 +39,7 @@ def settle(trigger, **values):
 
 
 STORE_MOVES = {
-    "claim": lambda store, _: store.claim(now_ms=NOW, lease_ms=NOW + 60_000, batch_size=64),
+    "claim": lambda store, _: store.claim(now_ms=NOW, lease_ms=NOW + 60_000, batch_size=64).rows,
     "deliver": settle("deliver", sent_at_ms=NOW),
     "reschedule": settle("reschedule", retry_count=3, next_attempt_at_ms=NOW + 9, last_error="503"),
     "park": settle("park", last_error="401"),
@@ -197,4 +197,8 @@ def test_a_delivered_row_is_left_alone_by_a_late_flusher(outbox: Outbox) -> None
 
 
 def test_only_our_tables_are_in_the_metadata() -> None:
-    assert set(Base.metadata.tables) == {"observation_events", "observation_events_ledger"}
+    assert set(Base.metadata.tables) == {
+        "observation_events",
+        "observation_events_ledger",
+        "observation_destinations",
+    }

@@ -157,8 +157,8 @@ def test_the_cap_deletes_sent_then_abandoned_then_the_oldest(url: str) -> None:
         sent = [add_row(outbox, status="sent", sent_at_ms=NOON_MS - number) for number in (1, 3, 2)]
         order = [sent[1], sent[2], sent[0], abandoned[1], abandoned[0], pending[0], pending[1], parked, pending[2]]
         everything = set(ids_of(outbox))
-        for deleted in range(1, len(order) + 1):
-            outbox._store.trim(max_rows=len(order) - deleted, now_ms=NOON_MS)
+        for deleted in range(1, len(order)):
+            outbox._store.trim(policy=Policy(max_rows=len(order) - deleted), now_ms=NOON_MS)
             assert everything - set(ids_of(outbox)) == set(order[:deleted])
 
 

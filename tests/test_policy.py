@@ -209,8 +209,28 @@ def test_an_error_text_is_one_that_every_database_can_store() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_policy_refuses_what_is_no_positive_whole_number(value: object) -> None:
-    with pytest.raises(ConfigurationError, match="batch_size is .*, expected a whole number above 0"):
+    with pytest.raises(ConfigurationError, match="batch_size is .*, expected a whole number from 1 on"):
         Policy(batch_size=value)
+
+
+@pytest.mark.parametrize("field", ["max_rows", "keep_sent_ms"])
+@pytest.mark.parametrize("value", [-1, 1.5, "64", False])
+def test_a_policy_refuses_what_is_no_bound(field: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field} is .*, expected a whole number from 0 on"):
+        Policy(**{field: value})
+
+
+def test_a_policy_knows_what_to_do_when_full() -> None:
+    with pytest.raises(ConfigurationError, match="when_full is 'block', expected 'trim' or 'reject'"):
+        Policy(when_full="block")
+
+
+def test_what_a_policy_leaves_open_suits_the_database() -> None:
+    on_sqlite, on_servers = (Policy().on(is_shared=is_shared) for is_shared in (False, True))
+    assert (on_sqlite.max_rows, on_sqlite.keep_sent_ms) == (10_000, 0)
+    assert (on_servers.max_rows, on_servers.keep_sent_ms) == (0, 7 * 86_400_000)
+    chosen = Policy(max_rows=5, keep_sent_ms=6)
+    assert chosen.on(is_shared=False) == chosen.on(is_shared=True) == chosen
 
 
 def test_failure_texts() -> None:

@@ -672,7 +672,7 @@ def test_event_types_that_differ_by_case_or_accent_are_different(outbox: Outbox)
     for event_type in ("order", "Order", "örder", "order"):
         add_row(outbox, event_type=event_type, status="sent", sent_at_ms=1)
     assert len(outbox.find(event_type="order")) == 2
-    outbox._store.trim(max_rows=0, now_ms=1)
+    outbox._store.expire(sent_before_ms=2)
     assert {entry.event_type: entry.events for entry in outbox.stats().deleted} == {
         "order": 2,
         "Order": 1,

@@ -61,12 +61,15 @@ MUTATIONS = {
     ),
     "claim without a lease": Mutation(
         "flusher.py",
-        "lease_ms = now + policy.lease_ms\n    rows",
-        "lease_ms = now\n    rows",
+        "lease_ms = now + policy.lease_ms\n    claimed",
+        "lease_ms = now\n    claimed",
         (MOVE, EXCLUSION),
     ),
     "claim of what others hold": Mutation(
-        "flusher.py", "store.claim(now_ms=now,", "store.claim(now_ms=now + policy.lease_ms,", (MOVE, EXCLUSION)
+        "flusher.py",
+        "store.claim(\n        now_ms=now,",
+        "store.claim(\n        now_ms=now + policy.lease_ms,",
+        (MOVE, EXCLUSION),
     ),
     "claim of no lease that ran out": Mutation(
         "lifecycle.py",
