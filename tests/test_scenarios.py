@@ -38,6 +38,7 @@ def seconds_until_due(outbox: Outbox, now_ms: int) -> float:
     return (outbox.stats().next_due_at_ms - now_ms) / 1_000
 
 
+@pytest.mark.sqlite
 def test_events_survive_an_outage_of_hours(outbox: Outbox, server, client, noon) -> None:
     distinct(outbox, 100)
     server.set_mode("down")
@@ -56,6 +57,23 @@ def test_events_survive_an_outage_of_hours(outbox: Outbox, server, client, noon)
     assert outbox.flush_all(client).sent == 100
     assert len(server.received) == 100
     assert outbox.stats().likely_cause is None
+
+
+@pytest.mark.servers
+def test_events_on_a_server_survive_an_outage_of_hours(outbox: Outbox, server, client, noon) -> None:
+    distinct(outbox, 100)
+    server.set_mode("down")
+    for _ in range(6 * 60):
+        outbox.flush_all(client)
+        noon.tick(60)
+    assert server.received == {}
+
+    server.set_mode("ok")
+    for _ in range(60):
+        outbox.flush_all(client)
+        noon.tick(60)
+    assert len(server.received) == 100
+    assert outbox.stats().pauses == []
 
 
 def test_a_rate_limit_is_waited_for(outbox: Outbox, server, client, noon) -> None:
