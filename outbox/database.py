@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, PoolProxiedConnection, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import URL, Connection, Engine, PoolProxiedConnection, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError, StorageError
 from outbox.forks import Gate
@@ -42,6 +45,11 @@ _MIGRATION_LOCK = 0x6F7574626F78
 # How long MySQL lets a migration wait for another one; MariaDB can't wait for ever.
 _MIGRATION_PATIENCE_S = 3_600
 
+# For how long a connection that worked is taken to work still.
+_TRUSTED_S = 0.1
+# Bound here: tools that freeze time replace the names in modules.
+_monotonic = time.monotonic
+
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 use = Gate()
@@ -63,7 +71,8 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
         if url.get_backend_name() == "sqlite":
             engine = create_sqlite_engine(url, synchronous)
         else:
-            engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, isolation_level="READ COMMITTED")
+            engine = create_engine(url, hide_parameters=True, isolation_level="READ COMMITTED")
+            _ping_after_idling(engine)
     except (ArgumentError, ValueError):
         raise ConfigurationError(
             "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
@@ -167,6 +176,19 @@ def begin(engine: Engine, connection: PoolProxiedConnection, cursor: Any) -> Non
             cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
 
+def commits_by_itself(engine: Engine, connection: PoolProxiedConnection) -> bool:
+    """Let each statement be a transaction of its own until the connection is given back, and tell whether it is.
+
+    That is for our own engines on PostgreSQL: those of hosts have settings of their own, and to tell MySQL costs
+    as much as it saves.
+    """
+    if engine.dialect.name != "postgresql" or engine not in _own_engines:
+        return False
+    driver_connection: Any = connection.dbapi_connection
+    driver_connection.autocommit = True
+    return True
+
+
 def is_mysql(engine: Engine) -> bool:
     """Tell whether the database is MySQL or MariaDB."""
     return engine.dialect.name in MYSQL
@@ -183,6 +205,26 @@ def is_disconnect(engine: Engine, connection: PoolProxiedConnection, error: Any)
     if engine.dialect.name == "sqlite":
         return False
     return bool(engine.dialect.is_disconnect(error, connection.dbapi_connection, None))
+
+
+def _ping_after_idling(engine: Engine) -> None:
+    """Replace a connection that broke while nobody used it. One in steady use is not asked each time."""
+
+    @event.listens_for(engine, "checkin")
+    def _note_the_time(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["idle_since"] = _monotonic()
+        if engine.dialect.name == "postgresql" and connection is not None and not connection.closed:
+            connection.autocommit = False  # `commits_by_itself` may have set it
+
+    @event.listens_for(engine, "checkout")
+    def _ping(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if _monotonic() - record.info.get("idle_since", inf) > _TRUSTED_S:
+            try:
+                is_alive = engine.dialect.do_ping(connection)
+            except engine.dialect.loaded_dbapi.Error:
+                is_alive = False
+            if not is_alive:
+                raise DisconnectionError
 
 
 def _parse(database: str | URL) -> URL:

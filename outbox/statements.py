@@ -16,6 +16,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     literal_column,
@@ -114,7 +115,11 @@ def _in_order(statement: Select[Any], index: str) -> Select[Any]:
     return statement
 
 
+CHUNK = 64
+"""How many rows a statement for several names: always as many, so that it is compiled, and prepared, only once."""
+
 _this_row = _c.id == bindparam("row_id")
+_these_rows = _c.id.in_([bindparam(f"id_{number}", type_=BigInteger) for number in range(CHUNK)])
 _held = _c.next_attempt_at_ms == bindparam("lease")
 _now = bindparam("now", type_=BigInteger)
 _oldest_first = (_c.created_at_ms, _c.id)
@@ -151,18 +156,26 @@ CLAIM = (
     .values(next_attempt_at_ms=bindparam("lease"))
     .returning(*(_c[name] for name in ClaimedRow._fields))
 )
-# Materialised, or PostgreSQL might run the sub-select again for each row and lock more than a batch.
-_chosen = _lock(_due.with_only_columns(_c.id)).cte("chosen").prefix_with("MATERIALIZED", dialect="postgresql")
-CLAIM_POSTGRESQL = (
-    move("claim")
-    .where(_c.id == _chosen.c.id)
-    .values(next_attempt_at_ms=bindparam("lease"))
-    .returning(*(_c[name] for name in ClaimedRow._fields))
-)
+
+
+def _claim_on_postgresql(due: Select[Any]) -> Update:
+    # Materialised, or PostgreSQL might run the sub-select again for each row and lock more than a batch.
+    chosen = _lock(due.with_only_columns(_c.id)).cte("chosen").prefix_with("MATERIALIZED", dialect="postgresql")
+    return (
+        move("claim")
+        .where(_c.id == chosen.c.id)
+        .values(next_attempt_at_ms=bindparam("lease"))
+        .returning(*(_c[name] for name in ClaimedRow._fields))
+    )
+
+
+_this_destination = destinations.c.destination == bindparam("destination")
+CLAIM_POSTGRESQL = _claim_on_postgresql(_due)
+CLAIM_UNPAUSED_POSTGRESQL = _claim_on_postgresql(_due.where(~exists().where(_this_destination)))
 LOCK_DUE = tuple(_in_order(_lock(_due_in(status)), QUEUE_ON_MYSQL) for status in MOVES["claim"].sources)
 """The oldest due rows of each status, on MySQL."""
 
-CLAIM_ROW = move("claim").where(_this_row).values(next_attempt_at_ms=bindparam("lease"))
+CLAIM_ROWS = move("claim").where(_these_rows).values(next_attempt_at_ms=bindparam("lease"))
 
 RENEW = (
     update(events)
@@ -170,8 +183,8 @@ RENEW = (
     .values(next_attempt_at_ms=bindparam("new_lease"))
 )
 
+DELIVER = move("deliver").where(_these_rows).values(sent_at_ms=bindparam("new_sent_at_ms"))
 SETTLE = {
-    "deliver": move("deliver").where(_this_row).values(sent_at_ms=bindparam("new_sent_at_ms")),
     "reschedule": move("reschedule").values(
         retry_count=bindparam("new_retry_count"),
         next_attempt_at_ms=bindparam("new_next_attempt_at_ms"),
@@ -191,8 +204,9 @@ _parked = (
     .limit(bindparam("unpark_limit"))
 )
 LOCK_PARKED = _in_order(_lock(_parked), QUEUE_ON_MYSQL)
-UNPARK_ROW = (
-    move("unpark").where(_this_row).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
+ANY_PARKED = select(_c.id).where(_in(_unindexed_status, Status.PARKED)).limit(1)
+UNPARK_ROWS = (
+    move("unpark").where(_these_rows).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
 )
 
 # Two statements, for in one with a CASE on the status MySQL would look at the status that it has just set.
@@ -213,7 +227,7 @@ OLD_ABANDONED = (
     .order_by(_c.id)
 )
 LOCK_OLD_ABANDONED = OLD_ABANDONED.with_for_update()
-REQUEUE_ROW = move("requeue").where(_this_row).values(next_attempt_at_ms=_now, **_REVIVED)
+REQUEUE_ROWS = move("requeue").where(_these_rows).values(next_attempt_at_ms=_now, **_REVIVED)
 
 
 # What the cap deletes
@@ -255,17 +269,19 @@ Each query walks one index in order and stops at the limit.
 """
 TRIM_ON_MYSQL = (*TRIM[:2], tuple(_oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)))
 
+_expired = and_(_in(_unindexed_status, Status.SENT), _c.sent_at_ms < bindparam("sent_before"))
+ANY_EXPIRED = select(_c.id).where(_expired).limit(1)
 EXPIRED = _in_order(
     _lock(
         select(_c.id, _c.status, _c.event_type, _c.sent_at_ms)
-        .where(_in(_unindexed_status, Status.SENT), _c.sent_at_ms < bindparam("sent_before"))
+        .where(_expired)
         .order_by(_c.sent_at_ms, _c.id)
         .limit(bindparam("slice_size"))
     ),
     DELIVERED_ON_MYSQL,
 )
 
-DELETE_ROW = delete(events).where(_this_row)
+DELETE_ROWS = delete(events).where(_these_rows)
 
 ROWS = select(func.count()).select_from(events)
 UNDELIVERED_ROWS = select(func.count()).where(
@@ -314,7 +330,6 @@ class Pause(NamedTuple):
         return max(self.paused_until_ms, self.probe_until_ms)
 
 
-_this_destination = destinations.c.destination == bindparam("destination")
 _seen = destinations.c.failures == bindparam("seen")
 PAUSES = select(*(destinations.c[name] for name in Pause._fields)).order_by(destinations.c.destination)
 PAUSE = PAUSES.where(_this_destination)

@@ -141,27 +141,23 @@ class Store:
         On a server, while the destination is paused, there are none; after the pause one flusher gets a probe, and
         no other one any rows before its outcome is known or its lease has run out.
         """
-
-        def claim(transaction: Transaction) -> Claim:
-            return Claim(self._claim(transaction, now_ms, lease_ms, batch_size))
-
-        def claim_unless_paused(transaction: Transaction) -> Claim:
-            this = {"destination": destination, "lease": lease_ms}
-            is_probe = False
-            while not is_probe:  # once more where another flusher was faster
-                found = transaction.rows(sql.PAUSE, destination=destination)
-                if not found:
-                    return claim(transaction)
-                pause = Pause._make(found[0])
-                if pause.until_ms > now_ms:
-                    return Claim([], pause)
-                is_probe = transaction.change(sql.BEGIN_PROBE, seen=pause.failures, now=now_ms, **this) > 0
-            rows = self._claim(transaction, now_ms, lease_ms, min(probe_size, batch_size))
-            if not rows:
-                transaction.change(sql.END_PROBE, **this)
-            return Claim(rows, pause)
-
-        return self._writer.run(claim_unless_paused if self.is_shared and destination is not None else claim)
+        due = {"now": now_ms, "lease": lease_ms, "batch_size": batch_size}
+        # A single statement is repeatable: should it have landed unseen, its rows are due again when their lease
+        # has run out.
+        is_single = self._is_postgresql
+        how = {"repeatable": is_single, "is_single": is_single}
+        if not self.is_shared or destination is None:
+            return Claim(self._writer.run(lambda transaction: self._claim(transaction, **due), **how))
+        if self._is_postgresql:
+            unpaused = {"destination": destination, **due}
+            found = self._writer.run(
+                lambda transaction: transaction.rows(sql.CLAIM_UNPAUSED_POSTGRESQL, **unpaused), **how
+            )
+            if found:
+                return Claim(_oldest_first(found))
+        return self._writer.run(
+            lambda transaction: self._claim_unless_paused(transaction, destination, probe_size, **due)
+        )
 
     def pause(self, destination: str, *, seen: int, until_ms: int, last_error: str) -> int:
         """Let all flushers leave the destination alone until then, at least; return 1.
@@ -219,34 +215,41 @@ class Store:
 
         A fenced move that finds its row with another owner is left out; `deliver` needs no lease.
         """
+        delivered: dict[int, list[int]] = defaultdict(list)
         by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
         # In the order of the ids, so that no two settlements wait for each other.
         for row_id, outcome in sorted(outcomes, key=lambda settled: settled[0]):
-            values = {f"new_{name}": value for name, value in outcome.values.items()}
-            by_trigger[outcome.trigger].append({"row_id": row_id, "lease": lease_ms, **values})
-        if not by_trigger:
+            if outcome.trigger == "deliver":
+                delivered[outcome.values["sent_at_ms"]].append(row_id)
+            else:
+                values = {f"new_{name}": value for name, value in outcome.values.items()}
+                by_trigger[outcome.trigger].append({"row_id": row_id, "lease": lease_ms, **values})
+        if not delivered and not by_trigger:
             return Counter()
-        # Repeatable: the fence lets no outcome land twice.
-        return self._writer.run(
-            lambda transaction: Counter(
+
+        def settle(transaction: Transaction) -> Counter[str]:
+            landed = Counter(
                 {
                     trigger: transaction.change_many(sql.SETTLE[trigger], rows)
                     for trigger, rows in by_trigger.items()
                 }
-            ),
-            repeatable=True,
-        )
+            )
+            for sent_at_ms, row_ids in delivered.items():
+                landed["deliver"] += transaction.change_rows(sql.DELIVER, row_ids, new_sent_at_ms=sent_at_ms)
+            return landed
+
+        is_single = not by_trigger and [len(row_ids) <= sql.CHUNK for row_ids in delivered.values()] == [True]
+        # Repeatable: the fence lets no outcome land twice, and a delivery is a fact.
+        return self._writer.run(settle, repeatable=True, is_single=is_single)
 
     def unpark(self, *, now_ms: int, limit: int, spread_ms: int) -> int:
         """Bring back the oldest parked rows; return how many."""
 
         def unpark(transaction: Transaction) -> int:
-            parked = transaction.rows(sql.LOCK_PARKED, unpark_limit=limit)
-            return transaction.change_many(
-                sql.UNPARK_ROW, [{"row_id": row_id, "now": now_ms, "spread": spread_ms} for (row_id,) in parked]
-            )
+            parked = [row_id for (row_id,) in transaction.rows(sql.LOCK_PARKED, unpark_limit=limit)]
+            return transaction.change_rows(sql.UNPARK_ROWS, parked, now=now_ms, spread=spread_ms)
 
-        return self._writer.run(unpark)
+        return self._writer.run(unpark) if self._finds(sql.ANY_PARKED) else 0
 
     def retry_now(self, *, now_ms: int) -> int:
         """Make every row due that is parked or waits, and end every pause; return how many rows."""
@@ -266,7 +269,7 @@ class Store:
             if dry_run:
                 return transaction.rows(sql.OLD_ABANDONED, cutoff=cutoff_ms)
             rows = transaction.rows(sql.LOCK_OLD_ABANDONED, cutoff=cutoff_ms)
-            transaction.change_many(sql.REQUEUE_ROW, [{"row_id": row_id, "now": now_ms} for row_id, _ in rows])
+            transaction.change_rows(sql.REQUEUE_ROWS, [row_id for row_id, _ in rows], now=now_ms)
             return rows
 
         per_type = Counter(event_type for _, event_type in self._writer.run(requeue))
@@ -289,7 +292,7 @@ class Store:
             found = transaction.rows(sql.EXPIRED, sent_before=sent_before_ms, slice_size=_TRIM_SLICE)
             return self._delete(transaction, [sql.Deletable(*row) for row in found], reason="retention")
 
-        return self._writer.run(expire)
+        return self._writer.run(expire) if self._finds(sql.ANY_EXPIRED, sent_before=sent_before_ms) else 0
 
     def pending_count(self) -> int:
         """Return how many rows are pending or sending."""
@@ -336,15 +339,47 @@ class Store:
         # As a writer, which tries again where the connection was broken.
         return int(self._writer.run(lambda transaction: transaction.value(sql.now(self.engine.dialect.name))))
 
-    def _claim(self, transaction: Transaction, now_ms: int, lease_ms: int, batch_size: int) -> list[ClaimedRow]:
-        due = {"now": now_ms, "batch_size": batch_size}
+    def _finds(self, query: Select[Any], **parameters: Any) -> bool:
+        """Tell whether there is any such row, before a transaction locks some: mostly there is none."""
+        found = self._writer.run(
+            lambda transaction: transaction.rows(query, **parameters), repeatable=True, is_single=True
+        )
+        return bool(found)
+
+    def _claim(self, transaction: Transaction, *, now: int, lease: int, batch_size: int) -> list[ClaimedRow]:
+        due = {"now": now, "batch_size": batch_size}
         if self._is_mysql:
             found = [row for statement in sql.LOCK_DUE for row in transaction.rows(statement, **due)]
             chosen = _oldest_first(found)[:batch_size]
-            transaction.change_many(sql.CLAIM_ROW, [{"row_id": row.id, "lease": lease_ms} for row in chosen])
+            transaction.change_rows(sql.CLAIM_ROWS, [row.id for row in chosen], lease=lease)
             return chosen
         statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
-        return _oldest_first(transaction.rows(statement, lease=lease_ms, **due))
+        return _oldest_first(transaction.rows(statement, lease=lease, **due))
+
+    def _claim_unless_paused(  # noqa: PLR0913 - bound by name
+        self,
+        transaction: Transaction,
+        destination: str,
+        probe_size: int,
+        *,
+        now: int,
+        lease: int,
+        batch_size: int,
+    ) -> Claim:
+        this = {"destination": destination, "lease": lease}
+        while True:
+            found = transaction.rows(sql.PAUSE, destination=destination)
+            if not found:
+                return Claim(self._claim(transaction, now=now, lease=lease, batch_size=batch_size))
+            pause = Pause._make(found[0])
+            if pause.until_ms > now:
+                return Claim([], pause)
+            if transaction.change(sql.BEGIN_PROBE, seen=pause.failures, now=now, **this):
+                break  # else another flusher was faster, so look again
+        rows = self._claim(transaction, now=now, lease=lease, batch_size=min(probe_size, batch_size))
+        if not rows:
+            transaction.change(sql.END_PROBE, **this)
+        return Claim(rows, pause)
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         return transaction.insert(sql.INSERT_RETURNING if self._is_postgresql else sql.INSERT, rows)
@@ -372,7 +407,7 @@ class Store:
 
     def _delete(self, transaction: Transaction, rows: list[sql.Deletable], *, reason: str) -> int:
         """Delete rows and count them in the ledger; return how many."""
-        transaction.change_many(sql.DELETE_ROW, [{"row_id": row.id} for row in rows])
+        transaction.change_rows(sql.DELETE_ROWS, [row.id for row in rows])
         deleted = Counter((row.status, row.event_type) for row in rows)
         # In order, so that no two transactions wait for each other.
         for (status, found), events in sorted(deleted.items()):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Engine, PoolProxiedConnection, Select, UpdateBase
 
-from outbox.database import begin, in_words, is_disconnect, is_given_up, translated, use
+from outbox.database import begin, commits_by_itself, in_words, is_disconnect, is_given_up, translated, use
 from outbox.failures import StorageError
 from outbox.sqlite import tolerant_text
+from outbox.statements import CHUNK
 
 Result = TypeVar("Result")
 
 # Between the tries: long enough in all for a server to fail over or to restart.
 _PAUSES_S = (0.02, 0.05, 0.1, 0.5, 2.0)
+_ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
 
 
 class _UndoneError(StorageError):
@@ -68,6 +71,16 @@ class Transaction:
         self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
         return int(self._cursor.rowcount)
 
+    def change_rows(self, statement: UpdateBase, row_ids: Sequence[int], /, **parameters: Any) -> int:
+        """Run a statement for rows that are named by their ids; return how many it changed."""
+        changed = 0
+        for start in range(0, len(row_ids), CHUNK):
+            chunk = row_ids[start : start + CHUNK]
+            # Naming the last one several times is naming it once.
+            ids = dict(zip(_ID_NAMES, chain(chunk, repeat(chunk[-1])), strict=False))
+            changed += self.change(statement, **ids, **parameters)
+        return changed
+
     def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
         """Insert rows one by one, and return their ids, as the driver tells them or the statement returns them."""
         compiled = self._of(statement)
@@ -116,8 +129,13 @@ class Writer:
         self._engine = engine
         self._compiled: dict[Any, _Compiled] = {}
 
-    def run(self, operation: Callable[[Transaction], Result], *, repeatable: bool = False) -> Result:
+    def run(
+        self, operation: Callable[[Transaction], Result], *, repeatable: bool = False, is_single: bool = False
+    ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
+
+        One that `is_single` runs one statement, which is a transaction by itself: where that is known to hold, it
+        is not wrapped in another one, which saves PostgreSQL two round trips of three.
 
         It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
         or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
@@ -128,7 +146,7 @@ class Writer:
         with use.inside(), translated(self._engine):
             for pause_s in _PAUSES_S:
                 try:
-                    return self._once(operation)
+                    return self._once(operation, is_single=is_single)
                 except _UndoneError:
                     began = True
                 except _UnknownError:
@@ -139,17 +157,20 @@ class Writer:
                     if not began:
                         raise
                 time.sleep(pause_s)
-            return self._once(operation)
+            return self._once(operation, is_single=is_single)
 
-    def _once(self, operation: Callable[[Transaction], Result]) -> Result:
+    def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:
         connection = self._connection()
-        committing = False
+        committing = is_single and commits_by_itself(self._engine, connection)
         try:
             cursor = connection.cursor()
-            begin(self._engine, connection, cursor)
-            result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
-            committing = True
-            connection.commit()
+            if committing:
+                result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
+            else:
+                begin(self._engine, connection, cursor)
+                result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
+                committing = True
+                connection.commit()
         except self._engine.dialect.loaded_dbapi.Error as error:
             if is_disconnect(self._engine, connection, error):
                 connection.invalidate()

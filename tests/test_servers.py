@@ -20,7 +20,7 @@ from sqlalchemy import URL, Engine, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 
 from builders import DOWN, NOON, REVOKED, ScriptedClient, add_row, refuse, row, rule_fired, statuses
-from outbox import ObservationEvent, Outbox, Policy, StorageError, schema, transaction
+from outbox import ObservationEvent, Outbox, Policy, StorageError, database, schema, transaction
 from outbox.database import is_mysql, open_engine
 from servers import PrivatePostgresql, Server, Servers
 
@@ -119,6 +119,11 @@ def watched(outbox: Outbox, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     engine.dispose()
 
 
+def in_several_calls(watched: Outbox) -> None:
+    """Let a claim be a transaction of several calls also on PostgreSQL, as on the engine of a host."""
+    database._own_engines.discard(watched.engine)
+
+
 def conflict(connection) -> Exception:
     if isinstance(connection, psycopg.Connection):
         return psycopg.errors.SerializationFailure("could not serialize access due to concurrent update")
@@ -205,6 +210,7 @@ def test_processes_that_drain_one_table_at_once_send_each_row_once(outbox: Outbo
 
 
 def test_two_flushers_at_once_share_what_is_due(watched: Outbox, outbox: Outbox) -> None:
+    in_several_calls(watched)
     ids = outbox.enqueue_many([rule_fired()] * 150)
     other = ScriptedClient()
     reports = []
@@ -463,8 +469,9 @@ def losing_commits(server: Server, url: str, *, done: bool) -> Iterator[list[obj
 
 @pytest.mark.parametrize("done", [True, False])
 def test_a_commit_that_breaks_is_not_repeated_for_an_insert(
-    watched: Outbox, outbox: Outbox, server: Server, url: str, done: bool
+    watched: Outbox, outbox: Outbox, server: Server, url: str, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
+    monkeypatch.setattr(database, "_TRUSTED_S", -1)  # the look at the end finds connections that broke just now
     watched._store.now_ms()
     with (
         losing_commits(server, url, done=done),
@@ -494,6 +501,7 @@ def test_a_commit_that_breaks_is_repeated_for_a_settlement(
 def test_rows_of_a_claim_that_broke_go_out_when_their_lease_has_run_out(
     watched: Outbox, server: Server, url: str, done: bool
 ) -> None:
+    in_several_calls(watched)
     with freeze_time(NOON) as clock:
         watched.enqueue_many([rule_fired()] * 2)
         client = ScriptedClient()
@@ -503,6 +511,29 @@ def test_rows_of_a_claim_that_broke_go_out_when_their_lease_has_run_out(
         assert statuses(watched) == ["sending" if done else "pending"] * 2
         clock.tick(60)
         assert watched.flush(client).sent == 2
+
+
+@pytest.mark.servers("postgresql")
+def test_a_claim_whose_answer_is_lost_is_repeated_and_costs_the_time_of_a_lease(
+    watched: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute, lost = PsycopgCursor.execute, []
+
+    def lose(cursor, query, *arguments, **options):
+        result = execute(cursor, query, *arguments, **options)
+        if "MATERIALIZED" in query and not lost:
+            lost.append(query)
+            cursor.connection.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return result
+
+    monkeypatch.setattr(PsycopgCursor, "execute", lose)
+    with freeze_time(NOON) as clock:
+        watched.enqueue_many([rule_fired()] * 70)
+        assert watched.flush_all(ScriptedClient()).sent == 6
+        assert lost
+        clock.tick(60)
+        assert watched.flush(ScriptedClient()).sent == 64
 
 
 @pytest.mark.parametrize("settings", [{}, {"pool_pre_ping": True}])
