@@ -137,14 +137,25 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
-def translated(engine: Engine) -> Iterator[None]:
-    """Raise `StorageError` for what the database refuses, in the driver's own words and with advice."""
+def translated(engine: Engine, *others: type[Exception]) -> Iterator[None]:
+    """Raise `StorageError` for what the database refuses, in the driver's own words and with advice.
+
+    `others` are the errors of a driver that is not the engine's.
+    """
     # The driver's own errors come from where SQLAlchemy does not wrap them; the last two from values that the
     # database can't hold.
-    driver = engine.dialect.loaded_dbapi.Error
+    driver: type[Exception] = engine.dialect.loaded_dbapi.Error
+    refusals: tuple[type[Exception], ...] = (
+        DBAPIError,
+        PoolTimeoutError,
+        driver,
+        *others,
+        OverflowError,
+        UnicodeEncodeError,
+    )
     try:
         yield
-    except (DBAPIError, PoolTimeoutError, driver, OverflowError, UnicodeEncodeError) as error:
+    except refusals as error:
         raise StorageError(in_words(engine, error)) from error
 
 

@@ -81,19 +81,25 @@ class Outbox:
         return opened
 
     def enqueue(
-        self, event: Event | Mapping[str, Any], *, session: Session | scoped_session[Session] | None = None
+        self,
+        event: Event | Mapping[str, Any],
+        *,
+        session: Session | scoped_session[Session] | None = None,
+        connection: Any = None,
     ) -> int | None:
         """Record one event; return its row id, or None when the environment says OUTBOX_CAPTURE=false.
 
         It is durable when this returns. With `session`, the caller's own, it is one INSERT in the caller's
         transaction instead: it comes with the commit and goes with the rollback, and nothing of the session is
-        flushed, expired or committed. A mapping names its type as `event_type`.
+        flushed, expired or committed. `connection` does the same for a program without SQLAlchemy: it is the
+        connection of a driver (DBAPI) to this database, such as Django's `connection.connection`; without a
+        transaction it commits by itself. A mapping names its type as `event_type`.
 
         Raises `InvalidEvent`, naming the field and what it should be, `QueueFull` where the policy says so, and
         `StorageError`. Nothing is written then, unless it is the connection to a server that broke, and that
         during the commit.
         """
-        ids = self.enqueue_many([event], session=session)
+        ids = self.enqueue_many([event], session=session, connection=connection)
         return ids[0] if ids else None
 
     def enqueue_many(
@@ -101,6 +107,7 @@ class Outbox:
         events: Iterable[Event | Mapping[str, Any]],
         *,
         session: Session | scoped_session[Session] | None = None,
+        connection: Any = None,
     ) -> list[int]:
         """Record events in one transaction, all or none; return their row ids in order.
 
@@ -114,6 +121,8 @@ class Outbox:
             return []
         if session is not None:
             return self._store.insert_in(session, rows, policy=self.policy)
+        if connection is not None:
+            return self._store.insert_on(connection, rows, policy=self.policy)
         ids, over_cap = self._store.insert(rows, policy=self.policy, now_ms=now)
         if over_cap:
             maintenance.cap(self._store, self.policy, now_ms=now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from heapq import merge
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox import statements as sql
 from outbox.clock import SharedClock, now_ms
-from outbox.database import is_mysql, reading
+from outbox.database import is_mysql, reading, translated
 from outbox.failures import QueueFull
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome, Policy
@@ -122,16 +123,24 @@ class Store:
 
         Raises `QueueFull` where the policy is to reject; only for that it looks at what is there.
         """
-        try:
-            connection = session.connection(bind_arguments={"mapper": ObservationEvent})
-        except UnboundExecutionError:  # a session that is bound by the host's own models
-            connection = session.connection(bind_arguments={"bind": self.engine})
-        _refuse_when_full(connection.scalar, policy, own=len(rows))
-        if self._is_mysql:  # it returns no rows from an INSERT, only the id of a single one
-            return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
-        if self._is_postgresql:
-            rows = [without_nul(row) for row in rows]
-        return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
+        with translated(self.engine):
+            try:
+                connection = session.connection(bind_arguments={"mapper": ObservationEvent})
+            except UnboundExecutionError:  # a session that is bound by the host's own models
+                connection = session.connection(bind_arguments={"bind": self.engine})
+            _refuse_when_full(connection.scalar, policy, own=len(rows))
+            if self._is_mysql:  # it returns no rows from an INSERT, only the id of a single one
+                return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
+            if self._is_postgresql:
+                rows = [without_nul(row) for row in rows]
+            return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
+
+    def insert_on(self, connection: Any, rows: Sequence[dict[str, Any]], *, policy: Policy) -> list[int]:
+        """Insert rows on the caller's own connection of a driver, like `insert_in`."""
+        with translated(self.engine, connection.Error), closing(connection.cursor()) as cursor:
+            transaction = self._writer.on(cursor)
+            _refuse_when_full(transaction.value, policy, own=len(rows))
+            return self._insert(transaction, rows)
 
     def claim(
         self, *, now_ms: int, lease_ms: int, batch_size: int, destination: str | None = None, probe_size: int = 1

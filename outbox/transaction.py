@@ -159,16 +159,20 @@ class Writer:
                 time.sleep(pause_s)
             return self._once(operation, is_single=is_single)
 
+    def on(self, cursor: Any) -> Transaction:
+        """Return a transaction on a cursor; whoever has the cursor begins and ends it."""
+        return Transaction(cursor, self._engine.dialect, self._compiled)
+
     def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:
         connection = self._connection()
         committing = is_single and commits_by_itself(self._engine, connection)
         try:
             cursor = connection.cursor()
             if committing:
-                result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
+                result = operation(self.on(cursor))
             else:
                 begin(self._engine, connection, cursor)
-                result = operation(Transaction(cursor, self._engine.dialect, self._compiled))
+                result = operation(self.on(cursor))
                 committing = True
                 connection.commit()
         except self._engine.dialect.loaded_dbapi.Error as error:

@@ -1,4 +1,6 @@
 import logging
+import sqlite3
+from contextlib import closing
 
 import pytest
 from freezegun import freeze_time
@@ -145,6 +147,54 @@ def test_a_session_that_is_bound_by_models_can_be_joined(outbox: Outbox, host) -
         assert statuses(outbox) == []
         session.commit()
     assert statuses(outbox) == ["pending"]
+
+
+@pytest.fixture
+def connection(host):
+    """A connection of the driver, as a program without SQLAlchemy has one."""
+    pooled = host.raw_connection()
+    yield pooled.driver_connection
+    pooled.close()
+
+
+def test_on_the_callers_connection_the_row_comes_with_the_commit(outbox: Outbox, connection) -> None:
+    row_id = outbox.enqueue(rule_fired(session_id="a\0b"), connection=connection)
+    assert statuses(outbox) == []
+    connection.commit()
+    assert row(outbox, row_id).status == "pending"
+
+
+def test_on_the_callers_connection_the_row_goes_with_the_rollback(outbox: Outbox, connection) -> None:
+    assert outbox.enqueue_many([rule_fired(), rule_fired()], connection=connection) == [1, 2]
+    connection.rollback()
+    assert statuses(outbox) == []
+
+
+def test_on_the_callers_connection_the_row_goes_with_its_savepoint(outbox: Outbox, connection) -> None:
+    with closing(connection.cursor()) as cursor:
+        outbox.enqueue(rule_fired(), connection=connection)
+        cursor.execute("SAVEPOINT half")
+        outbox.enqueue(rule_fired(), connection=connection)
+        cursor.execute("ROLLBACK TO SAVEPOINT half")
+    connection.commit()
+    assert statuses(outbox) == ["pending"]
+
+
+def test_what_the_database_refuses_to_the_caller_is_a_storage_error(outbox: Outbox, host, connection) -> None:
+    refuse(outbox, "INSERT", "observation_events", "it is full")
+    with pytest.raises(StorageError, match="it is full"):
+        outbox.enqueue(rule_fired(), connection=connection)
+    connection.rollback()
+    with Session(host) as session, pytest.raises(StorageError, match="it is full"):
+        outbox.enqueue(rule_fired(), session=session)
+
+
+@pytest.mark.servers
+def test_what_another_driver_than_ours_refuses_is_a_storage_error(outbox: Outbox) -> None:
+    with closing(sqlite3.connect(":memory:")) as other:
+        pass
+    with pytest.raises(StorageError, match="closed database"):
+        outbox.enqueue(rule_fired(), connection=other)
 
 
 def test_an_invalid_event_leaves_the_callers_transaction_usable(outbox: Outbox, host) -> None:
