@@ -1,10 +1,10 @@
 """A Django application, in one file, that records an event with each order.
 
-    outbox receive --port 8787 &
-    export OUTBOX_URL=http://127.0.0.1:8787 OUTBOX_TOKEN=trial
-    python examples/django_app.py runserver --noreload &
-    curl --data item=shoes http://127.0.0.1:8000/orders
-    python examples/django_app.py send_events
+outbox receive --port 8787 &
+export OUTBOX_URL=http://127.0.0.1:8787 OUTBOX_TOKEN=trial
+python examples/django_app.py runserver --noreload &
+curl --data item=shoes http://127.0.0.1:8000/orders
+python examples/django_app.py send_events
 """
 
 import os

@@ -1,10 +1,10 @@
 """A Flask application that records an event with each order.
 
-    outbox receive --port 8787 &
-    export OUTBOX_URL=http://127.0.0.1:8787 OUTBOX_TOKEN=trial
-    flask --app examples/flask_app run &
-    curl --data item=shoes http://127.0.0.1:5000/orders
-    flask --app examples/flask_app send-events
+outbox receive --port 8787 &
+export OUTBOX_URL=http://127.0.0.1:8787 OUTBOX_TOKEN=trial
+flask --app examples/flask_app run &
+curl --data item=shoes http://127.0.0.1:5000/orders
+flask --app examples/flask_app send-events
 """
 
 import os
