@@ -73,14 +73,14 @@ def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
     assert f"pip install {project.group(1)}" in commands("README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md"])
 def test_every_command_that_the_docs_name_exists(page: str) -> None:
     named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert {*named} <= {*main.commands}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target
