@@ -36,6 +36,7 @@ from outbox.stats import Stats
 
 if TYPE_CHECKING:
     from outbox.client import HttpClient
+    from outbox.worker import Worker
 
 __all__ = [
     "BatchItem",
@@ -66,6 +67,7 @@ __all__ = [
     "TransportFailure",
     "UploadClient",
     "UploadFailure",
+    "Worker",
 ]
 
 
@@ -75,4 +77,8 @@ def __getattr__(name: str) -> Any:
         from outbox.client import HttpClient  # noqa: PLC0415 - that is the point
 
         return HttpClient
+    if name == "Worker":
+        from outbox.worker import Worker  # noqa: PLC0415 - it is needed by who delivers in the background
+
+        return Worker
     raise AttributeError(f"module 'outbox' has no attribute {name!r}")

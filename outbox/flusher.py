@@ -89,10 +89,16 @@ class FlushReport:
         )
 
 
-def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
+def flush(
+    store: Store,
+    policy: Policy,
+    client: UploadClient,
+    on_claim: Callable[[Callable[[], None]], object] | None = None,
+) -> FlushReport:
     """Send one batch.
 
     An exception that is no `UploadFailure`, KeyboardInterrupt too, releases the rows and reaches the caller.
+    `on_claim` is given what releases them early, which another thread may call at any time.
     """
     if not client.logged_in:
         return FlushReport()
@@ -115,6 +121,8 @@ def flush(store: Store, policy: Policy, client: UploadClient) -> FlushReport:
         return FlushReport()
     claim = _Claim(store, policy, client, claimed, lease_ms)
     try:
+        if on_claim is not None:
+            on_claim(claim.let_go)
         return claim.work_off()
     except BaseException:
         claim.let_go()
@@ -193,17 +201,21 @@ class _Claim:
         )
 
     def let_go(self) -> None:
-        """Record what the server took, for that is a fact, and give back the rest."""
+        """Record what the server took, for that is a fact, and give back the rest.
+
+        Whoever works on the claim finds nothing left to send; what is being sent meanwhile is still recorded.
+        """
+        given_back, self._open = self._open, set()
         try:
             now = self._store.now_ms()
             released = Outcome("release", {"next_attempt_at_ms": now})
             delivered = Outcome("deliver", {"sent_at_ms": now})
             self._store.settle(
-                [(row_id, delivered if row_id in self._accepted else released) for row_id in self._open],
+                [(row_id, delivered if row_id in self._accepted else released) for row_id in given_back],
                 lease_ms=self._lease_ms,
             )
         except OutboxError as error:
-            log.warning("releasing %d events failed, their lease will run out: %s", len(self._open), error)
+            log.warning("releasing %d events failed, their lease will run out: %s", len(given_back), error)
         self._end_probe()
 
     def _decode(self) -> list[BatchItem]:

@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Engine
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy.orm import Session, scoped_session
 
 from outbox import flusher, maintenance, schema, stats
 from outbox.clock import epoch_ms
@@ -21,7 +23,6 @@ from outbox.sqlite import Synchronous
 from outbox.store import Store
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session, scoped_session
     from typing_extensions import Self
 
     from outbox.models import ObservationEvent
@@ -46,6 +47,8 @@ class Outbox:
     ) -> None:
         self._owns_engine = not isinstance(database, Engine)
         self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
+        self.wakers: set[Callable[[], object]] = set()
+        """Called when this object may have made events due: after the commit of an `enqueue`, and the like."""
         self._store = Store(self.engine)
         self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
         try:
@@ -120,12 +123,15 @@ class Outbox:
         if not rows:
             return []
         if session is not None:
-            return self._store.insert_in(session, rows, policy=self.policy)
+            ids = self._store.insert_in(session, rows, policy=self.policy)
+            self._wake_after_commit(session)
+            return ids
         if connection is not None:
             return self._store.insert_on(connection, rows, policy=self.policy)
         ids, over_cap = self._store.insert(rows, policy=self.policy, now_ms=now)
         if over_cap:
             maintenance.cap(self._store, self.policy, now_ms=now)
+        self._wake()
         return ids
 
     def flush(self, client: flusher.UploadClient) -> flusher.FlushReport:
@@ -149,16 +155,20 @@ class Outbox:
 
     def retry_now(self) -> int:
         """Make everything due that is parked or waits, not what is being sent; return the number of rows."""
-        return self._store.retry_now(now_ms=self._store.now_ms())
+        count = self._store.retry_now(now_ms=self._store.now_ms())
+        self._wake()
+        return count
 
     def requeue_abandoned(self, *, older_than: datetime | int, dry_run: bool = False) -> maintenance.RequeueReport:
         """Give abandoned events created before `older_than` a full new chance; a dry run only counts.
 
         `older_than` is a datetime with a time zone, or epoch milliseconds.
         """
-        return maintenance.requeue_abandoned(
+        report = maintenance.requeue_abandoned(
             self._store, cutoff_ms=_epoch_ms(older_than), now_ms=self._store.now_ms(), dry_run=dry_run
         )
+        self._wake()
+        return report
 
     def pending_count(self) -> int:
         """Return how many events are on their way: pending or being sent. Parked ones do not count."""
@@ -196,6 +206,11 @@ class Outbox:
             limit=limit,
         )
 
+    def overdue_ms(self) -> int:
+        """Return for how long the next pending event has been due; 0 if none is. Far cheaper than `stats`."""
+        due_ms = self._store.next_due_ms()
+        return 0 if due_ms is None else max(0, self._store.now_ms() - due_ms)
+
     def close(self) -> None:
         """Close the connections. An engine of the host's stays as it is."""
         if self._owns_engine:
@@ -208,6 +223,18 @@ class Outbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _wake(self, _session: object = None) -> None:
+        for wake in tuple(self.wakers):
+            wake()
+
+    def _wake_after_commit(self, session: Session | scoped_session[Session]) -> None:
+        if not self.wakers:
+            return
+        this = session if isinstance(session, Session) else session()
+        # Once for a session: a listener can't be removed while it is called, and a wake too many is harmless.
+        if not sqlalchemy_event.contains(this, "after_commit", self._wake):
+            sqlalchemy_event.listen(this, "after_commit", self._wake)
 
 
 def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:

@@ -136,8 +136,17 @@ INSERTED = (
     "created_at_ms",
 )
 INSERT = insert(events).values({name: bindparam(name) for name in INSERTED})
-INSERT_RETURNING = INSERT.returning(_c.id)
 INSERT_IN_SESSION = insert(events).returning(_c.id, sort_by_parameter_order=True)
+
+CHANNEL = "observation_events"
+"""What PostgreSQL notifies of at the commit of new events.
+
+Outboxes in other schemas of a database share it; a flusher that is woken for one of theirs finds nothing.
+"""
+# In the statement itself it needs no further round trip. Equal ones of a transaction are sent once.
+_notify: ColumnElement[Any] = literal_column(f"pg_notify('{CHANNEL}', '')")
+INSERT_AND_NOTIFY = INSERT.returning(_c.id, _notify)
+INSERT_AND_NOTIFY_IN_SESSION = insert(events).returning(_c.id, _notify, sort_by_parameter_order=True)
 
 
 def _due_in(*statuses: Status) -> Select[Any]:

@@ -10,7 +10,7 @@ from heapq import merge
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Select
+from sqlalchemy import Engine, Select, TwoPhaseTransaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
@@ -133,6 +133,9 @@ class Store:
                 return [connection.execute(sql.INSERT, row).lastrowid for row in rows]
             if self._is_postgresql:
                 rows = [without_nul(row) for row in rows]
+                # PostgreSQL can't prepare a transaction that has notified; flushers come upon its rows by polling.
+                if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
+                    return list(connection.scalars(sql.INSERT_AND_NOTIFY_IN_SESSION, rows))
             return list(connection.scalars(sql.INSERT_IN_SESSION, rows))
 
     def insert_on(self, connection: Any, rows: Sequence[dict[str, Any]], *, policy: Policy) -> list[int]:
@@ -308,6 +311,12 @@ class Store:
         with reading(self.engine) as connection:
             return connection.scalar(sql.PENDING_COUNT) or 0
 
+    def next_due_ms(self) -> int | None:
+        """Return when the next pending row is due."""
+        with reading(self.engine) as connection:
+            due_ms: int | None = connection.scalar(sql.NEXT_DUE)
+            return due_ms
+
     def overview(self) -> Overview:
         """Count the rows and find what keeps them back."""
         with reading(self.engine) as connection:
@@ -391,7 +400,7 @@ class Store:
         return Claim(rows, pause)
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
-        return transaction.insert(sql.INSERT_RETURNING if self._is_postgresql else sql.INSERT, rows)
+        return transaction.insert(sql.INSERT_AND_NOTIFY if self._is_postgresql else sql.INSERT, rows)
 
     def _trim(self, transaction: Transaction, *, policy: Policy, now_ms: int, own: int = 0) -> int:
         """Delete a slice of what is over the cap, `own` rows of which this transaction inserted."""
