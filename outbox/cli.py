@@ -30,6 +30,7 @@ from outbox.display import (
     event_in_words,
     list_in_words,
     say,
+    shown_log,
     status_in_words,
     what_next,
     when,
@@ -38,12 +39,14 @@ from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
 from outbox.lifecycle import Status
 from outbox.outbox import LARGEST_ID, Outbox
+from outbox.stats import duration
 
 FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes: it could not be done; wrong use, settings or input; not all delivered; Ctrl-C."""
 
 _RECEIVE_MODES = ("ok", "down", "overloaded", "revoked", "hang", "drop")
 _POLL_S = 0.1
+_LONG_S = 3_600
 _ERRORS_SHOWN = 10
 # Reading less than this takes no time that a bar would have to explain.
 _BAR_FROM_BYTES = 1024 * 1024
@@ -77,9 +80,9 @@ def _moment(_context: click.Context, _param: click.Parameter, value: str | None)
     """Return epoch ms of an age, or of a date and time with its zone."""
     if value is None:
         return None
-    age = re.fullmatch(r"([0-9]{1,6})([smhd])", value)
-    if age:
-        return now_ms() - int(age.group(1)) * _UNIT_MS[age.group(2)]
+    age_ms = _age_ms(value)
+    if age_ms is not None:
+        return now_ms() - age_ms
     with suppress(ValueError):
         moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value))
         if moment.tzinfo is not None:
@@ -88,6 +91,19 @@ def _moment(_context: click.Context, _param: click.Parameter, value: str | None)
         f"{escape(value)!r}, expected an age such as 30s, 15m, 12h or 7d,"
         " or a date and time with its zone such as 2026-11-24T12:00:00Z"
     )
+
+
+def _duration(_context: click.Context, _param: click.Parameter, value: str) -> int:
+    """Return the ms of an age."""
+    age_ms = _age_ms(value)
+    if age_ms is None:
+        raise click.BadParameter(f"{escape(value)!r}, expected an age such as 30s, 15m, 12h or 7d")
+    return age_ms
+
+
+def _age_ms(value: str) -> int | None:
+    age = re.fullmatch(r"([0-9]{1,6})([smhd])", value)
+    return int(age.group(1)) * _UNIT_MS[age.group(2)] if age else None
 
 
 def _check_database(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -256,6 +272,91 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
         say(f"outbox: the last failure: {escape(report.failure)}", err=True)
     if report.sent < report.claimed or report.paused_until_ms is not None or not is_complete:
         context.exit(UNDELIVERED)
+
+
+@main.command(epilog="Example: OUTBOX_TOKEN_FILE=token outbox run --url https://api.example.com")
+@click.option("--url", required=True, envvar="OUTBOX_URL", show_envvar=True, help="Base URL of the service.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 64), default=1, show_default=True, help="Batches under way at once."
+)
+@click.option(
+    "--grace",
+    metavar="SECONDS",
+    type=click.IntRange(0, 3_600),
+    default=8,
+    show_default=True,
+    help="How long the end may take after SIGTERM or Ctrl-C.",
+)
+@click.pass_context
+def run(context: click.Context, url: str, *, concurrency: int, grace: int) -> None:
+    """Deliver events as they come, until SIGTERM or Ctrl-C.
+
+    What is being sent then is finished, or given back when the grace period ends. The token comes from the
+    environment: OUTBOX_TOKEN, or OUTBOX_TOKEN_FILE, a file that is read before each request. When another token
+    stands there, what is parked or waits is tried again at once. The log goes to standard error.
+    """
+    from outbox.client import HttpClient  # noqa: PLC0415 - it brings requests along
+    from outbox.worker import Worker  # noqa: PLC0415 - only this command needs it
+
+    known = _token()
+
+    def token() -> str | None:
+        nonlocal known
+        current = _token()
+        if current and current != known:
+            outbox.retry_now()
+        known = current
+        return current
+
+    with (
+        HttpClient(url, token=token) as client,
+        _existing(context.obj) as outbox,
+        shown_log(),
+        _sigterm_like_ctrl_c(),
+    ):
+        worker = Worker(outbox, client, concurrency=concurrency)
+        try:
+            worker.start()
+            where = outbox.engine.url.render_as_string(hide_password=True)
+            say(f"outbox: delivering from {escape(where)} to {escape(url)}", err=True)
+            while True:
+                time.sleep(_LONG_S)
+        except KeyboardInterrupt:
+            say("outbox: ending", err=True)
+        finally:
+            worker.stop(grace)
+
+
+@main.command(epilog="Example: outbox health --max-overdue 10m")
+@click.option(
+    "--max-overdue",
+    metavar="AGE",
+    default="10m",
+    show_default=True,
+    callback=_duration,
+    help="How long an event may be due without anybody delivering it.",
+)
+@click.option("--live", is_flag=True, help="Only look whether the database can be reached and its schema fits.")
+@_json
+@click.pass_context
+def health(context: click.Context, *, max_overdue: int, live: bool, as_json_: bool) -> None:
+    """Tell by the exit code whether all is well, for probes.
+
+    Exit code 1: the database can't be reached, or its schema does not fit. Exit code 3: events are overdue, so
+    nobody delivers here, or not fast enough. Events that wait after a failed try, or are parked, are not overdue.
+    """
+    with _existing(context.obj) as outbox:
+        overdue_ms = 0 if live else outbox.overdue_ms()
+    if as_json_:
+        say(as_json({"overdue_ms": None if live else overdue_ms}))
+    if overdue_ms > max_overdue:
+        _fail(
+            f"an event has been due for {duration(overdue_ms)}; look whether `outbox run` or another flusher runs,"
+            " and what `outbox status` says",
+            UNDELIVERED,
+        )
+    if not as_json_:
+        say("ok")
 
 
 @main.command(epilog="Example: outbox status --json")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from types import TracebackType
@@ -37,6 +39,23 @@ def say(text: str, *, err: bool = False) -> None:
     """Print lines; what the output's encoding does not have is escaped."""
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            say(f"outbox: {escape(line)}", err=True)
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Print the log of this package on standard error."""
+    log, handler = logging.getLogger("outbox"), _Log()
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def as_json(value: object) -> str:
