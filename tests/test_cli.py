@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import runpy
@@ -10,6 +11,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 import types
 from dataclasses import replace
 from datetime import timedelta
@@ -25,6 +28,7 @@ from freezegun import freeze_time
 from builders import NOON, NOON_MS, add_row, row, rule_fired, statuses
 from outbox import Event, Outbox, Policy, cli, display
 from outbox.cli import main
+from outbox.clock import now_ms
 from outbox.database import writing
 from outbox.events import MAX_PAYLOAD_BYTES
 from outbox.failures import StorageError
@@ -32,6 +36,7 @@ from outbox.receiver import Answer, IngestServer, Mode
 from outbox.schema import REVISIONS
 from outbox.stats import duration, failure_in_words
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "tok-0123456789"
 GOOD = '{"event_type":"rule_fired","rule_ids":["r1"],"session_id":"s1","fired_at":"2026-11-24T12:00:00Z"}'
 HOSTILE = "\x1b[31mred\x07\x9b2J\u202e\x7f\nnext"
@@ -1061,3 +1066,120 @@ def test_abandoned_events_are_named_when_nothing_else_is_wrong(outbox):
 def test_the_examples_are_events_that_can_be_enqueued(run, outbox):
     examples = Path(__file__).parent.parent / "examples" / "events.ndjson"
     assert run("enqueue", examples).exit_code == 0
+
+
+# --- run ---
+
+
+def start_run(url, server, token_file, *options):
+    """Start `outbox run`; return once it delivers."""
+    run = process(
+        *("-m", "outbox", "--database", url, "run", "--url", server.url, *options),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert run.stderr.readline() == f"outbox: delivering from {url} to {server.url}\n"
+    return run
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def token_file(monkeypatch, tmp_path):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    monkeypatch.setenv("OUTBOX_TOKEN_FILE", str(file))
+    return file
+
+
+def test_run_delivers_what_others_enqueue_until_sigterm(url, outbox, server, token_file):
+    with start_run(url, server, token_file) as run:
+        outbox.enqueue_many([rule_fired()] * 3)
+        wait_until(lambda: statuses(outbox) == ["sent"] * 3)
+        run.terminate()
+        assert run.communicate(timeout=60) == (None, "outbox: ending\n")
+    assert run.returncode == 0
+
+
+def test_run_gives_back_what_it_can_not_finish_in_time(url, outbox, server, token_file):
+    server.set_mode("hang")
+    with start_run(url, server, token_file, "--grace", "1") as run:
+        outbox.enqueue(rule_fired())
+        wait_until(lambda: server.requests)
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=30)  # less than an upload may take
+    assert run.returncode == 0
+    assert statuses(outbox) == ["pending"]
+
+
+def test_run_tries_again_what_is_parked_when_the_token_changes(url, outbox, server, token_file):
+    token_file.write_text("outdated")
+    outbox.enqueue(rule_fired())
+    with start_run(url, server, token_file) as run:
+        wait_until(lambda: statuses(outbox) == ["parked"])
+        token_file.unlink()
+        fresh = token_file.with_suffix(".new")
+        fresh.write_text(TOKEN)
+        fresh.replace(token_file)
+        wait_until(lambda: statuses(outbox) == ["sent"])
+        run.terminate()
+        said = run.communicate(timeout=60)[1].splitlines()
+    assert said[0].startswith("outbox: can't deliver: 401 Unauthorized")
+    assert said[-2:] == ["outbox: delivering again", "outbox: ending"]
+
+
+def test_run_does_not_begin_without_a_schema(url, run, logged_in):
+    result = run("run")
+    assert result.exit_code == 1
+    assert "outbox upgrade" in result.stderr
+
+
+def test_the_log_of_run_steers_no_terminal(capsys):
+    with display.shown_log():
+        logging.getLogger("outbox").warning("%s", HOSTILE)
+    assert "red" in (shown := capsys.readouterr().err)
+    assert not STEERING.search(shown)
+
+
+# --- health ---
+
+
+def test_health_is_well_while_nothing_is_overdue(outbox, run):
+    add_row(outbox, next_attempt_at_ms=now_ms() - 60_000)
+    assert (run("health").exit_code, run("health").stdout) == (0, "ok\n")
+    add_row(outbox, status="parked")
+    add_row(outbox, next_attempt_at_ms=now_ms() + 60_000)
+    assert json.loads(run("health", "--json").stdout)["overdue_ms"] >= 60_000
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_health_says_that_nobody_delivers(outbox, run, options):
+    with freeze_time(NOON + timedelta(minutes=31)):
+        add_row(outbox)
+        result = run("health", "--max-overdue", "30m", *options)
+    assert result.exit_code == 3
+    assert "an event has been due for 31 minutes" in result.stderr
+
+
+def test_liveness_does_not_ask_for_deliveries(outbox, run):
+    add_row(outbox)
+    assert run("health", "--live").exit_code == 0
+    assert run("health", "--live", "--json").stdout == '{"overdue_ms": null}\n'
+
+
+def test_health_says_that_there_is_no_database(run):
+    result = run("health", "--live")
+    assert result.exit_code == 1
+    assert "outbox upgrade" in result.stderr
+
+
+def test_health_refuses_what_is_no_age(run):
+    result = run("health", "--max-overdue", "soon")
+    assert result.exit_code == 2
+    assert "expected an age such as 30s" in result.stderr
