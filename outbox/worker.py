@@ -77,11 +77,11 @@ class Worker:
 
     def start(self) -> None:
         """Start the threads, unless they run already."""
+        self._outbox.wakers.add(self._wake)
         with self._lock:
             self._starts_when_woken = False
             if self._run is None:
                 self._run = _Run(self._outbox, self._client, self._concurrency, self._poll_interval_ms)
-        self._outbox.wakers.add(self._wake)
 
     def stop(self, timeout: float = 5.0) -> None:
         """End the threads; return within `timeout` seconds.

@@ -47,6 +47,17 @@ def test_the_code_of_the_readme_runs(server: IngestServer, tmp_path: Path, monke
     namespace["engine"].dispose()
 
 
+def test_the_code_about_the_worker_runs(server: IngestServer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks("docs/worker.md", "python"):
+        exec(compile(block.replace(EXAMPLE_SERVER, server.url), "worker.md", "exec"), namespace)  # noqa: S102 - our own
+    namespace["outbox"].flush_all(namespace["client"])
+    assert len(server.received) == 1
+    namespace["outbox"].close()
+    namespace["client"].close()
+
+
 def test_the_shell_commands_of_the_readme_run(server: IngestServer, tmp_path: Path) -> None:
     (tmp_path / ".token").write_text("my-token\n")
     run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
@@ -73,14 +84,14 @@ def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
     assert f"pip install {project.group(1)}" in commands("README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md"])
 def test_every_command_that_the_docs_name_exists(page: str) -> None:
     named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert {*named} <= {*main.commands}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target

@@ -492,6 +492,7 @@ def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbo
 @can_fork
 @beside_threads
 def test_a_child_that_enqueues_nothing_has_no_worker(outbox: Outbox) -> None:
+    unstarted = Worker(outbox, ScriptedClient())
     with idle(outbox, ScriptedClient()) as running:
 
         def look() -> None:
@@ -499,6 +500,7 @@ def test_a_child_that_enqueues_nothing_has_no_worker(outbox: Outbox) -> None:
             running.stop()
             outbox.enqueue(rule_fired())
             assert running._run is None
+            assert unstarted._run is None
 
         child = Child(look)
         child.act()
