@@ -40,9 +40,12 @@ def wait_ms(report: FlushReport | None, rounds: int, *, poll_interval_ms: int, n
 
     So many `rounds` before it came out the same way; None stands for one that failed. Nothing due: 100 ms,
     doubled up to the poll interval. A failure, or a verdict that holds for all: one second, doubled up to a
-    minute, and up to a quarter more, decided by the time.
+    minute, and up to a quarter more, decided by the time. A pause that all hosts share: until it is over, but no
+    longer than the poll interval, for somebody may end it.
     """
     doubled = 1 << min(rounds, 20)
+    if report is not None and report.paused_until_ms is not None:
+        return min(max(report.paused_until_ms - now_ms, _SHORTEST_POLL_MS), poll_interval_ms)
     if report is None or report.verdict is not None:
         pause_ms = min(_SHORTEST_PAUSE_MS * doubled, _LONGEST_PAUSE_MS)
         return pause_ms + jitter(pause_ms, now_ms)
@@ -191,7 +194,7 @@ class _Run:
                 break
             except BaseException as error:  # noqa: BLE001 - SystemExit, too, would end the thread without a word
                 self._say_trouble(type(error), error, with_traceback=not isinstance(error, OutboxError))
-                self._plan(None)
+                self._plan(None, now_ms())
         self._leave(1)
 
     def _leave(self, threads: int) -> None:
@@ -219,19 +222,21 @@ class _Run:
     def _look(self, turn: ExitStack) -> None:
         if not self._client.logged_in:
             self._say_trouble(Verdict.AUTH_BLOCKED, "not logged in")
-            self._plan(FlushReport())
+            self._plan(FlushReport(), now_ms())
             return
         try:
             report = flush(self._store, self._policy, self._client, lambda let_go: self._hold(let_go, turn))
         finally:
             self._held.pop(threading.get_ident(), None)
-        if report.verdict is not None:
+        if report.paused_until_ms is not None:
+            self._say_trouble(Verdict.TRANSIENT, report.failure)
+        elif report.verdict is not None:
             is_login = report.verdict is Verdict.AUTH_BLOCKED
             self._say_trouble(Verdict.AUTH_BLOCKED if is_login else Verdict.TRANSIENT, report.failure)
         # After a failed upload only one that succeeds shows that the server is back.
         elif report.sent or isinstance(self._trouble, type):
             self._say_recovery()
-        self._plan(report)
+        self._plan(report, self._store.now_ms())
 
     def _hold(self, let_go: Callable[[], None], turn: ExitStack) -> None:
         self._held[threading.get_ident()] = let_go
@@ -241,10 +246,11 @@ class _Run:
             self._next_look = self._clock()
             turn.close()
 
-    def _plan(self, report: FlushReport | None) -> None:
-        has_failed = report is None or report.verdict is not None
+    def _plan(self, report: FlushReport | None, now_ms: int) -> None:
+        is_paused = report is not None and report.paused_until_ms is not None
+        has_failed = report is None or report.verdict is not None or is_paused
         rounds = self._failed_rounds if has_failed else self._idle_rounds
-        pause_ms = wait_ms(report, rounds, poll_interval_ms=self._poll_interval_ms, now_ms=now_ms())
+        pause_ms = wait_ms(report, rounds, poll_interval_ms=self._poll_interval_ms, now_ms=now_ms)
         self._next_look = self._clock() + pause_ms / 1_000
         if has_failed:
             self._not_before = self._next_look

@@ -119,6 +119,9 @@ class Gated:
         (None, 3, 8_000),
         (None, 10**9, 60_000),
         *[(FlushReport(claimed=64, verdict=one), 1, 2_000) for one in Verdict],
+        (FlushReport(paused_until_ms=4_000), 9, 4_000),
+        (FlushReport(paused_until_ms=60_000), 9, 5_000),
+        (FlushReport(paused_until_ms=0), 9, 100),
     ],
 )
 def test_the_wait_follows_from_the_report(report: FlushReport | None, rounds: int, expected: int) -> None:
@@ -299,6 +302,26 @@ def test_it_says_once_that_it_can_not_deliver_and_once_that_it_can(outbox: Outbo
         'can\'t deliver: 401 Unauthorized: {"error":"session_revoked"}',
         "delivering again",
     ]
+
+
+@pytest.mark.servers("postgresql")
+def test_a_pause_that_another_host_began_is_told_of_and_over_when_it_is_ended(
+    outbox: Outbox, url: str, caplog
+) -> None:
+    client = ScriptedClient()
+    client.destination = "https://ingest.example.com"
+    with Outbox(url) as other:
+        other._store.pause(
+            client.destination, seen=0, until_ms=other._store.now_ms() + NEVER_MS, last_error="429 Slow"
+        )
+        other.enqueue(rule_fired())
+        with Worker(outbox, client, poll_interval_ms=100):
+            until(lambda: "can't deliver: 429 Slow" in caplog.text)
+            assert client.batches == []
+            other.retry_now()
+            until(lambda: statuses(other) == ["sent"])
+    assert caplog.text.count("can't deliver") == 1
+    until(lambda: "delivering again" in caplog.text)
 
 
 @pytest.mark.usefixtures("no_pauses")
