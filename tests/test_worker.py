@@ -19,8 +19,18 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from builders import DOWN, OK, REVOKED, ScriptedClient, refuse, rule_fired, statuses
-from outbox import ConfigurationError, FlushReport, HttpClient, Outbox, Policy, Worker, wakeup, worker
+from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, refuse, rule_fired, statuses
+from outbox import (
+    ConfigurationError,
+    FlushReport,
+    HttpClient,
+    Outbox,
+    Policy,
+    UploadFailure,
+    Worker,
+    wakeup,
+    worker,
+)
 from outbox.database import open_engine
 from outbox.policy import Verdict
 from outbox.receiver import IngestServer
@@ -66,20 +76,20 @@ def no_pauses(monkeypatch) -> None:
 
 @contextmanager
 def idle(outbox: Outbox, client, **options) -> Iterator[Worker]:
-    """A worker that has looked at the empty queue, and sleeps."""
-    looked = threading.Event()
+    """A worker that has looked at the queue, and sleeps; it keeps the reports of its looks."""
     plan = worker._Run._plan
 
     def planned(run, report) -> None:
         plan(run, report)
-        looked.set()
+        started.reports.append(report)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker._Run, "_plan", planned)
         started = Worker(outbox, client, **{"poll_interval_ms": NEVER_MS, **options})
+        started.reports = []
         started.start()
         try:
-            assert looked.wait(FOREVER_S)
+            until(lambda: started.reports)
             yield started
         finally:
             started.stop()
@@ -90,13 +100,18 @@ class Gated:
 
     logged_in = True
 
-    def __init__(self) -> None:
+    def __init__(self, failure: UploadFailure | None = None) -> None:
         self.arrived = threading.Semaphore(0)
         self.gate = threading.Event()
+        self.threads: list[int] = []
+        self._failure = failure
 
     def upload(self, batch) -> None:
+        self.threads.append(threading.get_ident())
         self.arrived.release()
         assert self.gate.wait(FOREVER_S)
+        if self._failure is not None:
+            raise self._failure
 
     def wait_for_upload(self) -> None:
         assert self.arrived.acquire(timeout=FOREVER_S)
@@ -277,12 +292,21 @@ def all_sent_or_waiting(outbox: Outbox) -> bool:
 def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypatch) -> None:
     monkeypatch.setattr(worker, "_SHORTEST_PAUSE_MS", NEVER_MS)
     monkeypatch.setattr(worker, "_LONGEST_PAUSE_MS", NEVER_MS)
-    client = ScriptedClient(DOWN)
-    with idle(outbox, client) as running:
+    client = Gated(DOWN)
+    with idle(outbox, client, concurrency=2) as running:
+        stopping = running._run._stopping
+        waits: list[tuple[int, float]] = []
+        wait = stopping.wait
+        stopping.wait = lambda seconds: waits.append((threading.get_ident(), seconds)) or wait(seconds)
         outbox.enqueue(rule_fired())
+        client.wait_for_upload()
+        until(lambda: running._run._idle_rounds > 1)  # the other one has looked, too, and is asleep
+        client.gate.set()
         until(lambda: running._run._failed_rounds)
         outbox.enqueue(rule_fired())
-    assert client.sizes == [1]
+        until(lambda: waits[-1][1] > 1_000)
+        assert waits[-1][0] not in client.threads
+        assert statuses(outbox) == ["pending"] * 2
 
 
 # --- what it says ---
@@ -291,11 +315,13 @@ def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypat
 @pytest.mark.usefixtures("no_pauses")
 def test_it_says_once_that_it_can_not_deliver_and_once_that_it_can(outbox: Outbox, caplog) -> None:
     client = ScriptedClient(DOWN, DOWN, DOWN, OK, OK, REVOKED, OK)
-    with idle(outbox, client):
+    with idle(outbox, client) as running:
         for sent in range(1, 8):
             outbox.enqueue(rule_fired())
             until(lambda sent=sent: len(client.sizes) == sent)
-        until(lambda: told(caplog)[3:])
+            running.reports.clear()
+            # A look that finds nothing shows nothing of the server.
+            until(lambda: any(report == FlushReport() for report in running.reports))
     assert told(caplog) == [
         "can't deliver: 503 Service Unavailable",
         "delivering again",
@@ -333,6 +359,16 @@ def test_an_exception_is_logged_and_does_not_end_it(outbox: Outbox, caplog, bug:
         until(lambda: told(caplog)[1:])
     assert told(caplog) == [f"can't deliver: {bug}", "delivering again"]
     assert caplog.records[0].exc_info[1] is bug
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_after_an_exception_a_look_that_goes_well_is_the_recovery(outbox: Outbox, caplog) -> None:
+    class HasBadStart(ScriptedClient):
+        logged_in = property(lambda self: bool(self.answers or self.answers.append(OK) or 1 / 0), lambda *_: None)
+
+    with idle(outbox, HasBadStart()):
+        until(lambda: told(caplog)[1:])
+    assert told(caplog) == ["can't deliver: division by zero", "delivering again"]
 
 
 @pytest.mark.contract
@@ -411,6 +447,21 @@ def test_a_stop_gives_back_what_takes_too_long_and_still_records_its_delivery(ou
         client.gate.set()
         until(lambda: all_sent(outbox))
         run._threads[0].join()
+
+
+def test_what_a_stop_gave_back_is_not_sent_by_who_held_it(outbox: Outbox) -> None:
+    gated = Gated()
+    client = ScriptedClient(REJECTED, gated.upload)  # the second upload is of the first row, alone
+    outbox.enqueue_many([rule_fired()] * 3)
+    with Worker(outbox, client) as running:
+        gated.wait_for_upload()
+        run = running._run
+        running.stop(0.5)
+        until(lambda: statuses(outbox) == ["pending"] * 3)
+        gated.gate.set()
+        run._threads[0].join()
+    assert client.sizes == [3, 1]
+    assert statuses(outbox) == ["sent", "pending", "pending"]
 
 
 def test_what_is_claimed_when_it_is_stopped_is_given_back_unsent(outbox: Outbox) -> None:
@@ -510,6 +561,22 @@ def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbo
         child.end()
         outbox.enqueue(rule_fired())
         until(lambda: statuses(outbox) == ["sent"] * 3)
+
+
+@can_fork
+@beside_threads
+@pytest.mark.servers("postgresql")
+@pytest.mark.usefixtures("no_polling")
+def test_a_child_leaves_the_connection_on_which_its_parent_listens_alone(outbox: Outbox, url: str) -> None:
+    with idle(outbox, ScriptedClient()) as running, Outbox(url) as another:
+        listening = running._run.wakeup._listening
+        child = Child(lambda: outbox.enqueue(rule_fired()), running.stop)
+        child.act()
+        child.act()
+        child.end()
+        another.enqueue(rule_fired())
+        until(lambda: all_sent(outbox))
+        assert running._run.wakeup._listening is listening
 
 
 @can_fork
