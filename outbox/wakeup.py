@@ -47,12 +47,12 @@ class Wakeup:
             with suppress(OSError):  # it is closed
                 self._sender.send(b"!")
 
-    def sleep(self, longest_s: float) -> None:
-        """Return when it rings, when PostgreSQL notifies, or after that many seconds."""
+    def sleep(self, longest_s: float) -> bool:
+        """Return True when it rings or PostgreSQL notifies, or may have; False after that many seconds."""
         if self._can_listen and self._listening is None:
             self._listen()
             if self._listening is not None:
-                return  # what was notified before is not told
+                return True  # what was notified before is not told
         with selectors.DefaultSelector() as selector:
             selector.register(self._receiver, selectors.EVENT_READ)
             if self._listening is not None:
@@ -64,6 +64,7 @@ class Wakeup:
         self._is_rung = False
         if self._listening in rung:
             self._hear()
+        return bool(rung)
 
     def close(self) -> None:
         """Close the connection and all else."""

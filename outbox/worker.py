@@ -18,7 +18,6 @@ from outbox.failures import ConfigurationError, OutboxError
 from outbox.flusher import FlushReport, UploadClient, flush
 from outbox.outbox import Outbox
 from outbox.policy import Verdict, jitter
-from outbox.store import Store
 from outbox.wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class _Run:
     _clock = staticmethod(time.monotonic)
 
     def __init__(self, outbox: Outbox, client: UploadClient, concurrency: int, poll_interval_ms: int) -> None:
-        self._store = Store(outbox.engine)
+        self._store = outbox._store  # noqa: SLF001 - a second one would read the server's clock a little differently
         self._policy = outbox.policy
         self._client = client
         self._poll_interval_ms = poll_interval_ms
@@ -212,8 +211,9 @@ class _Run:
 
     def _wait(self) -> None:
         self._pause()
-        if not self._stopping.is_set():
-            self.wakeup.sleep(self._next_look - self._clock())
+        if not self._stopping.is_set() and self.wakeup.sleep(self._next_look - self._clock()):
+            # By this host's reading of the server's clock the event may be due only in a few milliseconds.
+            self._idle_rounds = 0
         self._pause()  # another thread may have come upon trouble
 
     def _pause(self) -> None:

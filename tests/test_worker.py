@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, refuse, rule_fired, statuses
+from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, add_row, refuse, rule_fired, statuses
 from outbox import (
     ConfigurationError,
     FlushReport,
@@ -31,6 +31,7 @@ from outbox import (
     wakeup,
     worker,
 )
+from outbox.clock import now_ms
 from outbox.database import open_engine
 from outbox.policy import Verdict
 from outbox.receiver import IngestServer
@@ -43,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 TOKEN = "token-of-tests"
 FOREVER_S = 30
 NEVER_MS = 3_600_000
+LOOKS = 15
 
 SENT = FlushReport(claimed=64, attempted=64, sent=64)
 
@@ -64,8 +66,15 @@ def told(caplog) -> list[str]:
 
 @pytest.fixture
 def no_polling(monkeypatch) -> None:
-    """Whatever is delivered within an hour is delivered because the worker was woken."""
-    monkeypatch.setattr(worker, "_SHORTEST_POLL_MS", NEVER_MS)
+    """Let a worker that was not woken for a while sleep for an hour; one that was woken looks a few times."""
+    wait_ms = worker.wait_ms
+
+    def wait(report, rounds, **options) -> int:
+        if report != FlushReport():
+            return wait_ms(report, rounds, **options)
+        return 20 if rounds < LOOKS - 1 else NEVER_MS
+
+    monkeypatch.setattr(worker, "wait_ms", wait)
 
 
 @pytest.fixture
@@ -89,7 +98,7 @@ def idle(outbox: Outbox, client, **options) -> Iterator[Worker]:
         started.reports = []
         started.start()
         try:
-            until(lambda: started.reports)
+            until(lambda: started.reports[LOOKS - 1 if worker.wait_ms is not wait_ms else 0 :])
             yield started
         finally:
             started.stop()
@@ -191,6 +200,14 @@ def test_what_is_made_due_again_wakes_it(outbox: Outbox) -> None:
     outbox.flush(ScriptedClient(DOWN))
     with idle(outbox, ScriptedClient()):
         outbox.retry_now()
+        until(lambda: all_sent(outbox))
+
+
+@pytest.mark.usefixtures("no_polling")
+def test_once_woken_it_looks_again_for_what_is_due_a_little_later_by_its_clock(outbox: Outbox) -> None:
+    with idle(outbox, ScriptedClient()) as running:
+        add_row(outbox, next_attempt_at_ms=now_ms() + 100)
+        running._wake()
         until(lambda: all_sent(outbox))
 
 
