@@ -185,7 +185,8 @@ class Store:
             return transaction.change(
                 sql.CHANGE_PAUSE,
                 destination=destination,
-                new_failures=there.failures + is_latest,
+                # At least one, though the pause that it knew of is over: who saw no pause knows of none.
+                new_failures=max(there.failures + is_latest, 1),
                 new_paused_until_ms=max(there.paused_until_ms, until_ms),
                 new_probe_until_ms=0 if is_latest else there.probe_until_ms,
                 new_last_error=last_error,

@@ -182,6 +182,23 @@ def test_a_failure_from_before_the_pause_ends_no_probe(outbox: Outbox, other: Ou
 
 
 @on_servers
+def test_a_probe_that_fails_after_its_pause_was_ended_begins_a_new_one(
+    outbox: Outbox, other: Outbox, noon
+) -> None:
+    enqueue(outbox)
+    outbox.flush(Client(DOWN))
+    enqueue(outbox, 100)
+    noon.tick(1)
+
+    def meanwhile(_batch):
+        other.retry_now()
+        return UNREACHABLE
+
+    outbox.flush(Client(meanwhile))
+    assert paused(outbox) == [(SERVICE, 1, 3 * SECOND)]
+
+
+@on_servers
 @pytest.mark.parametrize("answer", [REVOKED, REJECTED])
 def test_a_probe_that_is_answered_ends_the_pause_whatever_it_is_told(outbox: Outbox, noon, answer) -> None:
     enqueue(outbox)
