@@ -19,6 +19,7 @@ from .runs import report, run_chunk, run_seeds, theatre
 @click.option("--first", default=0, help="The first seed.")
 @click.option("--ticks", default=TICKS, help="How long each world goes on before it calms down.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="How many processes work on it.")
+@click.option("--database", "server", help="The URL of a PostgreSQL server's administrator, instead of SQLite.")
 @click.option("--as-found", is_flag=True, help="One process, and the first world that fails is not shrunk.")
 @click.option("--seed", type=int, help="Run this one only, and show its trace.")
 @click.option("--kinds", help=f"The kinds of trouble of that one: {', '.join(KINDS)}; or none.")
@@ -36,6 +37,7 @@ def main(
     first: int,
     ticks: int,
     jobs: int,
+    server: str | None,
     as_found: bool,
     seed: int | None,
     kinds: str | None,
@@ -47,12 +49,12 @@ def main(
         _search(Scope(tuple(answers.split(",")), **size))
     elif seed is not None:
         chosen = None if kinds is None else frozenset(kinds.split(",")) & frozenset(KINDS)
-        _show(Case(seed, ticks, chosen))
+        _show(Case(seed, ticks, chosen), server)
     elif as_found:
-        _, _, failed = run_seeds(first, first + seeds, ticks, shorten=False)
+        _, _, failed = run_seeds(first, first + seeds, ticks, server=server, shorten=False)
         _exit_with(None if failed is None else report(failed))
     else:
-        _run(range(first, first + seeds), ticks, jobs)
+        _run(range(first, first + seeds), ticks, jobs, server)
 
 
 def _search(scope: Scope) -> None:
@@ -62,8 +64,8 @@ def _search(scope: Scope) -> None:
     click.echo(f"{scope}: {found} in {time.monotonic() - started:.0f} s")
 
 
-def _show(case: Case) -> None:
-    with theatre() as stage:
+def _show(case: Case, server: str | None) -> None:
+    with theatre(server) as stage:
         result = run(case, stage)
     click.echo("\n".join(result.trace))
     click.echo(
@@ -72,10 +74,10 @@ def _show(case: Case) -> None:
     sys.exit(result.failure is not None)
 
 
-def _run(seeds: range, ticks: int, jobs: int) -> None:
+def _run(seeds: range, ticks: int, jobs: int, server: str | None) -> None:
     started = time.monotonic()
     size = max(1, min(100, len(seeds) // jobs))
-    chunks = [(at, min(at + size, seeds.stop), ticks) for at in seeds[::size]]
+    chunks = [(at, min(at + size, seeds.stop), ticks, server) for at in seeds[::size]]
     done = all_ticks = commits = 0
     with get_context("spawn").Pool(jobs) as pool:
         for more, more_ticks, more_commits, failed in pool.imap_unordered(run_chunk, chunks):

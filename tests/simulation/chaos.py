@@ -23,7 +23,8 @@ from outbox import BatchItem, FixOutcome, HttpFailure, Outbox, Policy, RuleFired
 
 from .model import LIVENESS, LOSS, REPORT, WEEK_MS, Model, Violation
 from .server import Answer, Client, Server
-from .stage import NOON_MS, DatabaseFault, Director, Process, Stage, Theatre
+from .stage import NOON_MS, Director, Fault, Process, Stage
+from .theatre import Theatre
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
 
@@ -38,10 +39,12 @@ KINDS = (
 )  # fmt: skip
 TICKS = 1_500
 
-_SERIALIZATION_FAILURE = "40001"
+_GIVEN_UP = ("40001", "40P01")
 
 # The longest back-off with its jitter, the lease of whoever died last, and parked rows that come back two by two.
 _GRACE_MS = 1_920_000 * 5 // 4 + 60_000 + 60 // 2 * 5_000
+# The longest pause, and a probe that died.
+_GRACE_OF_PAUSE_MS = 300_000 + 60_000
 
 
 class Bug(Exception):  # noqa: N818 - it plays a client's bug
@@ -118,8 +121,10 @@ class World(Director):
     def run(self) -> Result:
         failure = None
         with self._theatre.empty_database() as observer:
-            equal_clocks = not {SKEW, JUMP} & self.kinds
-            self.model = Model(observer, self.policy, self.server, equal_clocks=equal_clocks)
+            # On a server all go by its clock, however wrong their own are.
+            shared = self._theatre.is_shared
+            equal_clocks = shared or not {SKEW, JUMP} & self.kinds
+            self.model = Model(observer, self.policy, self.server, equal_clocks=equal_clocks, shared=shared)
             stage = Stage(self, self.model)
             try:
                 stage.play(self._cast())
@@ -340,7 +345,7 @@ class World(Director):
         self._last = self._schedule.choice(runnable)
         return self._last
 
-    def database_fault(self, process: Process, step: str) -> DatabaseFault | None:
+    def database_fault(self, process: Process, step: str) -> Fault | None:
         if self.calm or self._trouble.random() >= self._fault_rate:
             return None
         faults = []
@@ -350,16 +355,18 @@ class World(Director):
         if not faults:
             return None
         fault = self._trouble.choice(faults)
-        return DatabaseFault(
+        given_up = self._trouble.choice(_GIVEN_UP) if self.model.shared else _GIVEN_UP[0]
+        return Fault(
             fault,
-            sqlstate=_SERIALIZATION_FAILURE if fault == DEADLOCK else None,
+            sqlstate=given_up if fault == DEADLOCK else None,
             breaks_connection=fault == DISCONNECT,
         )
 
-    def lost_commit(self, process: Process) -> DatabaseFault | None:
+    def lost_commit(self, process: Process) -> Fault | None:
         if self.calm or LOST_COMMIT not in self.kinds or self._trouble.random() >= self._fault_rate:
             return None
-        return DatabaseFault("broke while it committed", breaks_connection=self._trouble.random() < 0.5)
+        breaks = self.model.shared or self._trouble.random() < 0.5
+        return Fault("broke while it committed", breaks_connection=breaks)
 
     def _stir(self) -> None:
         stage = self.stage
@@ -404,9 +411,11 @@ class World(Director):
         if row is None:
             return None
         boundary = row.next_attempt_at_ms
+        if self.model.pause is not None and draw.random() < 0.3:
+            boundary = draw.choice((self.model.pause.paused_until_ms, self.model.pause.probe_until_ms))
         if LEAP in self.kinds and draw.random() < 0.3:
             boundary = row.gave_chance_at() + WEEK_MS
-        now = self.stage.now_ms + process.clock_offset_ms
+        now = self.stage.now_ms + (0 if self.model.shared else process.clock_offset_ms)
         distance = boundary + draw.choice((-1, 0, 0, 0, 1)) - now
         return distance if distance > 0 else None
 
@@ -420,7 +429,7 @@ class World(Director):
             process.clock_offset_ms = 0
         stage.wake()
         stage.note("world", "calms down")
-        self._deadline_ms = max(stage.now_ms, stage.furthest_ms) + _GRACE_MS
+        self._deadline_ms = max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * self.model.shared
 
     def _is_all_parked(self) -> bool:
         # What is parked waits for a success or for an operator; when nothing else is left, someone has to do that.
@@ -431,7 +440,10 @@ class World(Director):
         if now > self._deadline_ms:
             raise Violation(LIVENESS, f"still there at {now}: {self.model.undelivered()}")
         due = [row.next_attempt_at_ms for row in self.model.undelivered() if row.status != "parked"]
-        return max(1, min(due, default=now) - now)
+        next_ms = min(due, default=now)
+        if self.model.pause is not None:
+            next_ms = max(next_ms, self.model.pause.until_ms)
+        return max(1, next_ms - now)
 
     def _check_end(self) -> None:
         for row in self.model.rows.values():
@@ -439,8 +451,8 @@ class World(Director):
                 raise Violation(LOSS, f"{row} is nowhere")
         with Outbox(self._theatre.seat("flusher0").engine, policy=self.policy) as outbox:
             seen = outbox.stats()
-            if sum(entry.events for entry in seen.deleted) + sum(seen.counts.values()) != self.model.ever_inserted:
-                raise Violation(REPORT, f"of {self.model.ever_inserted} events stats() knows {seen}")
+            if sum(entry.events for entry in seen.deleted) + sum(seen.counts.values()) != len(self.model.ever_inserted):
+                raise Violation(REPORT, f"of {len(self.model.ever_inserted)} events stats() knows {seen}")
 
 
 def _failed(error: BaseException) -> Answer:

@@ -23,7 +23,8 @@ from outbox import BatchItem, HttpFailure, Outbox, Policy, TransportFailure, mai
 
 from .model import LIVENESS, Model, Violation
 from .server import Answer, Client, Server
-from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, NOON_MS, Director, Process, Stage, Theatre
+from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, NOON_MS, Director, Process, Stage
+from .theatre import Theatre
 
 T = TypeVar("T")
 

@@ -6,11 +6,10 @@ server answered and what the clock showed. Only the table of moves is taken from
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outbox import FlushReport, HttpFailure, Policy, UploadFailure
 from outbox.lifecycle import MOVES
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 WEEK_MS = 7 * 24 * 60 * 60 * 1_000
 
-MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT = (
+MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT, PAUSE = (
     "1 only moves of the table",
     "2 one owner under valid leases",
     "3 sent means accepted",
@@ -31,6 +30,7 @@ MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICIT
     "7 given up for a reason",
     "8 one answer, one transaction",
     "9 reports tell the truth",
+    "10 a service that failed is left alone",
 )
 
 
@@ -70,9 +70,26 @@ class Row(NamedTuple):
         return max(self.created_at_ms, self.revived_at_ms or 0)
 
 
+class Pause(NamedTuple):
+    destination: str
+    failures: int = 0
+    paused_until_ms: int = 0
+    probe_until_ms: int = 0
+    last_error: str = ""
+
+    @property
+    def until_ms(self) -> int:
+        return max(self.paused_until_ms, self.probe_until_ms)
+
+
+DESTINATION = "https://ingest.example.com"
+PROBE_SIZE = 8
+
 _ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events"
-_LEDGER = "SELECT status, event_type, events FROM observation_events_ledger WHERE reason = 'cap'"
-_EVER_INSERTED = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation_events'"
+_LEDGER = "SELECT reason, status, event_type, events FROM observation_events_ledger"
+_PAUSES = f"SELECT {', '.join(Pause._fields)} FROM observation_destinations"
+_LAST_ID = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation_events'"
+_BORN = "SELECT id FROM born"
 
 
 @dataclass
@@ -94,6 +111,11 @@ class Operation:
     results: list[object] = field(default_factory=list)
     claim: dict[int, Row] = field(default_factory=dict)
     lease_ms: int = 0
+    unpaused: bool = True
+    """Whether at some moment of its transaction there was no pause."""
+    probe: Pause | None = None
+    """The pause after which its claim is a probe, and until when it keeps others away."""
+    probe_until_ms: int = 0
     requests: list[Request] = field(default_factory=list)
     uploading: bool = False
     settlements: int = 0
@@ -145,35 +167,45 @@ class Model:
     """The table as it was after the last commit, and who holds which row."""
 
     def __init__(
-        self, observer: sqlite3.Connection, policy: Policy, server: Server, *, equal_clocks: bool
+        self, observer: Any, policy: Policy, server: Server, *, equal_clocks: bool, shared: bool = False
     ) -> None:
         self._observer = observer
+        self.shared = shared
+        """Whether transactions run at once, as on a server."""
         self.policy = policy
         self.server = server
         self.equal_clocks = equal_clocks
         self.rows: dict[int, Row] = {}
         self.rows, self.deleted, self.ever_inserted = self.read()
+        self.pause = self.read_pause()
         self.holders: dict[int, Operation] = {}
         self.commits = 0
         self.seen: Counter[str] = Counter()
 
-    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str]], int]:
+    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str, str]], Set[int]]:
         # A row that is as it was stays the same object.
         known = self.rows
         rows = {
             row[0]: old if (old := known.get(row[0])) == row else Row._make(row)
             for row in self._observer.execute(_ROWS)
         }
-        deleted = Counter({(status, kind): events for status, kind, events in self._observer.execute(_LEDGER)})
-        return rows, deleted, self._observer.execute(_EVER_INSERTED).fetchone()[0] or 0
+        deleted = Counter({entry[:3]: entry[3] for entry in self._observer.execute(_LEDGER)})
+        if self.shared:
+            return rows, deleted, {row_id for (row_id,) in self._observer.execute(_BORN)}
+        return rows, deleted, set(range(1, (self._observer.execute(_LAST_ID).fetchone()[0] or 0) + 1))
+
+    def read_pause(self) -> Pause | None:
+        found = [Pause._make(row) for row in self._observer.execute(_PAUSES)]
+        return found[0] if found else None
 
     def observe(self, process: Process, stage: Stage) -> None:
         """Check what the process has just committed."""
-        before, deleted, ever_inserted = self.rows, self.deleted, self.ever_inserted
+        before, deleted, ever_inserted, pause = self.rows, self.deleted, self.ever_inserted, self.pause
         self.rows, self.deleted, self.ever_inserted = self.read()
+        self.pause = self.read_pause()
         self.commits += 1
         operation = process.operation
-        born = range(ever_inserted + 1, self.ever_inserted + 1)
+        born = sorted(self.ever_inserted - ever_inserted)
         operation.inserted += len(born)
         gone = [before[row_id] for row_id in before.keys() - self.rows.keys()]
         self._check_conservation()
@@ -185,19 +217,19 @@ class Model:
             self.holders.pop(row.id, None)
         both = ((old, self.rows.get(row_id)) for row_id, old in before.items())
         changed = [(old, new) for old, new in both if new is not None and new is not old]
-        if changed:
-            self._check_changed(process, stage, before, changed)
+        moves = self._check_changed(process, stage, before, changed) if changed else {}
+        self._check_pause(process, stage, pause, claimed=len(moves.get("claim", ())))
 
     # Conservation, and what is deleted
 
     def _check_conservation(self) -> None:
         there, counted = len(self.rows), self.deleted.total()
-        if self.ever_inserted != there + counted:
+        if len(self.ever_inserted) != there + counted:
             raise Violation(
-                CONSERVATION, f"{self.ever_inserted} were enqueued, {there} are there and {counted} are counted"
+                CONSERVATION, f"{len(self.ever_inserted)} were enqueued, {there} are there and {counted} are counted"
             )
 
-    def _check_born(self, operation: Operation, born: range) -> None:
+    def _check_born(self, operation: Operation, born: list[int]) -> None:
         if operation.kind not in ("enqueue", "session", "foreign"):
             raise Violation(MOVE, f"{operation.kind} inserted rows")
         for row_id in born:
@@ -211,11 +243,13 @@ class Model:
                     raise Violation(MOVE, f"enqueue wrote {row}")
 
     def _check_deleted(
-        self, operation: Operation, gone: list[Row], born: range, counted: Counter[tuple[str, str]]
+        self, operation: Operation, gone: list[Row], born: list[int], entries: Counter[tuple[str, str, str]]
     ) -> None:
         # Rows that came and went in one transaction were never seen; they are counted as pending.
         unseen = sum(row_id not in self.rows for row_id in born)
+        reason = next(iter(entries))[0] if entries else "none"
         seen = Counter((row.status, row.event_type) for row in gone)
+        counted = Counter({entry[1:]: events for entry, events in entries.items()})
         if not seen <= counted or counted.total() != seen.total() + unseen:
             raise Violation(CONSERVATION, f"deleted {dict(seen)} and {unseen} new ones, counted {dict(counted)}")
         if operation.kind not in ("enqueue", "flush"):
@@ -224,8 +258,13 @@ class Model:
         for row in gone:
             if row.status == "sending" and row.next_attempt_at_ms > now:
                 raise Violation(EXCLUSION, f"at {now} the cap deleted a row in flight: {row}")
-        self._check_order_of_cap(gone, now=now, unseen=unseen)
-        self.seen.update(f"cap {row.status}" for row in gone)
+        if reason == "retention":
+            early = [row for row in gone if row.status != "sent" or (row.sent_at_ms or 0) >= now - WEEK_MS]
+            if early or not self.shared:
+                raise Violation(CONSERVATION, f"at {now} {early} did not stay for a week")
+        elif not self.shared:  # where several are trimmed at once, each leaves what another one holds
+            self._check_order_of_cap(gone, now=now, unseen=unseen)
+        self.seen.update(f"{reason} {row.status}" for row in gone)
 
     def _check_order_of_cap(self, gone: list[Row], *, now: int, unseen: int) -> None:
         def deletable(row: Row) -> bool:
@@ -249,7 +288,7 @@ class Model:
 
     def _check_changed(
         self, process: Process, stage: Stage, before: dict[int, Row], changed: list[tuple[Row, Row]]
-    ) -> None:
+    ) -> dict[str, set[int]]:
         operation = process.operation
         moves: dict[str, set[int]] = {}
         for old, new in changed:
@@ -280,6 +319,7 @@ class Model:
         stage.note(
             process.name, "commits", ", ".join(f"{trigger} {sorted(ids)}" for trigger, ids in moves.items())
         )
+        return moves
 
     def _explanations(self, operation: Operation, old: Row) -> Iterator[tuple[str, Row]]:
         """Yield every trigger that this operation may pull on this row, with what the row must then be."""
@@ -390,6 +430,11 @@ class Model:
         if {"retry_now", "requeue"} & moves.keys():
             (trigger,) = moves
             expected[trigger] = [row for row in before.values() if any(self._explanations(operation, row))]
+        if self.shared:
+            # Each leaves what others hold, and does not see what they will commit.
+            if len(moves.get("claim", ())) > self.policy.batch_size:
+                raise Violation(MOVE, f"claimed {sorted(moves['claim'])}, more than a batch")
+            return
         for trigger, rows in expected.items():
             if moves[trigger] != {row.id for row in rows}:
                 raise Violation(
@@ -416,6 +461,72 @@ class Model:
             raise Violation(ABANDONMENT, what)
         raise Violation(MOVE, what)
 
+    # Pauses
+
+    def transaction_begins(self, operation: Operation) -> None:
+        operation.unpaused = self.pause is None
+
+    def _check_pause(self, process: Process, stage: Stage, old: Pause | None, *, claimed: int) -> None:
+        operation = process.operation
+        new = self.pause
+        if claimed:
+            operation.probe, operation.probe_until_ms = None, 0
+        if new != old:
+            told = Pause(DESTINATION) if old is None else old
+            found = [name for name, leads in self._explanations_of_pause(operation, told, claimed) if leads == new]
+            if not found:
+                raise Violation(
+                    PAUSE, f"{operation.kind} turned {old} into {new}, clock {operation.readings[-2:]}"
+                )
+            if found[0] == "probe":
+                operation.probe, operation.probe_until_ms = old, operation.now_ms + self.policy.lease_ms
+            self.seen[found[0]] += 1
+            stage.note(process.name, f"commits {found[0]}", new or "")
+            if new is None:
+                for one in stage.processes:
+                    one.operation.unpaused = True
+        if claimed and not operation.unpaused and operation.probe is None:
+            raise Violation(PAUSE, f"{process.name} claimed {claimed} rows in spite of {old}")
+        if operation.probe is not None and claimed > PROBE_SIZE:
+            raise Violation(PAUSE, f"{process.name} probes with {claimed} rows")
+
+    def _explanations_of_pause(
+        self, operation: Operation, old: Pause, claimed: int
+    ) -> Iterator[tuple[str, Pause | None]]:
+        if operation.kind == "retry_now":
+            yield "end of all pauses", None
+        if operation.kind != "flush":
+            return
+        now = operation.now_ms
+        if old.failures and old.until_ms <= now:
+            # One that finds nothing to send ends in the same transaction.
+            yield ("probe", old._replace(probe_until_ms=now + self.policy.lease_ms if claimed else 0))
+        if old.probe_until_ms == operation.probe_until_ms and (operation.troubled or not operation.requests):
+            yield "end of probe", old._replace(probe_until_ms=0)
+        if not operation.requests:
+            return
+        failure = operation.last_failure
+        seen = operation.probe.failures if operation.probe else 0
+        is_latest = old.failures == seen
+        if not (is_transient(failure) or is_rate_limit(failure)):
+            if operation.probe and is_latest:
+                yield "resume", None
+            return
+        asked_ms = getattr(failure, "retry_after_ms", None) or 0
+        if is_rate_limit(failure):
+            delay = asked_ms or 60_000
+        else:
+            delay = max(1_000 << min(seen, 6), asked_ms if getattr(failure, "status", None) == 503 else 0)
+        yield (
+            "pause" if is_latest else "late pause",
+            old._replace(
+                failures=max(old.failures + is_latest, 1),
+                paused_until_ms=max(old.paused_until_ms, now + delay),
+                probe_until_ms=0 if is_latest else old.probe_until_ms,
+                last_error=str(failure),
+            ),
+        )
+
     # Beside the table
 
     def upload_starts(self, process: Process, stage: Stage) -> None:
@@ -425,6 +536,9 @@ class Model:
             return
         for other in stage.processes:
             theirs = other.operation
+            probing = mine.probe_until_ms > stage.now_ms < theirs.probe_until_ms
+            if other is not process and theirs.uploading and probing and not other.doomed:
+                raise Violation(PAUSE, f"{process.name} and {other.name} both probe")
             if other is not process and theirs.uploading and theirs.lease_ms > stage.now_ms and not other.doomed:
                 shared = set(mine.requests[-1].ids) & set(theirs.requests[-1].ids)
                 if shared:
@@ -436,6 +550,8 @@ class Model:
         outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
         if outcomes != report.claimed:
             raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")
+        if report.paused_until_ms is not None and report.paused_until_ms <= operation.now_ms:
+            raise Violation(REPORT, f"at {operation.now_ms} it is paused until {report.paused_until_ms}")
         told = {"reschedule": report.rescheduled, "park": report.parked, "abandon": report.abandoned}
         for trigger, count in told.items():
             self.moved(operation, trigger, count)
@@ -456,7 +572,7 @@ class Model:
     def enqueued(self, ids: list[int]) -> None:
         """Check that what enqueue returned is durable."""
         for row_id in ids:
-            if not 0 < row_id <= self.ever_inserted:
+            if row_id not in self.ever_inserted:
                 raise Violation(LOSS, f"enqueue returned {row_id}, which was not committed")
 
     def undelivered(self) -> list[Row]:

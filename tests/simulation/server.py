@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from outbox import BatchItem, UploadFailure
 
-from .model import Request
+from .model import DESTINATION, Request
 from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, Process
 
 
@@ -36,6 +36,8 @@ class Server:
 
 class Client:
     """The upload client of one process."""
+
+    destination = DESTINATION
 
     def __init__(self, process: Process, server: Server) -> None:
         self._process = process
