@@ -429,7 +429,9 @@ class World(Director):
             process.clock_offset_ms = 0
         stage.wake()
         stage.note("world", "calms down")
-        self._deadline_ms = max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * self.model.shared
+        self._deadline_ms = (
+            max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * self.model.shared
+        )
 
     def _is_all_parked(self) -> bool:
         # What is parked waits for a success or for an operator; when nothing else is left, someone has to do that.
@@ -451,7 +453,9 @@ class World(Director):
                 raise Violation(LOSS, f"{row} is nowhere")
         with Outbox(self._theatre.seat("flusher0").engine, policy=self.policy) as outbox:
             seen = outbox.stats()
-            if sum(entry.events for entry in seen.deleted) + sum(seen.counts.values()) != len(self.model.ever_inserted):
+            if sum(entry.events for entry in seen.deleted) + sum(seen.counts.values()) != len(
+                self.model.ever_inserted
+            ):
                 raise Violation(REPORT, f"of {len(self.model.ever_inserted)} events stats() knows {seen}")
 
 

@@ -7,7 +7,7 @@ server answered and what the clock showed. Only the table of moves is taken from
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Pause(NamedTuple):
 DESTINATION = "https://ingest.example.com"
 PROBE_SIZE = 8
 
-_ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events"
+_ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events ORDER BY id"
 _LEDGER = "SELECT reason, status, event_type, events FROM observation_events_ledger"
 _PAUSES = f"SELECT {', '.join(Pause._fields)} FROM observation_destinations"
 _LAST_ID = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation_events'"
@@ -182,7 +182,7 @@ class Model:
         self.commits = 0
         self.seen: Counter[str] = Counter()
 
-    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str, str]], Set[int]]:
+    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str, str]], set[int]]:
         # A row that is as it was stays the same object.
         known = self.rows
         rows = {
@@ -226,7 +226,8 @@ class Model:
         there, counted = len(self.rows), self.deleted.total()
         if len(self.ever_inserted) != there + counted:
             raise Violation(
-                CONSERVATION, f"{len(self.ever_inserted)} were enqueued, {there} are there and {counted} are counted"
+                CONSERVATION,
+                f"{len(self.ever_inserted)} were enqueued, {there} are there and {counted} are counted",
             )
 
     def _check_born(self, operation: Operation, born: list[int]) -> None:

@@ -1,10 +1,10 @@
 """The simulation on a PostgreSQL server.
 
 Transactions are interleaved at every statement, for real: each process has a connection of its own, and only one of
-them runs a statement at a time. One that meets a lock is undone and tried again as soon as some other transaction has
-ended. So what a statement does that waits *inside* the server is not simulated: there it goes on with the newest
-version of the row it waited for, here it begins anew. When all wait for each other, one of them is given up as the
-server would do it. A savepoint is set before what may have to wait, else the whole transaction would be undone.
+them is given a statement at a time. One that has to wait for a lock does so inside the server, and others go on; it is
+chosen again as soon as the server has answered. Before anybody goes on after the end of a transaction, all whom it
+held up have either been answered or wait again. What is not interleaved is the inside of a statement: between its
+snapshot and its locks nobody commits, unless it waits.
 
 Faults are real too: the server raises them itself, or the connection is closed.
 """
@@ -12,6 +12,7 @@ Faults are real too: the server raises them itself, or the connection is closed.
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, NoReturn
@@ -23,13 +24,15 @@ from sqlalchemy import create_engine, make_url
 
 from outbox import Outbox
 
-from .stage import Fault, Process, simulated_world
+from .stage import Fault, ProcessDied, simulated_world
 from .theatre import Stopping, Theatre
 
-_DISK_FULL, _DEADLOCK = "53100", "40P01"
+_DISK_FULL = "53100"
 
-# A lock is only waited for while its holder stands still, so the shortest wait tells as much as a long one.
-_SETTINGS = "-c lock_timeout=1 -c synchronous_commit=off"
+# Who closes a circle of transactions that wait for each other is then always the one that is given up, for the others
+# have looked for one before.
+_SETTINGS = "-c deadlock_timeout=1ms -c synchronous_commit=off"
+_PATIENCE_MS = 5
 
 # Ids leave gaps here and are committed in any order, so what was ever inserted is written down.
 _PREPARE = """
@@ -38,6 +41,8 @@ _PREPARE = """
         AS 'BEGIN INSERT INTO born VALUES (NEW.id); RETURN NULL; END';
     CREATE TRIGGER born AFTER INSERT ON observation_events FOR EACH ROW EXECUTE FUNCTION note_birth();
     ALTER TABLE observation_events SET (autovacuum_enabled = off);
+    ALTER TABLE observation_events_ledger SET (autovacuum_enabled = off);
+    ALTER TABLE observation_destinations SET (autovacuum_enabled = off);
 """
 _EMPTY = """
     TRUNCATE observation_events, observation_events_ledger, observation_destinations, born RESTART IDENTITY
@@ -45,9 +50,11 @@ _EMPTY = """
 
 
 class Connection(Stopping, psycopg.Connection[Any]):
-    """It tries what meets a lock again later."""
+    """It lets others go on while it waits for a lock."""
 
+    theatre: PostgreSQLTheatre
     _wrote = False
+    _looked_at = -1
 
     def perform(self, sql: str, call: Callable[[], Any]) -> Any:
         process = self.process
@@ -57,12 +64,31 @@ class Connection(Stopping, psycopg.Connection[Any]):
         statement = {"WITH": "UPDATE", ";": "ping"}.get(first, first)
         process.pause(f"before {statement}")
         self.fail_if_told(process, statement)
-        may_wait = statement not in ("SELECT", "ping") or "FOR UPDATE" in sql
-        result = self._run(process, call) if may_wait else self._try(process, call)
+        if self.info.transaction_status == TransactionStatus.IDLE:
+            process.stage.model.transaction_begins(process.operation)
+        result = call()
         self._wrote |= statement in ("INSERT", "UPDATE", "DELETE") and result.rowcount > 0
         self.fail_if_told(process, f"the end of {statement}")
         process.pause(f"after {statement}", result.rowcount)
         return result
+
+    def wait(self, gen: Any, interval: float = 0.1) -> Any:
+        process = self.process
+        if process is None:
+            return super().wait(gen, interval)
+        try:
+            wanted = next(gen)
+            while True:
+                while not (ready := self._poll(wanted)):
+                    if self._waits_for_lock():
+                        process.stage.model.seen["wait for a lock"] += 1
+                        process.wait_until(self._is_answered)
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value
+        except ProcessDied:
+            self.close()
+            raise
 
     def commit(self) -> None:
         process = self.process
@@ -72,17 +98,24 @@ class Connection(Stopping, psycopg.Connection[Any]):
         self.commit_in_steps(process, self._commit, wrote=self._wrote)
 
     def rollback(self) -> None:
-        super().rollback()
+        if not self.closed:
+            super().rollback()
         self._end()
 
     def close(self) -> None:
-        self._undo()
+        # The server has to know at once: else what this held would be free some time later.
+        if not self.closed:
+            if self.info.transaction_status == TransactionStatus.ACTIVE:
+                self.theatre.ask("SELECT pg_terminate_backend(%s, 10000)", self.info.backend_pid)
+            else:
+                self.pgconn.exec_(b"ROLLBACK")
+            self.pgconn.finish()
         super().close()
+        self._end()
 
     def fail(self, fault: Fault) -> NoReturn:
         if fault.breaks_connection:
-            self._undo()
-            self.pgconn.finish()
+            self.close()
             raise psycopg.OperationalError(fault.message)
         words = f"RAISE EXCEPTION USING ERRCODE = '{fault.sqlstate or _DISK_FULL}', MESSAGE = '{fault.message}'"
         try:
@@ -91,37 +124,27 @@ class Connection(Stopping, psycopg.Connection[Any]):
             self._end()
         raise AssertionError("the server raised nothing")
 
-    def _run(self, process: Process, call: Callable[[], Any]) -> Any:
-        while True:
-            goes_on = self.info.transaction_status == TransactionStatus.INTRANS
-            if goes_on:
-                self.pgconn.exec_(b"SAVEPOINT before_step")
-            try:
-                return self._try(process, call)
-            except psycopg.errors.LockNotAvailable:
-                if goes_on:
-                    self.pgconn.exec_(b"ROLLBACK TO SAVEPOINT before_step")
-                else:
-                    super().rollback()
-            stage = process.stage
-            before = stage.ended
-            if process.wait_until(lambda: stage.ended != before) is False:
-                stage.model.seen["deadlock"] += 1
-                self._note_and_fail(process, Fault("deadlock detected", sqlstate=_DEADLOCK))
+    def _poll(self, wanted: int) -> int:
+        """Return for what of the wanted, 1 to read and 2 to write, the connection is ready."""
+        poll = select.poll()
+        poll.register(self.pgconn.socket, (wanted & 1 and select.POLLIN) | (wanted & 2 and select.POLLOUT))
+        found = sum(event for _, event in poll.poll(_PATIENCE_MS))
+        return (found & ~select.POLLOUT and 1) | (found & select.POLLOUT and 2)
 
-    def _try(self, process: Process, call: Callable[[], Any]) -> Any:
-        if self.info.transaction_status == TransactionStatus.IDLE:
-            process.stage.model.transaction_begins(process.operation)
-        return call()
+    def _waits_for_lock(self) -> bool:
+        return bool(self.theatre.ask("SELECT pg_blocking_pids(%s)", self.info.backend_pid))
+
+    def _is_answered(self) -> bool:
+        if self.process is None or self.process.stage.ended == self._looked_at:
+            return False
+        while not self._poll(1):
+            if self._waits_for_lock():
+                self._looked_at = self.process.stage.ended
+                return False
+        return True
 
     def _commit(self) -> None:
         super().commit()
-        self._end()
-
-    def _undo(self) -> None:
-        # At once, or what this held would be free only when the server notices that the client is gone.
-        if not self.closed:
-            self.pgconn.exec_(b"ROLLBACK")
         self._end()
 
     def _end(self) -> None:
@@ -151,22 +174,34 @@ class PostgreSQLTheatre(Theatre):
     is_shared = True
 
     def __init__(self, server: str) -> None:
-        url = make_url(server).set(drivername="postgresql+psycopg", database=f"simulation_{os.getpid()}_{uuid4().hex[:8]}")
+        url = make_url(server).set(
+            drivername="postgresql+psycopg", database=f"simulation_{os.getpid()}_{uuid4().hex[:8]}"
+        )
         self._name = url.database
-        self._admin = create_engine(make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+        self._admin = create_engine(
+            make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"
+        )
         super().__init__(url.render_as_string(hide_password=False))
         self._run(f"CREATE DATABASE {self._name}")
         Outbox.open(self._url).close()
         with closing(self._observe()) as observer:
             observer.execute(_PREPARE)
+        self._watcher = self._observe()
 
     def close(self) -> None:
         self._leave_seats()
+        self._watcher.close()
         self._run(f"DROP DATABASE {self._name} WITH (FORCE)")
         self._admin.dispose()
 
     def connect(self, *arguments: Any, **options: Any) -> Connection:
-        return Connection.connect(*arguments, **options, options=_SETTINGS, cursor_factory=Cursor)
+        connection = Connection.connect(*arguments, **options, options=_SETTINGS, cursor_factory=Cursor)
+        connection.theatre = self
+        return connection
+
+    def ask(self, question: str, backend: int) -> Any:
+        """Ask the server something about a connection."""
+        return self._watcher.execute(question, [backend]).fetchone()[0]
 
     @contextmanager
     def empty_database(self) -> Iterator[psycopg.Connection[Any]]:

@@ -87,7 +87,6 @@ class Process:
         self.at = "start"
         self.doomed = self.idle = self.done = False
         self.waits_for: Callable[[], bool] | None = None
-        self.gives_up = False
         self.clock_offset_ms = 0
         self.operation = Operation("start")
         self.baton = threading.Lock()
@@ -109,17 +108,17 @@ class Process:
             raise ProcessDied
         self.stage.note(self.name, step, detail)
 
-    def wait_until(self, is_free: Callable[[], bool]) -> bool:
-        """Let others go on until a lock may be free; return False when all wait for each other, and it never will."""
-        self.waits_for, self.gives_up = is_free, False
+    def wait_until(self, is_free: Callable[[], bool]) -> None:
+        """Let others go on until a lock is free."""
+        self.waits_for = is_free
         self.pause("waits for the lock")
         self.waits_for = None
-        return not self.gives_up
 
     def read_clock(self, *, shared: bool = False) -> int:
         """Return what the clock of this process shows, or the one that all share."""
         reading = self.stage.now_ms + (0 if shared else self.clock_offset_ms)
-        self.operation.readings.append(reading)
+        # On a server only that one counts, whichever was read.
+        self.operation.readings.append(self.stage.now_ms if self.stage.model.shared else reading)
         self.stage.furthest_ms = max(self.stage.furthest_ms, reading)
         return reading
 
@@ -171,7 +170,7 @@ class Stage:
         self.writer: object = None
         """The connection that holds SQLite's lock."""
         self.ended = 0
-        """How many transactions have ended on a server, so that the locks they had are free."""
+        """How many transactions have ended on a server, and gave back their locks."""
         self.closing = False
         self.failure: BaseException | None = None
         self.ticks = 0
@@ -204,11 +203,10 @@ class Stage:
     def runnable(self) -> list[Process]:
         # Who waits for a lock can go on once its holder is done, be it by dying.
         alive = [one for one in self.processes if not one.done and not one.idle]
-        able = [one for one in alive if one.waits_for is None or one.waits_for()]
-        if not able:
-            able = alive[:1]
-            for victim in able:
-                victim.gives_up = True
+        able: list[Process] = []
+        while alive and not able:
+            able = [one for one in alive if one.waits_for is None or one.waits_for()]
+            self.ended += not able  # all wait for each other, until a server notices
         return able
 
     def wake(self) -> None:

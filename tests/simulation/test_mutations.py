@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import outbox
+from servers import Servers
 
 from .model import (
     ABANDONMENT,
@@ -21,11 +22,13 @@ from .model import (
     LIVENESS,
     LOSS,
     MOVE,
+    PAUSE,
 )
 
 pytestmark = pytest.mark.slow
 
 SEEDS = 300
+SEEDS_ON_SERVER = 60
 
 _FENCE = "return statement.where(_this_row, _held) if declared.fenced else statement"
 
@@ -145,20 +148,63 @@ MUTATIONS = {
 }
 
 
+MUTATIONS_ON_SERVER = {
+    "claim that waits for another claim and takes its rows too": Mutation(
+        "statements.py",
+        "_chosen = _lock(_due.with_only_columns(_c.id))",
+        "_chosen = _due.with_only_columns(_c.id)",
+        (MOVE, EXCLUSION),
+    ),
+    "a host's own clock": Mutation(
+        "store.py",
+        "self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms",
+        "self.now_ms = now_ms",
+        (MOVE, EXCLUSION),
+    ),
+    "the pause is ignored": Mutation(
+        "store.py",
+        "                if pause.until_ms > now_ms:\n                    return Claim([], pause)\n",
+        "                if pause.until_ms > now_ms:\n                    return claim(transaction)\n",
+        (PAUSE,),
+    ),
+    "a second probe": Mutation(
+        "statements.py",
+        "destinations.c.paused_until_ms <= _now, destinations.c.probe_until_ms <= _now",
+        "destinations.c.paused_until_ms <= _now",
+        (PAUSE,),
+    ),
+    "a probe as large as any batch": Mutation("store.py", "min(probe_size, batch_size)", "batch_size", (PAUSE,)),
+    "a failure from before ends the probe": Mutation(
+        "store.py", "is_latest = there.failures == seen", "is_latest = True", (PAUSE,)
+    ),
+}
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_bug_is_noticed(name: str, tmp_path: Path) -> None:
-    mutation = MUTATIONS[name]
+    check_is_noticed(MUTATIONS[name], tmp_path, str(SEEDS))
+
+
+@pytest.mark.parametrize("name", MUTATIONS_ON_SERVER)
+def test_a_bug_that_only_a_server_has_is_noticed(name: str, tmp_path: Path, servers: Servers) -> None:
+    url = servers.get("postgresql").url.render_as_string(hide_password=False)
+    check_is_noticed(
+        MUTATIONS_ON_SERVER[name], tmp_path, str(SEEDS_ON_SERVER), "--ticks", "700", "--database", url
+    )
+
+
+def check_is_noticed(mutation: Mutation, tmp_path: Path, *arguments: str) -> None:
     _copy_everything(tmp_path)
     mutated = tmp_path / "outbox" / mutation.file
     text = mutated.read_text("utf-8")
-    assert text.count(mutation.original) == 1, f"{mutation.file} no longer has what {name!r} changes"
+    assert text.count(mutation.original) == 1, f"{mutation.file} no longer has what is changed"
     mutated.write_text(text.replace(mutation.original, mutation.mutant), "utf-8")
     # Only the copy is to be found, from where the program starts.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-m", "simulation", str(SEEDS), "--as-found"]
+    command = [sys.executable, "-m", "simulation", *arguments, "--as-found"]
     told = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
-    assert told.returncode == 1, f"no world of {SEEDS} fails"
-    found = re.search(r"^seed (\d+) breaks (\d [a-z ,]+):", told.stdout, re.MULTILINE)
+    assert told.returncode == 1, f"no world fails\n{told.stderr}"
+    found = re.search(r"^seed (\d+) breaks (\d+ [a-z ,]+):", told.stdout, re.MULTILINE)
     assert found is not None, told.stdout + told.stderr
     assert found.group(2) in mutation.breaks
     print(f"noticed after {int(found.group(1)) + 1} seeds: {found.group(2)}")

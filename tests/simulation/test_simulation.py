@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from servers import Servers
+
 from .chaos import KINDS, Case, run, shrink
 from .model import ACCEPTANCE, Model, Violation
 from .runs import report, run_seeds, theatre
@@ -17,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SEEDS = 500
 AT_ONCE = 50
 TICKS = 1_200
+SEEDS_ON_SERVER, TICKS_ON_SERVER = 24, 700
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
@@ -25,6 +28,34 @@ def test_every_promise_holds_in_every_world(first: int) -> None:
     assert failed is None, report(failed)
     assert ticks > AT_ONCE * TICKS
     assert commits > AT_ONCE * 10
+
+
+@pytest.fixture
+def administrator(servers: Servers) -> str:
+    return servers.get("postgresql").url.render_as_string(hide_password=False)
+
+
+def test_every_promise_holds_in_worlds_on_a_server(administrator: str) -> None:
+    seen: Counter[str] = Counter()
+    with theatre(administrator) as stage:
+        for seed in range(SEEDS_ON_SERVER):
+            result = run(Case(seed, TICKS_ON_SERVER), stage)
+            assert result.failure is None, report(result)
+            seen += result.seen
+    wanted = {
+        *("pause", "late pause", "probe", "resume", "end of probe", "end of all pauses"),
+        *(
+            "wait for a lock",
+            "take over",
+            "lost lease",
+            "renew",
+            "unpark",
+            "release",
+            "cap pending",
+            "retention sent",
+        ),
+    }
+    assert wanted <= seen.keys()
 
 
 def test_the_worlds_know_what_they_are_for() -> None:
@@ -51,6 +82,13 @@ def test_a_seed_gives_the_same_world_byte_for_byte(seed: int) -> None:
     assert first.trace == second.trace
     digests = {_digest_elsewhere(seed, hash_seed) for hash_seed in ("1", "2")}
     assert digests == {first.digest}
+
+
+def test_a_seed_gives_the_same_world_on_a_server(administrator: str) -> None:
+    with theatre(administrator) as stage:
+        first, second = (run(Case(11, TICKS_ON_SERVER), stage) for _ in range(2))
+    assert first.trace == second.trace
+    assert first.seen["wait for a lock"] > 0
 
 
 def test_seeds_give_different_worlds() -> None:
