@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,18 @@ from outbox import HttpClient, Outbox
 from outbox.database import open_engine, writing
 from outbox.receiver import IngestServer
 from outbox.schema import alembic_config
+from servers import Servers
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="this system cannot fork"),
 ]
 
-SQL_STEPS = {"after BEGIN IMMEDIATE", "after COMMIT", "after close"}
+ON_SERVER = ("enqueue many", "enqueue in a session", "flush, 503 and then a probe")
+
+SQL_STEPS = {"after COMMIT", "after close"}
+SQLITE_STEPS = SQL_STEPS | {"after BEGIN IMMEDIATE"}
+POSTGRESQL_STEPS = SQL_STEPS | {"within COMMIT"}
 SOCKET_STEPS = {"after connect", "within sendall", "after sendall", "after recv_into"}
 
 
@@ -50,53 +55,106 @@ def nursery(folder: Path) -> Iterator[Nursery]:
     opened.close()
 
 
+Database = AbstractContextManager[str]
+"""The URL of a database, for as long as it is used."""
+
+
+@contextmanager
+def copy_of(template: Path) -> Iterator[str]:
+    file = template.with_name("copy.db")
+    if template.exists():
+        shutil.copy(template, file)
+    yield url_of(file)
+    for left in template.parent.glob("copy.db*"):
+        left.unlink()
+
+
 def kill_everywhere(
-    nursery: Nursery, program: str, template: Path, server: str, check: Callable[[Path, Report], None]
+    nursery: Nursery,
+    program: str,
+    prepared: Callable[[], Database],
+    server: str,
+    check: Callable[[str, Report], None],
 ) -> Report:
-    """Kill the program at its first step, at its second, until it survives; each time on a copy of the file."""
+    """Kill the program at its first step, at its second, until it survives; each time on a database like new."""
     kill_at = 0
     while True:
         kill_at += 1
         run = f"run-{kill_at}"
-        file = template.with_name(f"{run}.db")
-        if template.exists():
-            shutil.copy(template, file)
-            name_rows_after(file, run)
-        report = nursery.run(program, file, server, run=run, kill_at=kill_at)
-        assert report.return_code in (0, -9)
-        try:
-            check(file, report)
-        except AssertionError as error:
-            raise AssertionError(f"killed at step {kill_at}, {report.killed_at}: {error}") from error
-        for left in template.parent.glob(f"{run}.db*"):
-            left.unlink()
+        with prepared() as url:
+            if program in PROGRAMS:
+                name_rows_after(url, run)
+            report = nursery.run(program, url, server, run=run, kill_at=kill_at)
+            assert report.return_code in (0, -9)
+            try:
+                check(url, report)
+            except AssertionError as error:
+                raise AssertionError(f"killed at step {kill_at}, {report.killed_at}: {error}") from error
         if report.return_code == 0:
             print(f"{program}: killed at {kill_at - 1} steps")
             return report
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_nothing_is_lost_wherever_a_process_is_killed(name: str, nursery: Nursery, folder: Path) -> None:
+class Revived(HttpClient):
+    """A client of a service that works again, under another address."""
+
+    def __init__(self, server: IngestServer, *, known_as: str) -> None:
+        super().__init__(server.url, token=TOKEN)
+        self._known_as = known_as
+
+    @property
+    def destination(self) -> str:
+        return self._known_as
+
+
+def kill_program(nursery: Nursery, name: str, prepared: Callable[[], Database]) -> set[str]:
+    """Kill a program at all its steps, and return them."""
     program = PROGRAMS[name]
-    template = folder / f"{name}.db"
-    with Outbox.open(url_of(template)) as outbox:
-        program.prepare(outbox)
     with (
         IngestServer() as server,
         IngestServer(poison="nothing is") as healthy,
-        HttpClient(healthy.url, token=TOKEN) as client,
+        Revived(healthy, known_as=server.url) as client,
     ):
-        program.answer(server)
 
-        def check(file: Path, report: Report) -> None:
+        def check(url: str, report: Report) -> None:
             received = server.received.values()
-            check_what_is_left(file, told=report.ids, received=received, together=program.together)
-            deliver_the_rest(file, client)
+            check_what_is_left(url, told=report.ids, received=received, together=program.together)
+            deliver_the_rest(url, client)
             received = [*server.received.values(), *healthy.received.values()]
-            check_the_end(file, told=report.ids, received=received)
+            check_the_end(url, told=report.ids, received=received)
 
-        survived = kill_everywhere(nursery, name, template, server.url, check)
-    assert {*survived.steps} >= SQL_STEPS | (SOCKET_STEPS if name.startswith("flush") else set())
+        @contextmanager
+        def answered() -> Iterator[str]:
+            if not server._script:  # else the last one was killed before it was answered
+                program.answer(server)
+            with prepared() as url:
+                yield url
+
+        return {*kill_everywhere(nursery, name, answered, server.url, check).steps}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_lost_wherever_a_process_is_killed(name: str, nursery: Nursery, folder: Path) -> None:
+    template = folder / f"{name}.db"
+    with Outbox.open(url_of(template)) as outbox:
+        PROGRAMS[name].prepare(outbox)
+    steps = kill_program(nursery, name, lambda: copy_of(template))
+    assert steps >= SQLITE_STEPS | (SOCKET_STEPS if name.startswith("flush") else set())
+
+
+@pytest.mark.parametrize("name", ON_SERVER)
+def test_nothing_is_lost_on_a_server_wherever_a_process_is_killed(
+    name: str, nursery: Nursery, servers: Servers
+) -> None:
+    @contextmanager
+    def prepared() -> Iterator[str]:
+        url = servers.empty_outbox("postgresql").render_as_string(hide_password=False)
+        with Outbox.open(url) as outbox:
+            PROGRAMS[name].prepare(outbox)
+        yield url
+
+    steps = kill_program(nursery, name, prepared)
+    assert steps >= POSTGRESQL_STEPS | (SOCKET_STEPS if name.startswith("flush") else set())
 
 
 def schema_of(file: Path) -> set[tuple[str, str | None]]:
@@ -146,16 +204,18 @@ def test_an_upgrade_is_done_as_a_whole_or_not_at_all(
     upgraded.unlink()
     assert before != after
 
-    def check(file: Path, report: Report) -> None:
+    file = folder / "copy.db"
+
+    def check(url: str, report: Report) -> None:
         assert schema_of(file) in (before, after)
-        with Outbox.open(url_of(file)) as outbox:
+        with Outbox.open(url) as outbox:
             assert outbox.pending_count() - old_rows in ({1} if report.ids else {0, 1})
         assert schema_of(file) == after
 
-    survived = kill_everywhere(nursery, "open", template, "", check)
+    survived = kill_everywhere(nursery, "open", lambda: copy_of(template), "", check)
     assert {*survived.steps} >= {
         "after BEGIN IMMEDIATE",
         "after COMMIT",
         "after CREATE TABLE",
         "after CREATE INDEX",
-    } | SQL_STEPS
+    } | SQLITE_STEPS

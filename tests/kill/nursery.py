@@ -17,7 +17,7 @@ from typing import Any
 
 import alembic.command  # noqa: F401 - loaded before the forks
 
-from .programs import OPEN, PROGRAMS, Job
+from .programs import APPLICATION, OPEN, PROGRAMS, Job
 from .steps import Steps
 
 TESTS = Path(__file__).parent.parent
@@ -43,16 +43,16 @@ class Nursery:
         self._report = folder / "report"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kill.nursery"],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "PGAPPNAME": APPLICATION},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, program: str, file: Path, server: str, *, run: str, kill_at: int) -> Report:
+    def run(self, program: str, url: str, server: str, *, run: str, kill_at: int) -> Report:
         """Run a program until it ends or is killed at that step, counted from 1."""
         self._report.unlink(missing_ok=True)
-        job = {"program": program, "file": str(file), "server": server, "run": run}
+        job = {"program": program, "url": url, "server": server, "run": run}
         line = json.dumps({"job": job, "kill_at": kill_at, "report": str(self._report)})
         print(line, file=self._process.stdin, flush=True)
         return_code = int(self._process.stdout.readline())

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sqlite3
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import psycopg
+
+_CHANGES = re.compile("INSERT|UPDATE|DELETE")
 
 
 class Steps:
@@ -25,6 +30,7 @@ class Steps:
         self._watches = True
         self._is_new = True
         _watch_sqlite(self.reach)
+        _watch_psycopg(self.reach)
         _watch_sockets(self.reach)
 
     def tell(self, fact: str) -> None:
@@ -96,6 +102,53 @@ def _watched_cursor(reach: Callable[[str], None]) -> type[sqlite3.Cursor]:
             return result
 
     return Cursor
+
+
+def _watch_psycopg(reach: Callable[[str], None]) -> None:
+    """Watch psycopg, whose sockets are not Python's: also when a statement is sent and not answered yet.
+
+    What only reads is no step: it is the same moment for the rest of the world before and after it.
+    """
+    doing: str | None = None
+
+    def watch(kind: type, method: str, fixed_name: str | None = None) -> None:
+        original = getattr(kind, method)
+
+        def call(owner: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal doing
+            name = fixed_name or _name(str(arguments[0]))
+            if fixed_name is None and not _CHANGES.search(str(arguments[0])):
+                return original(owner, *arguments, **options)
+            reach(f"before {name}")
+            outer, doing = doing, name
+            result = original(owner, *arguments, **options)
+            doing = outer
+            reach(f"after {name}")
+            return result
+
+        setattr(kind, method, call)
+
+    for method in ("execute", "executemany"):
+        watch(psycopg.Cursor, method)
+    for method, name in (("commit", "COMMIT"), ("rollback", "ROLLBACK"), ("close", "close")):
+        watch(psycopg.Connection, method, name)
+
+    wait = psycopg.Connection.wait
+
+    def wait_watched(connection: Any, steps: Any, *arguments: Any) -> Any:
+        def watched() -> Any:
+            try:
+                wanted = next(steps)
+                while True:
+                    if doing is not None:
+                        reach(f"within {doing}")
+                    wanted = steps.send((yield wanted))
+            except StopIteration as end:
+                return end.value
+
+        return wait(connection, watched(), *arguments)
+
+    psycopg.Connection.wait = wait_watched
 
 
 def _name(statement: str) -> str:
