@@ -1,6 +1,7 @@
 """The real outbox in a simulated world: clock, server, database faults and crashes follow from one seed.
 
 - `stage` runs the processes one at a time and stops them at every step,
+- `theatre` is the database that they use, `on_sqlite` or `on_postgresql`,
 - `server` plays the service that takes the events,
 - `model` watches every committed transaction and holds it against what is promised,
 - `chaos` draws a world from a seed; `python -m tests.simulation 100000` runs many,
