@@ -74,6 +74,8 @@ class Result:
     commits: int
     trace: Sequence[str]
     failure: BaseException | None
+    shared: bool
+    """Whether it was on a server."""
     seen: Counter[str]
     """How often what happened that a world has to know, or else nothing was tried."""
 
@@ -131,7 +133,8 @@ class World(Director):
                 self._check_end()
             except Exception as error:
                 failure = error
-        return Result(self.case, stage.ticks, self.model.commits, stage.trace, failure, self.model.seen)
+        commits, seen = self.model.commits, self.model.seen
+        return Result(self.case, stage.ticks, commits, stage.trace, failure, self._theatre.is_shared, seen)
 
     def _cast(self) -> list[Process]:
         lives: list[tuple[str, Callable[[Process], None]]] = [("writer", self._write)]

@@ -49,12 +49,13 @@ def run_seeds(
 def report(result: Result) -> str:
     case = result.case
     kinds = ",".join(sorted(case.chosen_kinds()))
+    where = " --database URL" if result.shared else ""
     return "\n".join(
         [
             *result.trace[-LAST_STEPS:],
             *traceback.format_exception(result.failure),
             f"seed {case.seed} breaks {result.failure}",
-            f"again: python -m tests.simulation --seed {case.seed} --ticks {case.ticks} --kinds {kinds or 'none'}",
+            f"again: python -m tests.simulation --seed {case.seed} --ticks {case.ticks} --kinds {kinds or 'none'}{where}",
             f"trace {result.digest}",
         ]
     )
