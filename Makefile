@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check simulate kill clean
+.PHONY: demo test check simulate kill bench clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
@@ -25,6 +25,12 @@ simulate: $(VENV)/dev
 kill: $(VENV)/dev
 	$(BIN)/python -m tests.kill 1000
 
+# Minutes. Prints tables, and keeps them in benchmarks/results.json, docs/performance.svg and docs/performance.md;
+# TOPICS names some of them.
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks $(TOPICS)
+	$(BIN)/python docs/performance.py
+
 clean:
 	rm -rf $(VENV) .venv-ci build dist .coverage .coverage.*
 
@@ -37,4 +43,8 @@ $(VENV)/project: pyproject.toml
 
 $(VENV)/dev: $(VENV)/project
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(VENV)/bench: $(VENV)/project
+	$(BIN)/python -m pip install --quiet --group bench
 	touch $@

@@ -1,0 +1,46 @@
+"""Measure: `python -m benchmarks [TOPIC ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from benchmarks import plot, report
+from benchmarks.lab import Lab
+
+TOPICS = (
+    "enqueue",
+    "bulk",
+    "drain",
+    "postgresql",
+    "end_to_end",
+    "claim",
+    "growth",
+    "startup",
+    "memory",
+    "isolation",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("topics", nargs="*", metavar="TOPIC", help=f"of {', '.join(TOPICS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small and once: only to see that it works")
+    parser.add_argument("--largest", type=int, default=1_000_000, help="rows in the largest table of growth")
+    given = parser.parse_args()
+    if unknown := {*given.topics} - {*TOPICS}:
+        parser.error(f"there is no topic {', '.join(sorted(unknown))}, expected {', '.join(TOPICS)}")
+    with Lab(quick=given.quick, largest=given.largest) as lab:
+        facts = report.facts(lab)
+        for topic in given.topics or TOPICS:
+            tables = import_module(f"benchmarks.{topic}").measure(lab)
+            for table in tables:
+                print(report.as_text(table), flush=True)
+            if not given.quick:
+                report.keep(topic, tables, facts)
+    if not given.quick:
+        plot.draw(report.load())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Tables with a backlog, made by the database itself, in the five ways in which rows can wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from sqlalchemy import URL
+
+from benchmarks.lab import Lab, payloads, raw_postgresql, raw_sqlite
+from outbox.clock import now_ms
+from outbox.database import open_engine
+from outbox.store import Store
+
+_ENQUEUED = "created_at_ms"
+_HOURS_MS = 10 * 3_600_000
+"""How long from now the rows that are backed off become due."""
+
+
+class Case(NamedTuple):
+    """When row number `i` of `n` is next due, and when a row that was claimed was due before, both as SQL."""
+
+    name: str
+    next_attempt: str
+    due: str
+
+
+# Row i is created 2n - i ms ago; one that was retried is due since n ms after that.
+_FRESH, _RETRIED, _BACKED_OFF = "{now} - 2 * {n} + i", "{now} - {n} + i", "{now} + {later} + i"
+CASES = (
+    Case("(a) all due, none tried", _FRESH, _ENQUEUED),
+    Case(
+        "(b) all backed off, 10 new ones due",
+        f"CASE WHEN i <= {{n}} - 10 THEN {_BACKED_OFF} ELSE {_FRESH} END",
+        _ENQUEUED,
+    ),
+    Case("(c) all tried before and due again", _RETRIED, f"{_ENQUEUED} + {{n}}"),
+    Case(
+        "(d) oldest half backed off, newest half not tried",
+        f"CASE WHEN i <= {{n}} / 2 THEN {_BACKED_OFF} ELSE {_FRESH} END",
+        _ENQUEUED,
+    ),
+    Case(
+        "(e) oldest half backed off, newest half due again",
+        f"CASE WHEN i <= {{n}} / 2 THEN {_BACKED_OFF} ELSE {_RETRIED} END",
+        f"{_ENQUEUED} + {{n}}",
+    ),
+)
+
+_NUMBERS = {
+    "sqlite": "WITH RECURSIVE numbers(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < {n}) ",
+    "postgresql": "WITH numbers AS (SELECT generate_series(1::bigint, {n}) AS i) ",
+}
+_FILL = """
+    INSERT INTO observation_events (
+        event_type, rule_ids_json, session_id, occurred_at_ms, payload_json, created_at_ms, retry_count,
+        next_attempt_at_ms
+    )
+    SELECT 'rule_fired', '["no-float-money-1"]', 's1', {now}, '{payload}', {now} - 2 * {n} + i, 0, {next_attempt}
+    FROM numbers
+"""
+_PUT_BACK = """
+    UPDATE observation_events SET status = 'pending', sent_at_ms = NULL, next_attempt_at_ms = {due}
+    WHERE id IN ({ids})
+"""
+
+
+class Backlog:
+    """A table with so many rows, and how to claim from it and put that back."""
+
+    def __init__(self, store: Store, connection: Any, case: Case, number: int) -> None:
+        self.url = store.engine.url
+        self._store = store
+        self._connection = connection
+        self._due = case.due.format(n=number)
+        self._number = number
+
+    def claim_ms(self, times: int) -> list[float]:
+        """Claim a batch so many times, and put it back each time; return how long each claim took."""
+        taken = []
+        for _ in range(times):
+            now = now_ms()
+            began = time.perf_counter()
+            rows = self._store.claim(now_ms=now, lease_ms=now + 60_000, batch_size=64)
+            taken.append((time.perf_counter() - began) * 1_000)
+            if not rows:
+                raise AssertionError("nothing was due")
+            self.put_back([row.id for row in rows])
+        return taken
+
+    def put_back(self, ids: list[int]) -> None:
+        self._run(_PUT_BACK.format(due=self._due, ids=", ".join(map(str, ids))))
+
+    def cut(self) -> None:
+        """Delete what came later."""
+        self._run(f"DELETE FROM observation_events WHERE id > {self._number}")
+
+    def _run(self, statement: str) -> None:
+        self._connection.execute(statement)
+        self._connection.commit()
+
+
+@contextmanager
+def backlog(lab: Lab, database: str, case: Case, number: int) -> Iterator[Backlog]:
+    """A new database with so many rows that wait in that way."""
+    values = {"n": number, "now": now_ms(), "later": _HOURS_MS}
+    fill = _NUMBERS[database].format(**values) + _FILL.format(
+        payload=payloads(1)[0], next_attempt=case.next_attempt.format(**values), **values
+    )
+    if database == "sqlite":
+        with lab.sqlite_file() as path, raw_sqlite(path, "NORMAL") as connection:
+            connection.execute(fill)
+            connection.commit()
+            with _store(URL.create("sqlite", database=str(path))) as store:
+                yield Backlog(store, connection, case, number)
+    else:
+        with lab.postgresql_database() as url:
+            with raw_postgresql(url, autocommit=True) as connection:
+                connection.execute(fill)
+                connection.execute("VACUUM (ANALYZE) observation_events")
+            with raw_postgresql(url) as connection, _store(url) as store:
+                yield Backlog(store, connection, case, number)
+
+
+@contextmanager
+def _store(url: URL) -> Iterator[Store]:
+    # NORMAL, so that the time of a sync does not hide what the search costs.
+    engine = open_engine(url, synchronous="NORMAL")
+    yield Store(engine)
+    engine.dispose()

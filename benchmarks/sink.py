@@ -1,0 +1,61 @@
+"""The least HTTP server that takes a POST: `python -m benchmarks.sink` prints its port, and ends with its input.
+
+It is a process of its own, so that it takes no time from the client's.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import create_server, socket
+
+_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+
+
+@contextmanager
+def sink() -> Iterator[str]:
+    """Run one; yield its URL."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018, S101 - they are pipes
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.stdin.close()
+
+
+def _serve(connection: socket) -> None:
+    with connection:
+        received = b""
+        while True:
+            head, found, rest = received.partition(b"\r\n\r\n")
+            length = _LENGTH.search(head)
+            missing = (int(length[1]) if length else 0) - len(rest)
+            if found and missing <= 0:
+                connection.sendall(_ANSWER)
+                received = rest[len(rest) + missing :]
+                continue
+            more = connection.recv(1 << 18)
+            if not more:
+                return
+            received += more
+
+
+def _main() -> None:
+    server = create_server(("127.0.0.1", 0), backlog=100)
+    print(server.getsockname()[1], flush=True)
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=_serve, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _main()
