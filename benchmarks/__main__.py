@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from importlib import import_module
 
-from benchmarks import plot, report
+from benchmarks import report
 from benchmarks.lab import Lab
 
 TOPICS = (
@@ -31,14 +32,17 @@ def main() -> None:
     if unknown := {*given.topics} - {*TOPICS}:
         parser.error(f"there is no topic {', '.join(sorted(unknown))}, expected {', '.join(TOPICS)}")
     with Lab(quick=given.quick, largest=given.largest) as lab:
-        facts = report.facts(lab)
+        facts = {} if given.quick else report.facts(lab)
         for topic in given.topics or TOPICS:
+            load_before = os.getloadavg()[0]
             tables = import_module(f"benchmarks.{topic}").measure(lab)
             for table in tables:
                 print(report.as_text(table), flush=True)
             if not given.quick:
-                report.keep(topic, tables, facts)
+                report.keep(topic, tables, facts, load_before)
     if not given.quick:
+        from benchmarks import plot  # noqa: PLC0415 - the tests need not have matplotlib
+
         plot.draw(report.load())
 
 

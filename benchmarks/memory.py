@@ -1,16 +1,14 @@
-"""The peak memory of a process that drains a table, `python -m benchmarks.memory URL`."""
+"""The peak memory of a process that drains a table."""
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from functools import partial
 
 from benchmarks.backlog import CASES, backlog
 from benchmarks.harness import Contestant, Table, compare
-from benchmarks.lab import ROOMY, FreeUpload, Lab
-from outbox import Outbox
+from benchmarks.lab import Lab
 
 
 def measure(lab: Lab) -> list[Table]:
@@ -24,20 +22,9 @@ def measure(lab: Lab) -> list[Table]:
 
 def _peak_mib(lab: Lab, number: int) -> float:
     with backlog(lab, "sqlite", CASES[0], number) as found:
-        command = [sys.executable, "-m", "benchmarks.memory", str(found.url)]
+        command = [sys.executable, "-m", "benchmarks.drainer", str(found.url)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
     sent, peak = map(int, result.stdout.split())
     if sent != number:
         raise AssertionError(f"{sent} sent, expected {number}")
-    return peak / 2**20
-
-
-def _main(url: str) -> None:
-    with Outbox(url, policy=ROOMY, synchronous="NORMAL") as outbox:
-        sent = outbox.flush_all(FreeUpload()).sent
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(sent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])
+    return peak / 1024

@@ -45,11 +45,15 @@ def facts(lab: Lab) -> dict[str, Any]:
     }
 
 
-def keep(topic: str, tables: list[Table], found: dict[str, Any]) -> None:
+def keep(topic: str, tables: list[Table], found: dict[str, Any], load_before: float) -> None:
     """Write the tables of a topic into the file. What was measured with other versions goes."""
     before = load() if RESULTS.exists() else {}
     kept = before["topics"] if before.get("facts") == found else {}
-    kept[topic] = {"date": date.today().isoformat(), "tables": [table.as_json() for table in tables]}  # noqa: DTZ011
+    kept[topic] = {
+        "date": date.today().isoformat(),  # noqa: DTZ011 - the day of who measures
+        "load": round(load_before, 1),
+        "tables": [table.as_json() for table in tables],
+    }
     RESULTS.write_text(json.dumps({"facts": found, "topics": kept}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -77,8 +81,12 @@ def filled(page: str, results: Any) -> str:
         for topic, found in results["topics"].items()
     }
     dates = sorted({found["date"] for found in results["topics"].values()})
+    loads = [found["load"] for found in results["topics"].values()]
     measured = ", ".join(f"{name} {value}" for name, value in results["facts"].items())
-    sections["facts"] = f"Measured on {' and '.join(dates)}: {measured}."
+    sections["facts"] = (
+        f"Measured on {' and '.join(dates)} with {measured}. Other work on the machine: a load average of"
+        f" {min(loads)} to {max(loads)} before a topic began."
+    )
     for name, section in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         page = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{section}\n{end}", page, flags=re.DOTALL)  # noqa: B023 - called at once

@@ -91,7 +91,10 @@ def test_every_command_that_the_docs_name_exists(page: str) -> None:
     assert {*named} <= {*main.commands}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md"])
+PAGES = ["README.md", *(f"docs/{page}.md" for page in ("lifecycle", "host-database", "worker", "performance"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target
