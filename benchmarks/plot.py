@@ -42,7 +42,7 @@ def draw(results: Any) -> None:
         panel.set_xlabel("rows that wait")
         panel.set_ylim(bottom=0)
         panel.grid(visible=True, alpha=0.3)
-        panel.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(PLOT, metadata={"Date": None})
 
 
