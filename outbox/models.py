@@ -7,10 +7,13 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Connection,
     Dialect,
     Index,
     Integer,
+    MetaData,
     String,
+    Table,
     Text,
     TextClause,
     event,
@@ -53,7 +56,7 @@ def _in_parentheses(default: _TextDefault, _compiler: object, **_: object) -> st
 
 def _index(name: str, *columns: str, on: tuple[str, ...], **options: Any) -> Index:
     # Alembic does not ask an index whether it is meant for the database; our env.py looks into `info`.
-    index = Index(name, *columns, info={"on": on}, **options)
+    index = Index(name, *columns, info={"on": on, "options": options})
 
     def is_meant(*_: Any, dialect: Dialect, **__: Any) -> bool:
         return dialect.name in on
@@ -148,7 +151,7 @@ class ObservationEvent(Base):
         # MySQL has no partial indexes; one for each order starts with the status.
         _index(QUEUE_ON_MYSQL, "status", "created_at_ms", "id", "next_attempt_at_ms", on=MYSQL),
         _index(DELIVERED_ON_MYSQL, "status", "sent_at_ms", "id", on=MYSQL),
-        {"sqlite_autoincrement": True, **_ON_MYSQL},
+        {"info": {"options": {"sqlite_autoincrement": True, **_ON_MYSQL}}},
     )
 
     def __init__(self, **columns: Any) -> None:
@@ -235,7 +238,7 @@ class LedgerEntry(Base):
     """
 
     __tablename__ = "observation_events_ledger"
-    __table_args__ = _ON_MYSQL
+    __table_args__ = {"info": {"options": _ON_MYSQL}}  # noqa: RUF012 - as SQLAlchemy declares it
 
     status: Mapped[str] = mapped_column(_NAME, primary_key=True)
     """Where the events stood when they were deleted."""
@@ -248,7 +251,7 @@ class Destination(Base):
     """A service that is left alone for a while, by the flushers of all hosts; no row while all is well."""
 
     __tablename__ = "observation_destinations"
-    __table_args__ = _ON_MYSQL
+    __table_args__ = {"info": {"options": _ON_MYSQL}}  # noqa: RUF012 - as SQLAlchemy declares it
 
     destination: Mapped[str] = mapped_column(_NAME, primary_key=True)
     failures: Mapped[int] = mapped_column(Integer)
@@ -257,6 +260,17 @@ class Destination(Base):
     probe_until_ms: Mapped[int] = mapped_column(BigInteger)
     """Until then one flusher finds out whether the service works again, and the others wait."""
     last_error: Mapped[str] = mapped_column(_TEXT)
+
+
+@event.listens_for(Base.metadata, "before_create")
+def _add_options(metadata: MetaData, connection: Connection, **_: object) -> None:
+    # Not when they are declared: that would load each of their dialects into every program.
+    for table in metadata.tables.values():
+        described: list[Table | Index] = [table, *table.indexes]
+        for item in described:
+            options = item.info.get("options", {}).items()
+            of_dialect = {name: value for name, value in options if name.startswith(connection.dialect.name)}
+            item.dialect_kwargs.update(of_dialect)
 
 
 @event.listens_for(ObservationEvent, "before_update")

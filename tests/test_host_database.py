@@ -16,7 +16,7 @@ from sqlalchemy import URL, MetaData, create_engine, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from builders import ScriptedClient, rule_fired
+from builders import DOWN, ScriptedClient, rule_fired
 from outbox import Outbox, OutboxError, Policy, SchemaError, StorageError, schema
 from outbox.database import open_engine
 from outbox.doctor import examine
@@ -138,6 +138,10 @@ def flush(shop: Shop) -> None:
         warnings_are_errors(),
         Outbox(shop.url("outbox_flusher"), policy=Policy(batch_size=2, max_rows=2)) as outbox,
     ):
+        failing = ScriptedClient(DOWN)
+        failing.destination = "https://ingest.example.com"
+        outbox.flush(failing)
+        outbox.retry_now()
         outbox.flush_all(ScriptedClient())
         outbox.retry_now()
         outbox.requeue_abandoned(older_than=FAR_AWAY_MS)

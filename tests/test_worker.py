@@ -88,8 +88,8 @@ def idle(outbox: Outbox, client, **options) -> Iterator[Worker]:
     """A worker that has looked at the queue, and sleeps; it keeps the reports of its looks."""
     plan = worker._Run._plan
 
-    def planned(run, report) -> None:
-        plan(run, report)
+    def planned(run, report, now_ms) -> None:
+        plan(run, report, now_ms)
         started.reports.append(report)
 
     with pytest.MonkeyPatch.context() as patch:

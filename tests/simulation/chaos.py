@@ -224,7 +224,7 @@ class World(Director):
                     if self.work.random() < 0.3:
                         transaction.rollback()
                         ids = []
-            except DBAPIError:
+            except (DBAPIError, StorageError):
                 if not operation.troubled:
                     raise
             else:
