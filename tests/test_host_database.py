@@ -136,11 +136,13 @@ def flush(shop: Shop) -> None:
     """Do all that who flushes may do, and delete what is over the cap."""
     with (
         warnings_are_errors(),
+        Outbox(shop.url("outbox_flusher"), policy=Policy(batch_size=2)) as uncapped,
         Outbox(shop.url("outbox_flusher"), policy=Policy(batch_size=2, max_rows=2)) as outbox,
     ):
+        outbox.retry_now()  # a flush that lacked a privilege may have left a pause
         failing = ScriptedClient(DOWN)
         failing.destination = "https://ingest.example.com"
-        outbox.flush(failing)
+        uncapped.flush(failing)
         outbox.retry_now()
         outbox.flush_all(ScriptedClient())
         outbox.retry_now()
@@ -164,7 +166,7 @@ def test_the_listed_privileges_suffice(shop: Shop) -> None:
 def test_each_listed_privilege_is_needed_and_a_missing_one_is_told(shop: Shop, role: str, work) -> None:
     shop.upgraded()
     grants = list(shop.grants(role))
-    assert len(grants) > 2
+    assert len(grants) >= 2
     superfluous = []
     for revoke, grant in grants:
         enqueue(shop)

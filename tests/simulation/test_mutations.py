@@ -56,10 +56,10 @@ MUTATIONS = {
         '.where(_this_row, _in(_unindexed_status, Status.SENDING), bindparam("lease") > 0)',
         (EXCLUSION,),
     ),
-    "deliver with a fence": Mutation(
-        "lifecycle.py",
-        'Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT)',
-        'Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT, fenced=True)',
+    "deliver only what is still being sent": Mutation(
+        "statements.py",
+        'move("deliver").where(_these_rows)',
+        'move("deliver").where(_these_rows, _in(_c.status, Status.SENDING))',
         (ACCEPTANCE,),
     ),
     "claim without a lease": Mutation(
@@ -118,24 +118,11 @@ MUTATIONS = {
     ),
     "a settlement in two transactions": Mutation(
         "store.py",
-        """        return self._writer.run(
-            lambda transaction: Counter(
-                {
-                    trigger: transaction.change_many(sql.SETTLE[trigger], rows)
-                    for trigger, rows in by_trigger.items()
-                }
-            ),
-            repeatable=True,
-        )
-""",
-        """        return Counter(
-            {
-                trigger: self._writer.run(
-                    lambda transaction: transaction.change_many(sql.SETTLE[trigger], rows), repeatable=True
-                )
-                for trigger, rows in by_trigger.items()
-            }
-        )
+        "        return self._writer.run(settle, repeatable=True, is_single=is_single)\n",
+        """        everything, delivered = delivered, {}
+        landed = self._writer.run(settle, repeatable=True)
+        delivered, by_trigger = everything, {}
+        return landed + self._writer.run(settle, repeatable=True)
 """,
         (ATOMICITY,),
     ),
@@ -151,8 +138,8 @@ MUTATIONS = {
 MUTATIONS_ON_SERVER = {
     "claim that waits for another claim and takes its rows too": Mutation(
         "statements.py",
-        "_chosen = _lock(_due.with_only_columns(_c.id))",
-        "_chosen = _due.with_only_columns(_c.id)",
+        "chosen = _lock(due.with_only_columns(_c.id))",
+        "chosen = due.with_only_columns(_c.id)",
         (MOVE, EXCLUSION),
     ),
     "a host's own clock": Mutation(
@@ -163,8 +150,8 @@ MUTATIONS_ON_SERVER = {
     ),
     "the pause is ignored": Mutation(
         "store.py",
-        "                if pause.until_ms > now_ms:\n                    return Claim([], pause)\n",
-        "                if pause.until_ms > now_ms:\n                    return claim(transaction)\n",
+        "            if pause.until_ms > now:\n                return Claim([], pause)\n",
+        "            if pause.until_ms > now:\n                return Claim(self._claim(transaction, now=now, lease=lease, batch_size=batch_size))\n",
         (PAUSE,),
     ),
     "a second probe": Mutation(
