@@ -1,19 +1,20 @@
 """What docs/scaling.md tells in figures: `python -m benchmarks.scaling [TOPIC …] [--quick]`, from the checkout.
 
-Topics: bloat, claim, drain, enqueue, wal; all where none is named. PostgreSQL and MariaDB are those that
-OUTBOX_TEST_POSTGRESQL_URL and OUTBOX_TEST_MARIADB_URL name, or those that tests find or start; `bloat` starts a
-PostgreSQL of its own, because it needs one whose autovacuum it may set.
+Topics: bloat, claim, cost, drain, enqueue; all where none is named. `bloat EVENTS KEPT SETTINGS` runs only these.
+PostgreSQL and MariaDB are those that OUTBOX_TEST_POSTGRESQL_URL and OUTBOX_TEST_MARIADB_URL name, or those that tests
+find or start; bloat and cost start a PostgreSQL of their own, because they set its parameters.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -209,14 +210,14 @@ def _table(title: str, ways: dict[str, Callable[[int], float]]) -> None:
 
 def drain() -> None:
     number = size(20_000)
-    with databases("postgresql", "mariadb") as found, IngestServer() as server:
+    with databases("postgresql", "mariadb") as found, _receiver() as receiver:
         for name, url in found.items():
             ways: dict[str, Callable[[int], float]] = {}
             if name == "postgresql":
                 ways["psycopg by hand, batches of 64"] = partial(_drain, url, number, _by_hand)
             for batch_size in (64, 500):
                 ways[f"outbox, batches of {batch_size}"] = partial(_drain, url, number, _flush, batch_size, None)
-            ways["outbox, batches of 64, over HTTP"] = partial(_drain, url, number, _flush, 64, server.url)
+            ways["outbox, batches of 64, over HTTP"] = partial(_drain, url, number, _flush, 64, receiver)
             _table(f"drain of {number:,} on {name}", ways)
 
 
@@ -327,50 +328,112 @@ def _write_by_hand(start: Any, url: str, number: int) -> int:
     return number
 
 
-# What PostgreSQL writes for an event, from its enqueue to its deletion
+# What an event costs, from its enqueue to its deletion: this depends little on what else the machine does
 
 
-def wal() -> None:
-    number = size(20_000)
-    with PrivatePostgresql() as server:
+class Meter:
+    """The write-ahead log and the CPU time of a PostgreSQL of our own, and the CPU time of this process."""
+
+    def __init__(self, server: PrivatePostgresql, connection: Connection) -> None:
+        self._postmaster = (server._data / "postmaster.pid").read_text().split()[0]  # noqa: SLF001 - our own
+        self._connection = connection
+        self._last = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        position = run(self._connection, "SELECT pg_current_wal_insert_lsn() - '0/0'").scalar()
+        return float(position), self._server_s() * 1e6, time.process_time() * 1e6
+
+    def _server_s(self) -> float:
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found = path.read_text().rpartition(")")[2].split()
+                if path.parent.name == self._postmaster:
+                    ticks += sum(map(int, found[11:15]))  # its own, and those of processes that have ended
+                elif found[1] == self._postmaster:
+                    ticks += sum(map(int, found[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def step(self) -> tuple[float, float, float]:
+        """Return what was used since the last step: bytes, server's and client's microseconds."""
+        before, self._last = self._last, self._read()
+        wal, server, client = (after - then for after, then in zip(self._last, before, strict=True))
+        return wal, server, client
+
+
+def cost() -> None:
+    number = size(40_000)
+    steps = ("enqueue", "claim, upload, settle", "delete", "vacuum")
+    with PrivatePostgresql() as server, _receiver() as receiver:
         engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
         Outbox.open(server.url).close()
-        print("\nWAL on postgresql, bytes an event")
-        print("| full-page images | events a commit | batch | enqueue | claim, deliver | delete | vacuum | all |")
+        print("\nan event on postgresql: bytes of WAL / CPU microseconds of the server / of the client")
+        print(
+            "| full-page images | events a commit | batch | upload |", *(f"{step} |" for step in (*steps, "all"))
+        )
         with engine.connect() as connection:
-            for full_page_writes in ("off", "on"):
+            for full_page_writes, at_once, batch_size, url in (
+                ("off", 1, 64, None),
+                ("off", 1_000, 64, None),
+                ("off", 1_000, 64, receiver),
+                ("off", 1_000, 500, receiver),
+                ("off", 1_000, 1_000, None),
+                ("on", 1_000, 64, None),
+            ):
                 run(connection, f"ALTER SYSTEM SET full_page_writes = {full_page_writes}")
                 run(connection, "SELECT pg_reload_conf()")
-                for at_once, batch_size in ((1, 64), (1_000, 64), (1_000, 1_000)):
-                    steps = [
-                        f"{step:,.0f} |" for step in _life(connection, server.url, number, at_once, batch_size)
-                    ]
-                    print(f"| {full_page_writes} | {at_once:,} | {batch_size:,} |", *steps, flush=True)
+                meter = Meter(server, connection)
+                used = [*_life(meter, connection, server.url, number, at_once, batch_size, url)]
+                used.append(tuple(map(sum, zip(*used, strict=True))))  # type: ignore[arg-type]
+                cells = [" / ".join(f"{value / number:,.0f}" for value in step) + " |" for step in used]
+                upload = "HTTP" if url else "free"
+                print(f"| {full_page_writes} | {at_once:,} | {batch_size:,} | {upload} |", *cells, flush=True)
         engine.dispose()
 
 
-def _life(connection: Connection, url: str, number: int, at_once: int, batch_size: int) -> list[float]:
+def _life(  # noqa: PLR0913, PLR0917 - the variants
+    meter: Meter,
+    connection: Connection,
+    url: str,
+    number: int,
+    at_once: int,
+    batch_size: int,
+    receiver: str | None,
+) -> Iterator[tuple[float, float, float]]:
     run(connection, "TRUNCATE observation_events")
     run(connection, "CHECKPOINT")
     events = [an_event(one) for one in range(number)]
-    written = [_wal_position(connection)]
-    with Outbox(url, policy=Policy(batch_size=batch_size, max_rows=0, keep_sent_ms=0)) as outbox:
+    with ExitStack() as stack:
+        client: Any = stack.enter_context(HttpClient(receiver, token="t")) if receiver else Free()  # noqa: S106 - any
+        outbox = stack.enter_context(Outbox(url, policy=Policy(batch_size=batch_size, max_rows=0, keep_sent_ms=0)))
+        meter.step()
         for first in range(0, number, at_once):
             outbox.enqueue_many(events[first : first + at_once])
-        written.append(_wal_position(connection))
-        outbox.flush_all(Free())
-        written.append(_wal_position(connection))
+        yield meter.step()
+        outbox.flush_all(client)
+        yield meter.step()
         while outbox._store.expire(sent_before_ms=now_ms() + 60_000):  # noqa: SLF001 - as a flush does
             pass
-        written.append(_wal_position(connection))
-    run(connection, "VACUUM observation_events")
-    written.append(_wal_position(connection))
-    written += (written[0], written[-1])  # and all steps together
-    return [(written[after] - written[after - 1]) / number for after in (1, 2, 3, 4, 6)]
+        yield meter.step()
+        run(connection, "VACUUM observation_events")
+        yield meter.step()
 
 
-def _wal_position(connection: Connection) -> int:
-    return int(run(connection, "SELECT pg_current_wal_insert_lsn() - '0/0'").scalar())
+@contextmanager
+def _receiver() -> Iterator[str]:
+    """An ingest server in a process of its own."""
+    here, there = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_receive, args=(there,))
+    process.start()
+    yield here.recv()
+    here.send(None)
+    process.join()
+
+
+def _receive(pipe: Any) -> None:
+    with IngestServer() as server:
+        pipe.send(server.url)
+        pipe.recv()
 
 
 # Bloat: events that come and go
@@ -383,7 +446,7 @@ SETTINGS = {
     "server's defaults": "",
     "no cost delay": "autovacuum_vacuum_cost_delay = 0",
     "scale 0.01": "autovacuum_vacuum_scale_factor = 0.01",
-    "both": _TUNED,
+    "both, as migrated": _TUNED,
     "both, fillfactor 50": f"{_TUNED}, fillfactor = 50",
     "both, index cleanup": f"{_TUNED}, vacuum_index_cleanup = on",
     "autovacuum off": "autovacuum_enabled = off",
@@ -392,14 +455,14 @@ SETTINGS = {
 
 
 def bloat() -> None:
-    numbers = [int(word) for word in sys.argv[2:] if word.isdigit()] or [size(1_000_000)]
+    numbers = [int(word) for word in sys.argv[2:] if word.isdigit()] or [size(1_000_000), 0, size(1_000_000)]
     labels = [word for word in sys.argv[2:] if word in SETTINGS] or SETTINGS
     with PrivatePostgresql() as server:
         admin = create_engine(server.url, isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
             run(connection, f"ALTER SYSTEM SET autovacuum_naptime = '{NAPTIME_S}s'")
             run(connection, "SELECT pg_reload_conf()")
-            for kept in (0, size(1_000_000)):
+            for kept in numbers[1:]:
                 print(
                     f"\nchurn of {numbers[0]:,} events beside {kept:,} that stay, autovacuum every {NAPTIME_S} s"
                 )
@@ -482,7 +545,7 @@ def _search_ms(connection: Connection) -> float:
     return (time.perf_counter() - began) * 1_000
 
 
-TOPICS = {topic.__name__: topic for topic in (bloat, claim, drain, enqueue, wal)}
+TOPICS = {topic.__name__: topic for topic in (bloat, claim, cost, drain, enqueue)}
 
 if __name__ == "__main__":
     for name in [word for word in sys.argv[1:] if word in TOPICS] or TOPICS:

@@ -235,6 +235,22 @@ def test_sql_for_a_database_administrator_can_be_written(url: str, capsys: pytes
     assert not file_of(url).exists()
 
 
+@pytest.mark.servers("postgresql")
+def test_on_postgresql_the_table_has_settings_of_a_queue_until_a_downgrade(url: str, outbox: Outbox) -> None:
+    def settings() -> list[str]:
+        with outbox.engine.connect() as connection:
+            query = "SELECT unnest(reloptions) FROM pg_class WHERE oid = 'observation_events'::regclass ORDER BY 1"
+            return list(connection.execute(text(query)).scalars())
+
+    tuned = ["autovacuum_vacuum_cost_delay=0", "autovacuum_vacuum_scale_factor=0.01"]
+    assert settings() == tuned
+    command.check(alembic_here(url))
+    command.downgrade(alembic_here(url), "outbox_0003")
+    assert settings() == []
+    command.upgrade(alembic_here(url), "head")
+    assert settings() == tuned
+
+
 @pytest.mark.parametrize("how", ["-x", "environment"])
 def test_the_alembic_command_works_from_the_checkout(url: str, how: str) -> None:
     named = ["-x", f"database={url}"] if how == "-x" else []
