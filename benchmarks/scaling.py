@@ -368,9 +368,7 @@ def cost() -> None:
         engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
         Outbox.open(server.url).close()
         print("\nan event on postgresql: bytes of WAL / CPU microseconds of the server / of the client")
-        print(
-            "| full-page images | events a commit | batch | upload |", *(f"{step} |" for step in (*steps, "all"))
-        )
+        print("| events a commit | batch | upload |", *(f"{step} |" for step in (*steps, "all")))
         with engine.connect() as connection:
             # Full-page images come on top: how many depends on how much of a table is touched between checkpoints.
             run(connection, "ALTER SYSTEM SET full_page_writes = off")
