@@ -276,11 +276,11 @@ def _by_hand(start: Any, url: str) -> int:
 
 
 def enqueue() -> None:
-    number = size(4_000)
+    number = size(3_000)
     with databases("postgresql", "mariadb") as found:
         for name, url in found.items():
             ways: dict[str, Callable[[int], float]] = {"one commit each": partial(_enqueue, url, number, 1)}
-            ways["1,000 in one commit"] = partial(_enqueue, url, number * 10, 1_000)
+            ways["1,000 in one commit"] = partial(_enqueue, url, number * 8, 1_000)
             if name == "postgresql":
                 ways["psycopg by hand, one commit each"] = partial(_enqueue, url, number, 0)
             _table(f"enqueue on {name}", ways)

@@ -14,6 +14,7 @@ from outbox.receiver import IngestServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
+PAGES = ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md", "docs/scaling.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -58,6 +59,17 @@ def test_the_code_about_the_worker_runs(server: IngestServer, tmp_path: Path, mo
     namespace["client"].close()
 
 
+def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Path) -> None:
+    namespace: dict[str, object] = {"urls": [f"sqlite:///{tmp_path}/{number}.db" for number in range(3)]}
+    (block,) = blocks("docs/scaling.md", "python")
+    exec(compile(block, "scaling.md", "exec"), namespace)  # noqa: S102 - our own
+    outbox_of = namespace["outbox_of"]
+    assert {outbox_of(f"tenant-{number}") for number in range(50)} == {*namespace["outboxes"]}
+    assert outbox_of("tenant-1") is outbox_of("tenant-1")
+    for outbox in namespace["outboxes"]:
+        outbox.close()
+
+
 def test_the_shell_commands_of_the_readme_run(server: IngestServer, tmp_path: Path) -> None:
     (tmp_path / ".token").write_text("my-token\n")
     run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
@@ -84,14 +96,11 @@ def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
     assert f"pip install {project.group(1)}" in commands("README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_the_docs_name_exists(page: str) -> None:
     named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert named
     assert {*named} <= {*main.commands}
-
-
-PAGES = ["README.md", *(f"docs/{page}.md" for page in ("lifecycle", "host-database", "worker", "performance"))]
 
 
 @pytest.mark.parametrize("page", PAGES)
