@@ -65,8 +65,6 @@ class Transaction:
 
     def change_many(self, statement: UpdateBase, several: list[dict[str, Any]], /) -> int:
         """Run a statement once for each set of parameters; return how many rows were changed in all."""
-        if not several:
-            return 0
         compiled = self._of(statement)
         self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
         return int(self._cursor.rowcount)

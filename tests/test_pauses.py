@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+from click.testing import CliRunner
 from freezegun import freeze_time
 
 from builders import (
@@ -23,8 +24,10 @@ from builders import (
     rule_fired,
 )
 from outbox import FlushReport, HttpClient, HttpFailure, Outbox, TransportFailure, statements
+from outbox.cli import main
 from outbox.display import status_in_words
 from outbox.policy import Policy, pause_ms
+from outbox.receiver import Answer, IngestServer
 from outbox.transaction import Transaction
 
 SERVICE = "https://ingest.example.com"
@@ -353,3 +356,19 @@ def test_the_status_page_says_who_is_left_alone_and_why(outbox: Outbox, noon) ->
     seen: list[str] = []
     outbox.flush(Client(lambda _: seen.append(shown())))
     assert seen == [f"{why}; one flusher tries it with a small batch"]
+
+
+@on_servers
+def test_the_command_line_says_that_a_service_is_left_alone(outbox: Outbox, url: str, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_TOKEN", "token-of-tests")
+    enqueue(outbox)
+    with IngestServer(token="token-of-tests") as server:
+        server.script(Answer(429, body='{"retryAfterSec":40}'))
+        flush = ["--database", url, "flush", "--url", server.url]
+        assert CliRunner().invoke(main, flush).exit_code == 3
+        enqueue(outbox)
+        told = CliRunner().invoke(main, flush)
+    assert told.exit_code == 3
+    until = "2026-11-24 12:00:40 UTC (in 40 seconds)"
+    assert f"the service is left alone until {until}; `outbox retry` ends that" in told.output
+    assert len(server.requests) == 1
