@@ -146,24 +146,15 @@ def test_a_pause_grows_with_each_probe_that_fails(outbox: Outbox, noon) -> None:
 
 
 @on_servers
-def test_several_that_fail_at_once_count_as_one_failure(outbox: Outbox, other: Outbox) -> None:
+@pytest.mark.parametrize(("first", "second"), [(SLOW_DOWN, UNREACHABLE), (UNREACHABLE, SLOW_DOWN)])
+def test_two_that_fail_at_once_count_as_one_failure_with_the_longer_pause(
+    outbox: Outbox, other: Outbox, first, second
+) -> None:
     enqueue(outbox, 128)
 
     def meanwhile(_batch):
-        other.flush(Client(SLOW_DOWN))
-        return UNREACHABLE
-
-    outbox.flush(Client(meanwhile))
-    assert paused(outbox) == [(SERVICE, 1, 40 * SECOND)]
-
-
-@on_servers
-def test_a_wish_that_comes_late_still_prolongs_the_pause(outbox: Outbox, other: Outbox) -> None:
-    enqueue(outbox, 128)
-
-    def meanwhile(_batch):
-        other.flush(Client(UNREACHABLE))
-        return SLOW_DOWN
+        other.flush(Client(first))
+        return second
 
     outbox.flush(Client(meanwhile))
     assert paused(outbox) == [(SERVICE, 1, 40 * SECOND)]
