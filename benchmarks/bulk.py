@@ -71,15 +71,16 @@ def _by_hand(lab: Lab, number: int) -> float:
         engine = create_engine(f"sqlite:///{path}")
         with Session(engine) as session:
             session.connection()
+            ids = []
             with stopwatch() as watch:
                 for row in rows:
                     added = ObservationEvent(**row)
                     session.add(added)
                     session.flush()
-                    assert added.id  # noqa: S101 - it is read, as our enqueue returns it
+                    ids.append(added.id)
                 session.commit()
         engine.dispose()
-        return number / watch.seconds
+        return len(ids) / watch.seconds
 
 
 def _in_session(lab: Lab, number: int) -> float:

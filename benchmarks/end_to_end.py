@@ -62,7 +62,7 @@ def _ours(lab: Lab, url: str, synchronous: str, number: int) -> float:
     with (
         lab.sqlite_file() as path,
         Outbox(f"sqlite:///{path}", policy=ROOMY, synchronous=synchronous) as outbox,
-        HttpClient(url, token="my-token") as client,  # noqa: S106 - made up
+        HttpClient(url, token="my-token") as client,
     ):
         with raw_sqlite(path, synchronous) as connection:
             connection.executemany(INSERT_ON_SQLITE, raw_rows(number, now_ms=1_700_000_000_000))

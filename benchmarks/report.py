@@ -7,7 +7,7 @@ import platform
 import re
 import sqlite3
 import statistics
-from datetime import date
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ def keep(topic: str, tables: list[Table], found: dict[str, Any], load_before: fl
     before = load() if RESULTS.exists() else {}
     kept = before["topics"] if before.get("facts") == found else {}
     kept[topic] = {
-        "date": date.today().isoformat(),  # noqa: DTZ011 - the day of who measures
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "load": round(load_before, 1),
         "tables": [table.as_json() for table in tables],
     }
@@ -89,7 +89,7 @@ def filled(page: str, results: Any) -> str:
     )
     for name, section in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        page = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{section}\n{end}", page, flags=re.DOTALL)  # noqa: B023 - called at once
+        page = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{section}\n{end}": new, page, flags=re.DOTALL)
     return page
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from sqlalchemy import URL, Connection, create_engine, text
 
 from outbox import HttpClient, Outbox, Policy, RuleFired, schema
@@ -245,7 +246,7 @@ def _drain(url: URL, number: int, work: Callable[..., int], *arguments_and_count
 def _flush(start: Any, url: str, batch_size: int, server: str | None) -> int:
     policy = Policy(batch_size=batch_size, max_rows=0, keep_sent_ms=0)
     with ExitStack() as stack:
-        client: Any = stack.enter_context(HttpClient(server, token="t")) if server else Free()  # noqa: S106 - any will do
+        client: Any = stack.enter_context(HttpClient(server, token="t")) if server else Free()
         outbox = stack.enter_context(Outbox(url, policy=policy))
         outbox.pending_count()  # connects
         start.wait()
@@ -264,8 +265,6 @@ _SETTLE_BY_HAND = "UPDATE observation_events SET status = 'sent', sent_at_ms = %
 
 
 def _by_hand(start: Any, url: str) -> int:
-    import psycopg  # noqa: PLC0415 - only where it is used
-
     drained = 0
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
         start.wait()
@@ -319,8 +318,6 @@ def _write(start: Any, url: str, number: int, at_once: int) -> int:
 
 
 def _write_by_hand(start: Any, url: str, number: int) -> int:
-    import psycopg  # noqa: PLC0415 - as above
-
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
         start.wait()
         for _ in range(number):
@@ -335,7 +332,7 @@ class Meter:
     """The write-ahead log and the CPU time of a PostgreSQL of our own, and the CPU time of this process."""
 
     def __init__(self, server: PrivatePostgresql, connection: Connection) -> None:
-        self._postmaster = (server._data / "postmaster.pid").read_text().split()[0]  # noqa: SLF001 - our own
+        self._postmaster = (server.data / "postmaster.pid").read_text().split()[0]
         self._connection = connection
         self._last = self._read()
 
@@ -380,27 +377,22 @@ def cost() -> None:
                 (1_000, 500, receiver),
             ):
                 meter = Meter(server, connection)
-                used = [*_life(meter, connection, server.url, number, at_once, batch_size, url)]
-                used.append(tuple(map(sum, zip(*used, strict=True))))  # type: ignore[arg-type]
+                used = [*_life(meter, connection, server.url, number, (at_once, batch_size, url))]
+                used.append(tuple(map(sum, zip(*used, strict=True))))
                 cells = [" / ".join(f"{value / number:,.0f}" for value in step) + " |" for step in used]
                 print(f"| {at_once:,} | {batch_size:,} | {'HTTP' if url else 'free'} |", *cells, flush=True)
         engine.dispose()
 
 
-def _life(  # noqa: PLR0913, PLR0917 - the variants
-    meter: Meter,
-    connection: Connection,
-    url: str,
-    number: int,
-    at_once: int,
-    batch_size: int,
-    receiver: str | None,
+def _life(
+    meter: Meter, connection: Connection, url: str, number: int, variant: tuple[int, int, str | None]
 ) -> Iterator[tuple[float, float, float]]:
+    at_once, batch_size, receiver = variant
     run(connection, "TRUNCATE observation_events")
     run(connection, "CHECKPOINT")
     events = [an_event(one) for one in range(number)]
     with ExitStack() as stack:
-        client: Any = stack.enter_context(HttpClient(receiver, token="t")) if receiver else Free()  # noqa: S106 - any
+        client: Any = stack.enter_context(HttpClient(receiver, token="t")) if receiver else Free()
         outbox = stack.enter_context(Outbox(url, policy=Policy(batch_size=batch_size, max_rows=0, keep_sent_ms=0)))
         meter.step()
         for first in range(0, number, at_once):
@@ -408,7 +400,7 @@ def _life(  # noqa: PLR0913, PLR0917 - the variants
         yield meter.step()
         outbox.flush_all(client)
         yield meter.step()
-        while outbox._store.expire(sent_before_ms=now_ms() + 60_000):  # noqa: SLF001 - as a flush does
+        while outbox._store.expire(sent_before_ms=now_ms() + 60_000):  # noqa: SLF001 - deletion is measured alone
             pass
         yield meter.step()
         run(connection, "VACUUM observation_events")

@@ -23,7 +23,6 @@ def sink() -> Iterator[str]:
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdin is not None and process.stdout is not None  # noqa: PT018, S101 - they are pipes
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         process.stdin.close()
 

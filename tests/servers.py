@@ -125,12 +125,12 @@ class PrivatePostgresql:
 
     def __enter__(self) -> Self:
         # Not in pytest's folder, into which another user can't look.
-        self._data = Path(tempfile.mkdtemp(prefix="outbox-pg-"))
+        self.data = Path(tempfile.mkdtemp(prefix="outbox-pg-"))
         if self._user is not None:
-            os.chown(self._data, self._user, -1)
+            os.chown(self.data, self._user, -1)
         # It ends the server also when it can't read any more, because this process was killed.
         self._keeper = subprocess.Popen(
-            ["sh", "-c", 'read -r _; "$0" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl, self._data],
+            ["sh", "-c", 'read -r _; "$0" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl, self.data],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ class PrivatePostgresql:
     def start(self) -> None:
         # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
         settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
-        self._run(self._pg_ctl, "-w", "-t", "60", "-o", settings, "-l", str(self._data / "log"), "start")
+        self._run(self._pg_ctl, "-w", "-t", "60", "-o", settings, "-l", str(self.data / "log"), "start")
 
     def stop(self) -> None:
         self._run(self._pg_ctl, "-w", "-m", "immediate", "stop")
@@ -159,11 +159,11 @@ class PrivatePostgresql:
     def _run(self, program: Path, *arguments: str) -> None:
         try:
             subprocess.run(
-                [program, "-D", self._data, *arguments],
+                [program, "-D", self.data, *arguments],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                cwd=self._data,
+                cwd=self.data,
                 user=self._user,
                 env={"LC_ALL": "C", "PATH": os.defpath},
             )
@@ -180,7 +180,7 @@ class Servers:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._found: dict[str, Server | MissingError] = {}
-        self._databases: dict[str, Engine] = {}
+        self.databases: dict[str, Engine] = {}
 
     def close(self) -> None:
         self._stack.close()
@@ -207,11 +207,11 @@ class Servers:
     def empty_outbox(self, name: str) -> URL:
         """Return the URL of the run's database on a server, without any row, and without what tests left there."""
         server = self.get(name)
-        if name not in self._databases:
+        if name not in self.databases:
             made = open_engine(self._stack.enter_context(server.database()))
             self._stack.callback(made.dispose)
-            self._databases[name] = made
-        engine = self._databases[name]
+            self.databases[name] = made
+        engine = self.databases[name]
         with engine.begin() as connection:
             _clear(connection)
         return engine.url
