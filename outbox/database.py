@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError, StorageError
 from outbox.forks import Gate
+from outbox.kept import KeptConnection
 from outbox.models import MYSQL
 from outbox.sqlite import (
     ADVICE,
@@ -51,6 +52,7 @@ _TRUSTED_S = 0.1
 _monotonic = time.monotonic
 
 _own_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_kept_connections: weakref.WeakSet[KeptConnection] = weakref.WeakSet()
 
 use = Gate()
 """Whoever uses a connection is inside."""
@@ -142,21 +144,18 @@ def translated(engine: Engine, *others: type[Exception]) -> Iterator[None]:
 
     `others` are the errors of a driver that is not the engine's.
     """
+    try:
+        yield
+    except (*refusals(engine), *others) as error:
+        raise StorageError(in_words(engine, error)) from error
+
+
+def refusals(engine: Engine) -> tuple[type[Exception], ...]:
+    """Return the errors by which a database says that it won't or can't."""
     # The driver's own errors come from where SQLAlchemy does not wrap them; the last two from values that the
     # database can't hold.
     driver: type[Exception] = engine.dialect.loaded_dbapi.Error
-    refusals: tuple[type[Exception], ...] = (
-        DBAPIError,
-        PoolTimeoutError,
-        driver,
-        *others,
-        OverflowError,
-        UnicodeEncodeError,
-    )
-    try:
-        yield
-    except refusals as error:
-        raise StorageError(in_words(engine, error)) from error
+    return DBAPIError, PoolTimeoutError, driver, OverflowError, UnicodeEncodeError
 
 
 def in_words(engine: Engine, error: Exception) -> str:
@@ -198,6 +197,16 @@ def commits_by_itself(engine: Engine, connection: PoolProxiedConnection) -> bool
     driver_connection: Any = connection.dbapi_connection
     driver_connection.autocommit = True
     return True
+
+
+def keep(engine: Engine) -> KeptConnection | None:
+    """Return what keeps a connection to the file of SQLite that an engine of ours writes; None for all others."""
+    path = sqlite_file(engine.url)
+    if engine not in _own_engines or path is None:
+        return None
+    kept = KeptConnection(engine, path)
+    _kept_connections.add(kept)
+    return kept
 
 
 def is_mysql(engine: Engine) -> bool:
@@ -257,12 +266,22 @@ def _parse(database: str | URL) -> URL:
 
 def _close_files() -> None:
     use.shut(BUSY_TIMEOUT_MS)
+    for kept in list(_kept_connections):
+        kept.shut(BUSY_TIMEOUT_MS)
     for engine in list(_own_engines):
         if sqlite_file(engine.url) is not None:
             engine.dispose()
 
 
+def _go_on() -> None:
+    for kept in list(_kept_connections):
+        kept.open()
+    use.open()
+
+
 def _forget_connections() -> None:
+    for kept in list(_kept_connections):
+        kept.open_in_child()
     for engine in list(_own_engines):
         # A connection that parent and child both use would mix their transactions. One to memory is a copy.
         if engine.dialect.name != "sqlite" or sqlite_file(engine.url) is not None:
@@ -271,4 +290,4 @@ def _forget_connections() -> None:
 
 
 if sys.platform != "win32":
-    os.register_at_fork(before=_close_files, after_in_parent=use.open, after_in_child=_forget_connections)
+    os.register_at_fork(before=_close_files, after_in_parent=_go_on, after_in_child=_forget_connections)

@@ -292,6 +292,7 @@ EXPIRED = _in_order(
 
 DELETE_ROWS = delete(events).where(_these_rows)
 
+LAST_ID = select(func.max(_c.id))
 ROWS = select(func.count()).select_from(events)
 UNDELIVERED_ROWS = select(func.count()).where(
     _in(_c.status, *(status for status in Status if status != Status.SENT))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from heapq import merge
 from itertools import islice
+from math import inf
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, Select, TwoPhaseTransaction
@@ -18,10 +19,11 @@ from outbox import statements as sql
 from outbox.clock import SharedClock, now_ms
 from outbox.database import is_mysql, reading, translated
 from outbox.failures import QueueFull
+from outbox.group_commit import GroupCommit
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome, Policy
 from outbox.statements import ClaimedRow, Pause
-from outbox.transaction import Transaction, Writer, without_nul
+from outbox.transaction import Result, Transaction, Writer, without_nul
 
 log = logging.getLogger("outbox")
 
@@ -76,12 +78,38 @@ class Claim(NamedTuple):
     pause: Pause | None = None
 
 
+class _Insertion(NamedTuple):
+    """What one call wants inserted."""
+
+    rows: Sequence[dict[str, Any]]
+    policy: Policy
+    now_ms: int
+
+
+class _Counted(NamedTuple):
+    """How many rows there were when the last id was this one."""
+
+    last_id: int
+    rows: int
+
+    def rows_at_most(self, last_id: int) -> float:
+        """Return how many there are now, and what was deleted: a new row has a larger id than all before."""
+        return self.rows + last_id - self.last_id if last_id >= self.last_id else inf
+
+
 class Store:
-    """The table of events in one database. Every method is one transaction; times are handed in, in ms."""
+    """The table of events in one database. Every method is one transaction; times are handed in, in ms.
+
+    On SQLite what flushers write does not wait for the disk: should a power cut undo a claim or an outcome, its
+    events are sent again, and no event is lost. Whatever later waits for the disk makes that last, too.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._writer = Writer(engine)
+        kept = self._writer.kept
+        self._insertions = None if kept is None else GroupCommit(lambda: kept.turn, self._insert_all)
+        self._counted = _Counted(0, 0)
         self._is_mysql = is_mysql(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
         self.is_shared = self._is_mysql or self._is_postgresql
@@ -95,26 +123,11 @@ class Store:
         Return the ids in the order of the rows, and whether more may be over the cap. A trim that fails is logged,
         and the rows are inserted without it. Raises `QueueFull` where the policy is to reject: on a server only as
         far as other transactions that enqueue right now have committed.
+
+        On a file of SQLite, threads that insert at the same time share the transaction.
         """
-        trimming = False
-
-        def insert_and_trim(transaction: Transaction) -> tuple[list[int], bool]:
-            nonlocal trimming
-            trimming = False
-            _refuse_when_full(transaction.value, policy, own=len(rows))
-            ids = self._insert(transaction, rows)
-            trimming = True
-            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, own=len(rows))
-            trimming = False
-            return ids, deleted == _TRIM_SLICE
-
-        try:
-            return self._writer.run(insert_and_trim)
-        except Exception as error:
-            if not trimming:
-                raise
-            log.warning("capping the queue failed, the events are kept: %s", error)
-        return self._writer.run(lambda transaction: self._insert(transaction, rows)), False
+        insertion = _Insertion(rows, policy, now_ms)
+        return self._insertions.run(insertion) if self._insertions else self._insert_all([insertion])[0]
 
     def insert_in(
         self, session: Session | scoped_session[Session], rows: Sequence[dict[str, Any]], *, policy: Policy
@@ -157,7 +170,7 @@ class Store:
         # A single statement is repeatable: should it have landed unseen, its rows are due again when their lease
         # has run out.
         is_single = self._is_postgresql
-        how = {"repeatable": is_single, "is_single": is_single}
+        how = {"repeatable": is_single, "is_single": is_single, "survives_power_cut": False}
         if not self.is_shared or destination is None:
             return Claim(self._writer.run(lambda transaction: self._claim(transaction, **due), **how))
         if self._is_postgresql:
@@ -221,7 +234,7 @@ class Store:
             }
             return held, new_lease_ms
 
-        return self._writer.run(renew)
+        return self._writer.run(renew, survives_power_cut=False)
 
     def settle(self, outcomes: Iterable[tuple[int, Outcome]], *, lease_ms: int) -> Counter[str]:
         """Make the move of each row, one statement a trigger; return how many landed, by trigger.
@@ -251,9 +264,13 @@ class Store:
                 landed["deliver"] += transaction.change_rows(sql.DELIVER, row_ids, new_sent_at_ms=sent_at_ms)
             return landed
 
-        is_single = not by_trigger and [len(row_ids) <= sql.CHUNK for row_ids in delivered.values()] == [True]
+        is_single = (
+            self._is_postgresql
+            and not by_trigger
+            and [len(row_ids) <= sql.CHUNK for row_ids in delivered.values()] == [True]
+        )
         # Repeatable: the fence lets no outcome land twice, and a delivery is a fact.
-        return self._writer.run(settle, repeatable=True, is_single=is_single)
+        return self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
 
     def unpark(self, *, now_ms: int, limit: int, spread_ms: int) -> int:
         """Bring back the oldest parked rows; return how many."""
@@ -262,7 +279,7 @@ class Store:
             parked = [row_id for (row_id,) in transaction.rows(sql.LOCK_PARKED, unpark_limit=limit)]
             return transaction.change_rows(sql.UNPARK_ROWS, parked, now=now_ms, spread=spread_ms)
 
-        return self._writer.run(unpark) if self._finds(sql.ANY_PARKED) else 0
+        return self._writer.run(unpark, survives_power_cut=False) if self._finds(sql.ANY_PARKED) else 0
 
     def retry_now(self, *, now_ms: int) -> int:
         """Make every row due that is parked or waits, and end every pause; return how many rows."""
@@ -290,9 +307,14 @@ class Store:
 
     def trim(self, *, policy: Policy, now_ms: int) -> int:
         """Delete what is over the cap, never a row in flight, in slices; return how many."""
+        if not policy.max_rows:
+            return 0
+        last_id = self._look(lambda transaction: transaction.value(sql.LAST_ID)) or 0
         deleted = 0
-        while policy.max_rows:
-            in_slice = self._writer.run(lambda transaction: self._trim(transaction, policy=policy, now_ms=now_ms))
+        while self._counted.rows_at_most(last_id) > policy.max_rows:
+            in_slice = self._writer.run(
+                lambda transaction: self._trim(transaction, policy=policy, now_ms=now_ms, last_id=last_id)
+            )
             deleted += in_slice
             if in_slice < _TRIM_SLICE:
                 break
@@ -360,10 +382,11 @@ class Store:
 
     def _finds(self, query: Select[Any], **parameters: Any) -> bool:
         """Tell whether there is any such row, before a transaction locks some: mostly there is none."""
-        found = self._writer.run(
-            lambda transaction: transaction.rows(query, **parameters), repeatable=True, is_single=True
-        )
-        return bool(found)
+        return bool(self._look(lambda transaction: transaction.rows(query, **parameters)))
+
+    def _look(self, query: Callable[[Transaction], Result]) -> Result:
+        """Run a single query outside of any transaction."""
+        return self._writer.run(query, repeatable=True, is_single=True, survives_power_cut=False)
 
     def _claim(self, transaction: Transaction, *, now: int, lease: int, batch_size: int) -> list[ClaimedRow]:
         due = {"now": now, "batch_size": batch_size}
@@ -400,15 +423,47 @@ class Store:
             transaction.change(sql.END_PROBE, **this)
         return Claim(rows, pause)
 
+    def _insert_all(self, insertions: Sequence[_Insertion]) -> list[tuple[list[int], bool]]:
+        """Insert what several calls want inserted, and trim once, as the last one wants it."""
+        policy, now_ms = insertions[-1].policy, insertions[-1].now_ms
+        trimming = False
+
+        def insert(transaction: Transaction) -> list[list[int]]:
+            ids = []
+            for rows, policy, _ in insertions:
+                _refuse_when_full(transaction.value, policy, own=len(rows))
+                ids.append(self._insert(transaction, rows))
+            return ids
+
+        def insert_and_trim(transaction: Transaction) -> list[tuple[list[int], bool]]:
+            nonlocal trimming
+            trimming = False
+            ids = insert(transaction)
+            trimming = True
+            own = sum(map(len, ids))
+            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, last_id=max(map(max, ids)), own=own)
+            trimming = False
+            return [(these, deleted == _TRIM_SLICE) for these in ids]
+
+        try:
+            return self._writer.run(insert_and_trim)
+        except Exception as error:
+            if not trimming:
+                raise
+            log.warning("capping the queue failed, the events are kept: %s", error)
+        return [(these, False) for these in self._writer.run(insert)]
+
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         return transaction.insert(sql.INSERT_AND_NOTIFY if self._is_postgresql else sql.INSERT, rows)
 
-    def _trim(self, transaction: Transaction, *, policy: Policy, now_ms: int, own: int = 0) -> int:
+    def _trim(self, transaction: Transaction, *, policy: Policy, now_ms: int, last_id: int, own: int = 0) -> int:
         """Delete a slice of what is over the cap, `own` rows of which this transaction inserted."""
         max_rows = policy.max_rows
-        if not max_rows or (transaction.value(sql.ROWS_AT_MOST) or 0) <= max_rows:
+        if not max_rows or self._counted.rows_at_most(last_id) <= max_rows:
             return 0
-        excess = transaction.value(sql.ROWS) - max_rows
+        rows = transaction.value(sql.ROWS)
+        self._counted = _Counted(last_id, rows)
+        excess = rows - max_rows
         if self.is_shared and excess > own:
             # Several might count the same rows as too many, and each delete others.
             transaction.rows(sql.TRIMMING)

@@ -9,8 +9,19 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Dialect, Engine, PoolProxiedConnection, Select, UpdateBase
 
-from outbox.database import begin, commits_by_itself, in_words, is_disconnect, is_given_up, translated, use
+from outbox.database import (
+    begin,
+    commits_by_itself,
+    in_words,
+    is_disconnect,
+    is_given_up,
+    keep,
+    refusals,
+    translated,
+    use,
+)
 from outbox.failures import StorageError
+from outbox.kept import KeptConnection
 from outbox.sqlite import tolerant_text
 from outbox.statements import CHUNK
 
@@ -126,20 +137,31 @@ class Writer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._compiled: dict[Any, _Compiled] = {}
+        self.kept = keep(engine)
+        """The connection that threads take turns with; None where they write side by side."""
+        self._refusals = refusals(engine)
 
     def run(
-        self, operation: Callable[[Transaction], Result], *, repeatable: bool = False, is_single: bool = False
+        self,
+        operation: Callable[[Transaction], Result],
+        *,
+        repeatable: bool = False,
+        is_single: bool = False,
+        survives_power_cut: bool = True,
     ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
 
         One that `is_single` runs one statement, which is a transaction by itself: where that is known to hold, it
-        is not wrapped in another one, which saves PostgreSQL two round trips of three.
+        is not wrapped in another one, which saves PostgreSQL two round trips of three. One that need not survive
+        a power cut does not wait for the disk on SQLite.
 
         It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
         or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
         during the commit nobody knows whether that was done, so then only if the operation is `repeatable`. Raises
         `StorageError`, and at once where there is no server to begin with.
         """
+        if self.kept is not None:
+            return self._in_turn(self.kept, operation, is_single=is_single, survives_power_cut=survives_power_cut)
         began = False
         with use.inside(), translated(self._engine):
             for pause_s in _PAUSES_S:
@@ -160,6 +182,31 @@ class Writer:
     def on(self, cursor: Any) -> Transaction:
         """Return a transaction on a cursor; whoever has the cursor begins and ends it."""
         return Transaction(cursor, self._engine.dialect, self._compiled)
+
+    def _in_turn(
+        self,
+        kept: KeptConnection,
+        operation: Callable[[Transaction], Result],
+        *,
+        is_single: bool,
+        survives_power_cut: bool,
+    ) -> Result:
+        # It keeps a fork waiting, too, like `use.inside`.
+        with kept.turn:
+            try:
+                connection = kept.get(survives_power_cut=survives_power_cut)
+                cursor = connection.cursor()
+                try:
+                    if not is_single:
+                        cursor.execute("BEGIN IMMEDIATE")
+                    result = operation(self.on(cursor))
+                    connection.commit()
+                except BaseException:
+                    connection.rollback()
+                    raise
+            except self._refusals as error:
+                raise StorageError(in_words(self._engine, error)) from error
+            return result
 
     def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:
         connection = self._connection()

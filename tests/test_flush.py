@@ -116,11 +116,11 @@ def test_a_flush_is_a_claim_and_a_settlement_and_maintenance(outbox: Outbox) -> 
     seen: list[str] = []
     on_statement(outbox, seen.append)
     outbox.flush(ScriptedClient())
-    assert seen.count("COMMIT") == 4
+    assert seen.count("COMMIT") == 2
     enqueue(outbox, 64)
     seen.clear()
     outbox.flush(ScriptedClient(DOWN))
-    assert seen.count("COMMIT") == 3
+    assert seen.count("COMMIT") == 2
 
 
 def test_no_transaction_is_open_during_an_upload(outbox: Outbox) -> None:

@@ -159,6 +159,30 @@ def test_a_fork_does_not_wait_for_ever(outbox: Outbox, monkeypatch) -> None:
 
 
 @can_fork
+@beside_threads
+def test_a_fork_does_not_wait_for_ever_for_a_thread_that_writes(outbox: Outbox, monkeypatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 1)
+    kept = outbox._store._writer.kept
+    outbox.enqueue(rule_fired())
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def hold_the_turn() -> None:
+        with kept.turn:
+            is_held.set()
+            is_over.wait()
+
+    thread = threading.Thread(target=hold_the_turn)
+    thread.start()
+    is_held.wait()
+    child = Child(lambda: outbox.enqueue(rule_fired()))
+    child.act()
+    child.end()
+    is_over.set()
+    thread.join()
+    assert outbox.enqueue(rule_fired()) == 3
+
+
+@can_fork
 def test_a_child_has_connections_to_a_server_of_its_own() -> None:
     pytest.importorskip("psycopg")
     engine = database.open_engine("postgresql+psycopg://127.0.0.1:1/none")

@@ -113,6 +113,8 @@ class World(Director):
         self._stay = shape.choice((0.0, 0.5, 0.9))
         self._fault_rate = shape.choice((0.002, 0.01, 0.03))
         self._crash_rate = shape.choice((0.001, 0.004, 0.02))
+        # On SQLite an engine of ours is written through one connection, a host's through its pool.
+        self._on_hosts_engines = not theatre.is_shared and shape.random() < 0.5
         self.calm = False
         self.server = Server(self._answer)
         self._sky: Callable[[], Answer] = Answer
@@ -145,7 +147,10 @@ class World(Director):
             lives.append(("foreign", self._insert_past_us))
         if OPERATOR in self.kinds:
             lives.append(("operator", self._operate))
-        cast = [Process(name, self._theatre.seat(name, of_host=name == "host"), life) for name, life in lives]
+        cast = [
+            Process(name, self._theatre.seat(name, of_host=name == "host" or self._on_hosts_engines), life)
+            for name, life in lives
+        ]
         if SKEW in self.kinds:
             for process in cast:
                 process.clock_offset_ms = self._time.choice(

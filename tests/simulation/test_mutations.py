@@ -54,7 +54,7 @@ MUTATIONS = {
         "statements.py",
         ".where(_this_row, _in(_unindexed_status, Status.SENDING), _held)",
         '.where(_this_row, _in(_unindexed_status, Status.SENDING), bindparam("lease") > 0)',
-        (EXCLUSION,),
+        (MOVE, EXCLUSION),
     ),
     "deliver only what is still being sent": Mutation(
         "statements.py",
@@ -118,7 +118,7 @@ MUTATIONS = {
     ),
     "a settlement in two transactions": Mutation(
         "store.py",
-        "        return self._writer.run(settle, repeatable=True, is_single=is_single)\n",
+        "        return self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)\n",
         """        everything, delivered = delivered, {}
         landed = self._writer.run(settle, repeatable=True)
         delivered, by_trigger = everything, {}

@@ -88,14 +88,15 @@ class Theatre:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._seats: dict[str, Seat] = {}
+        self._seats: dict[tuple[str, bool], Seat] = {}
 
     def seat(self, name: str, *, of_host: bool = False) -> Seat:
         """Return the seat of that name; a host's engine has SQLAlchemy's settings, not ours."""
-        if name not in self._seats:
+        key = name, of_host
+        if key not in self._seats:
             engine = create_engine(self._url) if of_host else open_engine(self._url)
-            self._seats[name] = Seat(engine, self.connect)
-        return self._seats[name]
+            self._seats[key] = Seat(engine, self.connect)
+        return self._seats[key]
 
     def connect(self, *arguments: Any, **options: Any) -> Any:
         """Return a connection for a seat."""
