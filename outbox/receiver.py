@@ -95,12 +95,12 @@ class IngestServer:
         store: str | os.PathLike[str] | None = None,
         poison: str = "poison",
     ) -> None:
-        self.received: dict[str, str] = {}
+        self.stored: dict[str, str] = {}
         """Content hash → text of each event, in the order of arrival."""
         self.requests: list[Request] = []
         self.duplicates = 0
+        self.token = token
         self._port = port
-        self._token = token
         self._path = None if store is None else os.fspath(store)
         self._poison = poison.encode()
         self._mode: Mode = "ok"
@@ -154,10 +154,10 @@ class IngestServer:
     ) -> None:
         self.stop()
 
-    def script(self, *answers: Answer | Drop | Hang) -> None:
-        """Give the next requests these answers, one each, whatever the mode; `Answer()` accepts."""
+    def script(self, *answers: Answer | Drop | Hang | int) -> None:
+        """Give the next requests these answers, one each, whatever the mode. A number is a status; 200 accepts."""
         with self._lock:
-            self._script.extend(answers)
+            self._script.extend(Answer(answer) if isinstance(answer, int) else answer for answer in answers)
 
     def set_mode(self, mode: Mode, *, retry_after_sec: int | None = None) -> None:
         """Answer all requests in this way from now on; 503 and 429 ask for that delay."""
@@ -170,7 +170,7 @@ class IngestServer:
         """Return the number of different events, of requests and of events that came again, and the mode."""
         with self._lock:
             return {
-                "events": len(self.received),
+                "events": len(self.stored),
                 "requests": len(self.requests),
                 "duplicates": self.duplicates,
                 "mode": self._mode,
@@ -189,7 +189,7 @@ class IngestServer:
                 file.write(b"\n")
             if _is_object(line):
                 text = line.decode().strip()
-                self.received[content_hash(text)] = text
+                self.stored[content_hash(text)] = text
         return file
 
     def _decide(self, path: str, headers: Message, body: bytes) -> Answer | Drop | Hang:
@@ -215,8 +215,8 @@ class IngestServer:
         }
         if self._mode in modes:
             return modes[self._mode]
-        wanted = f"Bearer {self._token}"
-        if self._token is not None and not hmac.compare_digest(
+        wanted = f"Bearer {self.token}"
+        if self.token is not None and not hmac.compare_digest(
             headers.get("Authorization", "").encode(), wanted.encode()
         ):
             return _json(401, error="invalid_token")
@@ -232,7 +232,7 @@ class IngestServer:
         for event in events:
             text = event.decode()
             key = content_hash(text)
-            if key in self.received or key in new:
+            if key in self.stored or key in new:
                 self.duplicates += 1
             else:
                 new[key] = text
@@ -241,7 +241,7 @@ class IngestServer:
             lines = (text.replace("\r", " ").replace("\n", " ") + "\n" for text in new.values())
             self._file.write("".join(lines).encode())
             self._file.flush()
-        self.received.update(new)
+        self.stored.update(new)
 
 
 class _Control(msgspec.Struct, rename="camel", forbid_unknown_fields=True):

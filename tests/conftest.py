@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from outbox import Outbox
+from builders import NOON
+from outbox import HttpClient
+from outbox.testing import ScriptedServer, TimeMachine
 from servers import NOT_TESTED, Servers
+
+# The entry point has loaded it already, but for a source tree that is not installed.
+pytest_plugins = ["pytest_outbox"]
 
 SERVERS = ("postgresql", "mariadb")
 
@@ -72,12 +77,30 @@ def database(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def url(database: str, tmp_path: Path, servers: Servers) -> str:
+    """Where the test's outbox is or will be."""
     if database == "sqlite":
         return f"sqlite:///{tmp_path / 'outbox.db'}"
     return servers.empty_outbox(database).render_as_string(hide_password=False)
 
 
 @pytest.fixture
-def outbox(url: str) -> Iterator[Outbox]:
-    with Outbox.open(url, synchronous="NORMAL") as opened:
-        yield opened
+def outbox_url(database: str, outbox_url: str, url: str) -> str:
+    """The plugin's, on the database that the test runs on."""
+    return outbox_url if database == "sqlite" else url
+
+
+@pytest.fixture
+def server(outbox_server: ScriptedServer) -> ScriptedServer:
+    return outbox_server
+
+
+@pytest.fixture
+def client(outbox_client: HttpClient) -> HttpClient:
+    return outbox_client
+
+
+@pytest.fixture
+def noon(outbox_time: TimeMachine) -> TimeMachine:
+    """The time, which stands still at NOON until the test moves it."""
+    outbox_time.move_to(NOON)
+    return outbox_time

@@ -8,16 +8,10 @@ from freezegun import freeze_time
 
 from outbox.client import HttpClient
 from outbox.failures import TransportFailure
-from outbox.receiver import Answer, IngestServer
+from outbox.receiver import Answer
 from peers import HEAD, TOKEN, Peer, answers, failure_of, repeats
 
 LATIN_TOKEN = "tökén-äöü-123"
-
-
-@pytest.fixture
-def server():
-    with IngestServer() as running:
-        yield running
 
 
 @pytest.fixture

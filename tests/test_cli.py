@@ -60,9 +60,9 @@ def run(url):
 
 
 @pytest.fixture
-def server():
-    with IngestServer(token=TOKEN) as started:
-        yield started
+def server(outbox_server):
+    outbox_server.token = TOKEN
+    return outbox_server
 
 
 @pytest.fixture
@@ -455,7 +455,7 @@ def test_flush_sends_one_batch_with_the_token_of_the_environment(run, outbox, se
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
     assert run("flush", "--all").stdout == "6 attempted, 6 sent, 0 rescheduled, 0 parked, 0 abandoned\n"
     assert run("flush", "--all").stdout == "nothing was due\n"
-    assert len(server.received) == 70
+    assert len(server.events) == 70
 
 
 def test_json_of_flush_is_the_report(run, outbox, server, logged_in):

@@ -18,7 +18,7 @@ import pytest
 
 from outbox.client import HttpClient
 from outbox.failures import ConfigurationError, HttpFailure
-from outbox.receiver import Answer, Drop, Hang, IngestServer
+from outbox.receiver import Answer, Drop, Hang
 from peers import (
     ACCEPTED,
     BATCH,
@@ -40,12 +40,6 @@ from peers import (
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     forget_environment(monkeypatch)
-
-
-@pytest.fixture
-def server():
-    with IngestServer() as running:
-        yield running
 
 
 @pytest.fixture
@@ -76,7 +70,7 @@ def test_a_batch_is_one_json_array_of_the_stored_texts(server, client):
 
     (request,) = server.requests
     assert (request.path, request.events) == ("/cloud/observations", 2)
-    assert list(server.received.values()) == ['{"b" : 1,"a":"\\u00e9"}', '{"c":"é"}']
+    assert list(server.stored.values()) == ['{"b" : 1,"a":"\\u00e9"}', '{"c":"é"}']
 
 
 def test_the_headers_say_what_is_sent_and_by_whom(server, client, monkeypatch):
@@ -147,7 +141,7 @@ def test_bodies_over_one_kib_are_compressed_on_request(server, length, is_compre
     with HttpClient(server.url, token=TOKEN, gzip=True) as client:
         client.upload([Row(1, payload)])
 
-    assert list(server.received.values()) == [payload]
+    assert list(server.stored.values()) == [payload]
     assert ("Content-Encoding" in server.requests[0].headers) == is_compressed
 
 
@@ -162,7 +156,7 @@ def test_a_large_upload_arrives_whole(server, client):
 
     client.upload([Row(1, payload)])
 
-    assert list(server.received.values()) == [payload]
+    assert list(server.stored.values()) == [payload]
 
 
 # --- success and failure ---
@@ -586,7 +580,7 @@ def test_a_proxy_of_the_environment_is_used(server, monkeypatch, name):
             client.upload(BATCH)
 
     assert proxy.heads[0].startswith("POST http://ingest.example/v1/cloud/observations HTTP/1.1\r\n")
-    assert len(server.received) == 1
+    assert len(server.events) == 1
 
 
 def test_no_proxy_of_the_environment_is_honoured(server, monkeypatch):
@@ -597,7 +591,7 @@ def test_no_proxy_of_the_environment_is_honoured(server, monkeypatch):
     with HttpClient(f"http://ingest.example:{server._port}", token=TOKEN, allow_insecure=True) as client:
         client.upload(BATCH)
 
-    assert len(server.received) == 1
+    assert len(server.events) == 1
 
 
 def test_a_proxy_of_the_environment_does_not_see_what_is_for_this_machine(server, monkeypatch):
@@ -606,7 +600,7 @@ def test_a_proxy_of_the_environment_does_not_see_what_is_for_this_machine(server
     with HttpClient(server.url, token=TOKEN) as client:
         client.upload(BATCH)
 
-    assert len(server.received) == 1
+    assert len(server.events) == 1
 
 
 def test_given_proxies_replace_those_of_the_environment(server, monkeypatch):

@@ -9,8 +9,7 @@ import pytest
 from freezegun import freeze_time
 
 from builders import ScriptedClient, row, rule_fired, statuses
-from outbox import HttpClient, Outbox, Policy
-from outbox.receiver import IngestServer
+from outbox import Outbox, Policy
 
 pytestmark = pytest.mark.contract
 
@@ -63,35 +62,31 @@ def run_at_once(processes: list[subprocess.Popen]) -> None:
 
 
 @pytest.mark.sqlite  # on servers: test_servers.py
-def test_processes_that_flush_one_file_at_once_send_each_row_once(outbox: Outbox, url: str) -> None:
+def test_processes_that_flush_one_file_at_once_send_each_row_once(outbox: Outbox, url: str, server) -> None:
     outbox.enqueue_many(rule_fired(session_id=f"s{number}") for number in range(2_000))
-    with IngestServer() as server:
-        run_at_once([start(FLUSHER, url, server.url) for _ in range(4)])
-        assert sum(request.events for request in server.requests) == len(server.received) == 2_000
+    run_at_once([start(FLUSHER, url, server.url) for _ in range(4)])
+    assert sum(request.events for request in server.requests) == len(server.stored) == 2_000
     assert Counter(statuses(outbox)) == {"sent": 2_000}
 
 
-def test_processes_that_enqueue_and_flush_at_once_lose_nothing(outbox: Outbox, url: str) -> None:
+def test_processes_that_enqueue_and_flush_at_once_lose_nothing(outbox: Outbox, url: str, server, client) -> None:
     outbox.enqueue(rule_fired())
-    with IngestServer() as server:
-        flushers = [start(FLUSHER, url, server.url) for _ in range(2)]
-        enqueuers = [start(ENQUEUER, url, str(number)) for number in range(3)]
-        run_at_once([*enqueuers, *flushers])
-        with HttpClient(server.url, token="token-of-tests") as client:
-            outbox.flush_all(client)
-        assert len(server.received) == 301
+    flushers = [start(FLUSHER, url, server.url) for _ in range(2)]
+    enqueuers = [start(ENQUEUER, url, str(number)) for number in range(3)]
+    run_at_once([*enqueuers, *flushers])
+    outbox.flush_all(client)
+    assert len(server.stored) == 301
     assert Counter(statuses(outbox)) == {"sent": 301}
 
 
-def test_threads_share_one_outbox_and_one_client(outbox: Outbox) -> None:
+def test_threads_share_one_outbox_and_one_client(outbox: Outbox, server, client) -> None:
     outbox.enqueue_many(rule_fired(session_id=f"s{number}") for number in range(1_000))
-    with IngestServer() as server, HttpClient(server.url, token="token-of-tests") as client:
-        threads = [threading.Thread(target=outbox.flush_all, args=(client,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(request.events for request in server.requests) == len(server.received) == 1_000
+    threads = [threading.Thread(target=outbox.flush_all, args=(client,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(request.events for request in server.requests) == len(server.stored) == 1_000
     assert Counter(statuses(outbox)) == {"sent": 1_000}
 
 

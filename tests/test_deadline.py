@@ -8,7 +8,6 @@ from freezegun import freeze_time
 
 from outbox import deadline
 from outbox.client import HttpClient
-from outbox.receiver import IngestServer
 from peers import (
     ACCEPTED,
     BATCH,
@@ -31,12 +30,6 @@ OVER = "transport: no complete answer within 300 ms"
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     forget_environment(monkeypatch)
-
-
-@pytest.fixture
-def server():
-    with IngestServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from outbox import events
 from outbox.cli import main
-from outbox.receiver import IngestServer
+from outbox.testing import ScriptedServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
@@ -26,12 +26,12 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture
-def server():
-    with IngestServer(token="my-token") as started:
-        yield started
+def server(outbox_server: ScriptedServer) -> ScriptedServer:
+    outbox_server.token = "my-token"
+    return outbox_server
 
 
-def test_the_code_of_the_readme_runs(server: IngestServer, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_code_of_the_readme_runs(server: ScriptedServer, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     # The event types that the page defines go with this test.
     registry = events._Registry()
@@ -42,19 +42,19 @@ def test_the_code_of_the_readme_runs(server: IngestServer, tmp_path: Path, monke
     for block in blocks("README.md", "python"):
         exec(compile(block.replace(EXAMPLE_SERVER, server.url), "README.md", "exec"), namespace)  # noqa: S102 - our own
     assert capsys.readouterr().out == "1 sent; all is well\n"
-    assert len(server.received) == 1
+    assert len(server.events) == 1
     assert namespace["outbox"].pending_count() == 1
     namespace["outbox"].close()
     namespace["engine"].dispose()
 
 
-def test_the_code_about_the_worker_runs(server: IngestServer, tmp_path: Path, monkeypatch) -> None:
+def test_the_code_about_the_worker_runs(server: ScriptedServer, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks("docs/worker.md", "python"):
         exec(compile(block.replace(EXAMPLE_SERVER, server.url), "worker.md", "exec"), namespace)  # noqa: S102 - our own
     namespace["outbox"].flush_all(namespace["client"])
-    assert len(server.received) == 1
+    assert len(server.events) == 1
     namespace["outbox"].close()
     namespace["client"].close()
 
@@ -70,7 +70,7 @@ def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Pat
         outbox.close()
 
 
-def test_the_shell_commands_of_the_readme_run(server: IngestServer, tmp_path: Path) -> None:
+def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, tmp_path: Path) -> None:
     (tmp_path / ".token").write_text("my-token\n")
     run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
     script = "\n".join(["set -euo pipefail", f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}', *run])
@@ -83,7 +83,7 @@ def test_the_shell_commands_of_the_readme_run(server: IngestServer, tmp_path: Pa
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert len(server.received) == 1
+    assert len(server.events) == 1
     assert "sent" in result.stdout
 
 
@@ -103,7 +103,7 @@ def test_every_command_that_the_docs_name_exists(page: str) -> None:
     assert {*named} <= {*main.commands}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/testing.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target

@@ -3,11 +3,10 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from freezegun import freeze_time
 from sqlalchemy import String, create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-from builders import NOON, NOON_MS, ScriptedClient, add_row, on_statement, refuse, row, rule_fired, statuses
+from builders import NOON_MS, ScriptedClient, add_row, on_statement, refuse, row, rule_fired, statuses
 from outbox import InvalidEvent, Outbox, Policy, StorageError
 
 pytestmark = pytest.mark.contract
@@ -32,8 +31,7 @@ def host(outbox: Outbox):
     engine.dispose()
 
 
-@freeze_time(NOON)
-def test_a_row_is_pending_and_due_at_once(outbox: Outbox) -> None:
+def test_a_row_is_pending_and_due_at_once(outbox: Outbox, noon) -> None:
     row_id = outbox.enqueue(rule_fired(file_path="a.py"))
     written = row(outbox, row_id)
     assert row_id > 0

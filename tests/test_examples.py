@@ -9,13 +9,12 @@ from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import msgspec
 import pytest
 import requests
 
 from builders import rule_fired
 from outbox import Outbox
-from outbox.receiver import IngestServer
+from outbox.testing import ScriptedServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -28,13 +27,13 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def service():
-    with IngestServer(token=TOKEN) as started:
-        yield started
+def service(outbox_server: ScriptedServer) -> ScriptedServer:
+    outbox_server.token = TOKEN
+    return outbox_server
 
 
 @pytest.fixture
-def environment(url: str, service: IngestServer, tmp_path: Path):
+def environment(url: str, service: ScriptedServer, tmp_path: Path):
     return os.environ | {
         "DATABASE_URL": url,
         "OUTBOX_DATABASE_URL": url,
@@ -89,18 +88,18 @@ def serving(*arguments: str | Path, environment, folder: Path):
         process.communicate()
 
 
-def items(service: IngestServer) -> list[str]:
-    return [msgspec.json.decode(text)["item"] for text in service.received.values()]
+def items(service: ScriptedServer) -> list[str]:
+    return [event["item"] for event in service.events]
 
 
 @pytest.mark.contract
-def test_an_order_that_is_rolled_back_leaves_no_event(run, url: str, service: IngestServer) -> None:
+def test_an_order_that_is_rolled_back_leaves_no_event(run, url: str, service: ScriptedServer) -> None:
     done = run("-W", "error", EXAMPLES / "orders.py", url)
     assert (done.stdout, done.stderr) == ("1 order, 1 event\n1 sent\n", "")
     assert items(service) == ["shoes"]
 
 
-def test_orders_brings_its_own_service_along(run, service: IngestServer, tmp_path: Path) -> None:
+def test_orders_brings_its_own_service_along(run, service: ScriptedServer, tmp_path: Path) -> None:
     done = run(EXAMPLES / "orders.py", OUTBOX_URL="")
     assert done.stdout == "1 order, 1 event\n1 sent\n"
     assert (tmp_path / "orders.db").exists()
@@ -117,7 +116,7 @@ def place_orders(shop: str) -> list[int]:
 @needs("flask")
 @pytest.mark.slow
 def test_an_order_to_flask_and_its_event_come_together(
-    run, environment, service: IngestServer, tmp_path: Path
+    run, environment, service: ScriptedServer, tmp_path: Path
 ) -> None:
     flask = ["-m", "flask", "--app", EXAMPLES / "flask_app.py"]
     with serving(*flask, "run", "--port", "0", environment=environment, folder=tmp_path) as shop:
@@ -129,7 +128,7 @@ def test_an_order_to_flask_and_its_event_come_together(
 @needs("django")
 @pytest.mark.slow
 def test_an_order_to_django_and_its_event_come_together(
-    run, environment, service: IngestServer, tmp_path: Path
+    run, environment, service: ScriptedServer, tmp_path: Path
 ) -> None:
     manage = EXAMPLES / "django_app.py"
     with serving(
@@ -203,11 +202,11 @@ for entry in app.conf.beat_schedule.values():
 @needs("celery")
 @pytest.mark.slow
 def test_what_celery_beat_starts_sends_the_events(
-    run, outbox: Outbox, environment, service: IngestServer, tmp_path: Path
+    run, outbox: Outbox, environment, service: ScriptedServer, tmp_path: Path
 ) -> None:
     outbox.enqueue(rule_fired())
     run("-c", BEAT)
-    assert service.received == {}
+    assert service.events == []
     worker = [sys.executable, "-m", "celery", "--app", "celery_app", "worker", "--concurrency", "1"]
     with (
         (tmp_path / "worker.log").open("w") as log,
@@ -218,10 +217,10 @@ def test_what_celery_beat_starts_sends_the_events(
                 assert process.poll() is None, (tmp_path / "worker.log").read_text()
         finally:
             process.terminate()
-    assert len(service.received) == 1
+    assert len(service.events) == 1
 
 
-def test_the_line_of_the_crontab_sends_the_events(outbox: Outbox, environment, service: IngestServer) -> None:
+def test_the_line_of_the_crontab_sends_the_events(outbox: Outbox, environment, service: ScriptedServer) -> None:
     outbox.enqueue(rule_fired())
     settings, lines = {}, []
     for line in (EXAMPLES / "crontab").read_text(encoding="utf-8").splitlines():
@@ -236,7 +235,7 @@ def test_the_line_of_the_crontab_sends_the_events(outbox: Outbox, environment, s
     script = f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}\n{command}'
     done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
-    assert len(service.received) == 1
+    assert len(service.events) == 1
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import outbox
+from outbox import testing
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +47,20 @@ def test_the_public_names_are_these() -> None:
         "UploadFailure",
         "Worker",
     }
+
+
+def test_the_names_for_tests_of_programs_are_these() -> None:
+    assert testing.__all__ == [
+        "Answer",
+        "Drop",
+        "Hang",
+        "Received",
+        "Request",
+        "ScriptedServer",
+        "TimeMachine",
+        "time_machine",
+    ]
+    assert all(hasattr(testing, name) for name in testing.__all__)
 
 
 def test_another_name_is_an_attribute_error() -> None:

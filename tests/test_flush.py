@@ -1,11 +1,9 @@
 import logging
 
 import pytest
-from freezegun import freeze_time
 
 from builders import (
     DOWN,
-    NOON,
     NOON_MS,
     OK,
     REJECTED,
@@ -24,13 +22,7 @@ from builders import (
 from outbox import ConfigurationError, FlushReport, Outbox, Policy, StorageError, TransportFailure
 from outbox.policy import Verdict
 
-pytestmark = pytest.mark.contract
-
-
-@pytest.fixture(autouse=True)
-def noon():
-    with freeze_time(NOON) as frozen:
-        yield frozen
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
 
 def enqueue(outbox: Outbox, count: int) -> list[int]:
@@ -105,8 +97,8 @@ def test_only_due_rows_and_run_out_leases_are_claimed(
 
 def test_all_accepted_rows_get_one_time(outbox: Outbox, noon) -> None:
     ids = enqueue(outbox, 3)
-    noon.tick(5)
-    outbox.flush(ScriptedClient(lambda _: noon.tick(2) and None))
+    noon.travel(seconds=5)
+    outbox.flush(ScriptedClient(lambda _: noon.travel(seconds=2) and None))
     assert {row(outbox, row_id).sent_at_ms for row_id in ids} == {NOON_MS + 7_000}
 
 
@@ -227,7 +219,7 @@ def test_the_delay_counts_from_the_answer(outbox: Outbox, noon) -> None:
     (row_id,) = enqueue(outbox, 1)
 
     def slow(_):
-        noon.tick(30)
+        noon.travel(seconds=30)
         return SLOW_DOWN
 
     outbox.flush(ScriptedClient(slow))
@@ -349,7 +341,7 @@ def test_a_long_isolation_keeps_its_lease_alive(outbox: Outbox, noon) -> None:
     def slow(_):
         leases.append(row(outbox, ids[-1]).next_attempt_at_ms - (NOON_MS + 40_000 * len(leases)))
         assert outbox.flush(ScriptedClient()).claimed == 0
-        noon.tick(40)
+        noon.travel(seconds=40)
         return REJECTED if len(leases) == 1 else OK
 
     report = outbox.flush(ScriptedClient(*[slow] * 9))
@@ -362,7 +354,7 @@ def test_rows_with_another_owner_are_left_to_it(outbox: Outbox, noon) -> None:
     other = ScriptedClient(DOWN)
 
     def outlasted(_):
-        noon.tick(61)
+        noon.travel(seconds=61)
         assert outbox.flush(other).claimed == 3
         return REVOKED
 
@@ -376,7 +368,7 @@ def test_a_lease_lost_during_isolation_ends_it(outbox: Outbox, noon) -> None:
     enqueue(outbox, 3)
 
     def outlasted(_):
-        noon.tick(61)
+        noon.travel(seconds=61)
         assert outbox.flush(ScriptedClient(DOWN)).rescheduled == 3
         return REJECTED
 
@@ -390,7 +382,7 @@ def test_a_delivery_is_recorded_whoever_owns_the_row(outbox: Outbox, noon) -> No
     (row_id,) = enqueue(outbox, 1)
 
     def outlasted(_):
-        noon.tick(61)
+        noon.travel(seconds=61)
         outbox.flush(ScriptedClient(REVOKED))
         assert row(outbox, row_id).status == "parked"
 
@@ -402,7 +394,7 @@ def test_a_delivery_is_recorded_whoever_owns_the_row(outbox: Outbox, noon) -> No
 @pytest.mark.sqlite
 def test_a_claim_that_waited_for_the_database_renews_its_lease_first(outbox: Outbox, noon) -> None:
     (row_id,) = enqueue(outbox, 1)
-    on_statement(outbox, lambda statement: statement == "COMMIT" and not leases and noon.tick(20))
+    on_statement(outbox, lambda statement: statement == "COMMIT" and not leases and noon.travel(seconds=20))
     leases = []
     outbox.flush(ScriptedClient(lambda _: leases.append(row(outbox, row_id).next_attempt_at_ms)))
     assert leases == [NOON_MS + 80_000]
@@ -416,12 +408,12 @@ def test_a_renewal_that_waited_for_the_database_counts_from_its_end(outbox: Outb
     def waited(statement):
         seen.append(statement)
         if statement == "BEGIN IMMEDIATE" and seen.count(statement) == 2:
-            noon.tick(30)
+            noon.travel(seconds=30)
 
     on_statement(outbox, waited)
 
     def slow(_):
-        noon.tick(40)
+        noon.travel(seconds=40)
         return REJECTED
 
     outbox.flush(ScriptedClient(slow, lambda _: leases.append(row(outbox, ids[0]).next_attempt_at_ms)))
@@ -437,7 +429,7 @@ def test_a_claim_that_lost_its_lease_before_the_upload_sends_nothing(outbox: Out
     def outlasted(statement):
         seen.append(statement)
         if statement == "COMMIT" and len(seen) < 5:
-            noon.tick(61)
+            noon.travel(seconds=61)
         if seen.count("BEGIN IMMEDIATE") == 2 and not taken:
             with Outbox(outbox.engine.url) as other:
                 taken.append(other.flush(ScriptedClient()).sent)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from freezegun import freeze_time
 from sqlalchemy.orm import Session
 
-from builders import DOWN, NOON, NOON_MS, ScriptedClient, add_row, refuse, rule_fired, statuses
+from builders import DOWN, NOON_MS, ScriptedClient, add_row, refuse, rule_fired, statuses
 from outbox import Outbox, Policy, QueueFull
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
 WEEK_MS = 7 * 86_400_000
-
-
-@pytest.fixture(autouse=True)
-def noon():
-    with freeze_time(NOON) as frozen:
-        yield frozen
 
 
 def rejecting(url: str, max_rows: int) -> Outbox:
@@ -113,10 +106,10 @@ def test_delivered_rows_are_deleted_when_their_time_is_over(url: str, noon) -> N
         outbox.enqueue_many([rule_fired()] * 3)
         outbox.flush(ScriptedClient())
         others = [add_row(outbox, status=status, created_at_ms=1) for status in ("parked", "abandoned")]
-        noon.tick(60)
+        noon.travel(seconds=60)
         outbox.flush(ScriptedClient())
         assert statuses(outbox) == ["sent"] * 3 + ["parked", "abandoned"]
-        noon.tick(0.001)
+        noon.travel(seconds=0.001)
         outbox.flush(ScriptedClient())
         assert [found.id for found in outbox.find()] == others
         assert deleted(outbox) == [("sent", "retention", 3)]

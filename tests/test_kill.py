@@ -117,10 +117,10 @@ def kill_program(nursery: Nursery, name: str, prepared: Callable[[], Database]) 
     ):
 
         def check(url: str, report: Report) -> None:
-            received = server.received.values()
+            received = server.stored.values()
             check_what_is_left(url, told=report.ids, received=received, together=program.together)
             deliver_the_rest(url, client)
-            received = [*server.received.values(), *healthy.received.values()]
+            received = [*server.stored.values(), *healthy.stored.values()]
             check_the_end(url, told=report.ids, received=received)
 
         @contextmanager

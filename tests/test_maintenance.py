@@ -1,7 +1,6 @@
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from freezegun import freeze_time
 
 from builders import (
     DOWN,
@@ -19,15 +18,9 @@ from builders import (
 )
 from outbox import ConfigurationError, Outbox, Policy, RequeueReport, statements
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
 WEEK_MS = 7 * 86_400_000
-
-
-@pytest.fixture(autouse=True)
-def noon():
-    with freeze_time(NOON) as frozen:
-        yield frozen
 
 
 def ids_of(outbox: Outbox) -> list[int]:
@@ -131,14 +124,14 @@ def test_a_row_that_is_brought_back_gets_a_full_new_chance(outbox: Outbox, noon,
     if how == "unpark":
         outbox.enqueue(rule_fired())
         outbox.flush(ScriptedClient())
-        noon.tick(5)
+        noon.travel(seconds=5)
     elif how == "retry_now":
         outbox.retry_now()
     else:
         outbox.requeue_abandoned(older_than=NOON_MS)
     outbox.flush(ScriptedClient(DOWN))
     assert row(outbox, old).status == "pending"
-    noon.tick(7 * 86_400 + 10)
+    noon.travel(seconds=7 * 86_400 + 10)
     outbox.flush(ScriptedClient(DOWN))
     assert (row(outbox, old).status, row(outbox, old).last_error) == (
         "abandoned",
@@ -257,9 +250,9 @@ def test_a_revoked_token_parks_and_a_new_login_brings_all_back(outbox: Outbox, n
     outbox.enqueue_many([rule_fired()] * 5)
     outbox.flush(ScriptedClient(REVOKED))
     assert statuses(outbox) == ["parked"] * 5
-    noon.tick(3_600)
+    noon.travel(seconds=3_600)
     outbox.enqueue(rule_fired())
     outbox.flush_all(ScriptedClient())
-    noon.tick(5)
+    noon.travel(seconds=5)
     outbox.flush_all(ScriptedClient())
     assert statuses(outbox) == ["sent"] * 6

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import pytest
 from click.testing import CliRunner
-from freezegun import freeze_time
 
 from builders import (
     DOWN,
@@ -27,12 +26,14 @@ from outbox import FlushReport, HttpClient, HttpFailure, Outbox, TransportFailur
 from outbox.cli import main
 from outbox.display import status_in_words
 from outbox.policy import Policy, pause_ms
-from outbox.receiver import Answer, IngestServer
+from outbox.receiver import Answer
 from outbox.transaction import Transaction
 
 SERVICE = "https://ingest.example.com"
 UNREACHABLE = TransportFailure("connection refused")
 SECOND = 1_000
+
+pytestmark = pytest.mark.usefixtures("noon")
 
 on_servers = pytest.mark.servers
 
@@ -41,12 +42,6 @@ class Client(ScriptedClient):
     def __init__(self, *answers, destination: str | None = SERVICE) -> None:
         super().__init__(*answers)
         self.destination = destination
-
-
-@pytest.fixture(autouse=True)
-def noon():
-    with freeze_time(NOON) as frozen:
-        yield frozen
 
 
 @pytest.fixture
@@ -101,7 +96,7 @@ def test_what_one_host_learns_makes_all_wait(outbox: Outbox, other: Outbox, noon
     assert outbox.flush(Client(failure)).rescheduled == 1
     enqueue(outbox, 20)
     idle = Client()
-    noon.tick(timedelta(milliseconds=seconds * SECOND - 1))
+    noon.travel(milliseconds=seconds * SECOND - 1)
     expected = FlushReport(failure=str(failure), paused_until_ms=NOON_MS + seconds * SECOND)
     assert other.flush(idle) == other.flush_all(idle) == outbox.flush(idle) == expected
     assert idle.batches == []
@@ -112,7 +107,7 @@ def test_after_a_pause_one_small_batch_goes_as_a_probe(outbox: Outbox, other: Ou
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox, 40)
-    noon.tick(1)
+    noon.travel(seconds=1)
     waiting = []
     probe = Client(lambda _: waiting.append(other.flush(Client())))
     assert outbox.flush(probe).sent == 8
@@ -126,7 +121,7 @@ def test_flush_all_goes_on_in_full_batches_after_its_probe(outbox: Outbox, noon)
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox, 100)
-    noon.tick(1)
+    noon.travel(seconds=1)
     client = Client()
     assert outbox.flush_all(client).sent == 100
     assert client.sizes == [8, 64, 28]
@@ -164,7 +159,7 @@ def test_two_that_fail_at_once_count_as_one_failure_with_the_longer_pause(
 def test_a_failure_from_before_the_pause_ends_no_probe(outbox: Outbox, other: Outbox, noon) -> None:
     enqueue(outbox, 100)
     outbox.flush(Client(UNREACHABLE))
-    noon.tick(1)
+    noon.travel(seconds=1)
     waiting = []
 
     def meanwhile(_batch):
@@ -182,7 +177,7 @@ def test_a_probe_that_fails_after_its_pause_was_ended_begins_a_new_one(
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox, 100)
-    noon.tick(1)
+    noon.travel(seconds=1)
 
     def meanwhile(_batch):
         other.retry_now()
@@ -198,7 +193,7 @@ def test_a_probe_that_is_answered_ends_the_pause_whatever_it_is_told(outbox: Out
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox, 3)
-    noon.tick(1)
+    noon.travel(seconds=1)
     outbox.flush(Client(*[answer] * 4))
     assert outbox.stats().pauses == []
 
@@ -207,7 +202,7 @@ def test_a_probe_that_is_answered_ends_the_pause_whatever_it_is_told(outbox: Out
 def test_a_probe_with_nothing_to_send_is_none(outbox: Outbox, other: Outbox, noon) -> None:
     enqueue(outbox)
     outbox.flush(Client(DOWN))
-    noon.tick(1)
+    noon.travel(seconds=1)
     assert outbox.flush(Client()) == FlushReport()
     enqueue(outbox)
     assert other.flush(Client()).sent == 1
@@ -217,7 +212,7 @@ def test_a_probe_with_nothing_to_send_is_none(outbox: Outbox, other: Outbox, noo
 def test_a_probe_that_sends_nothing_leaves_it_to_another_one(outbox: Outbox, other: Outbox, noon) -> None:
     enqueue(outbox)
     outbox.flush(Client(DOWN))
-    noon.tick(1)
+    noon.travel(seconds=1)
     add_row(outbox, payload_json="{")
     assert outbox.flush(Client()).abandoned == 1
     enqueue(outbox)
@@ -229,7 +224,7 @@ def test_a_probe_that_is_interrupted_leaves_it_to_another_one(outbox: Outbox, ot
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox)
-    noon.tick(1)
+    noon.travel(seconds=1)
     with pytest.raises(KeyboardInterrupt):
         outbox.flush(Client(KeyboardInterrupt()))
     assert other.flush(Client()).sent == 1
@@ -242,15 +237,15 @@ def test_a_probe_that_died_leaves_it_to_another_one_when_its_lease_has_run_out(
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox)
-    noon.tick(1)
+    noon.travel(seconds=1)
     now_ms = outbox._store.now_ms()
     claimed = outbox._store.claim(
         now_ms=now_ms, lease_ms=now_ms + 60_000, batch_size=64, destination=SERVICE, probe_size=8
     )
     assert len(claimed.rows) == 1
-    noon.tick(59)
+    noon.travel(seconds=59)
     assert other.flush(Client()).claimed == 0
-    noon.tick(1)
+    noon.travel(seconds=1)
     assert other.flush(Client()).sent == 1
 
 
@@ -262,7 +257,7 @@ def test_of_two_that_want_to_probe_at_once_one_is_late(
     enqueue(outbox)
     outbox.flush(Client(DOWN))
     enqueue(outbox, 40)
-    noon.tick(1)
+    noon.travel(seconds=1)
     change = Transaction.change
 
     def late(transaction, statement, /, **parameters):
@@ -341,7 +336,7 @@ def test_the_status_page_says_who_is_left_alone_and_why(outbox: Outbox, noon) ->
     enqueue(outbox)
     outbox.flush(Client(SLOW_DOWN))
     assert shown() == f"{why}; nothing is sent for 40 seconds, `outbox retry` ends that"
-    noon.tick(40)
+    noon.travel(seconds=40)
     assert shown() == f"{why}; one flusher is to try it with a small batch"
     enqueue(outbox)
     seen: list[str] = []
@@ -350,15 +345,14 @@ def test_the_status_page_says_who_is_left_alone_and_why(outbox: Outbox, noon) ->
 
 
 @on_servers
-def test_the_command_line_says_that_a_service_is_left_alone(outbox: Outbox, url: str, monkeypatch) -> None:
+def test_the_command_line_says_that_a_service_is_left_alone(outbox: Outbox, url: str, monkeypatch, server) -> None:
     monkeypatch.setenv("OUTBOX_TOKEN", "token-of-tests")
     enqueue(outbox)
-    with IngestServer(token="token-of-tests") as server:
-        server.script(Answer(429, body='{"retryAfterSec":40}'))
-        flush = ["--database", url, "flush", "--url", server.url]
-        assert CliRunner().invoke(main, flush).exit_code == 3
-        enqueue(outbox)
-        told = CliRunner().invoke(main, flush)
+    server.script(Answer(429, body='{"retryAfterSec":40}'))
+    flush = ["--database", url, "flush", "--url", server.url]
+    assert CliRunner().invoke(main, flush).exit_code == 3
+    enqueue(outbox)
+    told = CliRunner().invoke(main, flush)
     assert told.exit_code == 3
     until = "2026-11-24 12:00:40 UTC (in 40 seconds)"
     assert f"the service is left alone until {until}; `outbox retry` ends that" in told.output

@@ -18,11 +18,10 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from freezegun import freeze_time
 
 from builders import DOWN, NOON, NOON_MS, OK, REJECTED, ScriptedClient, row, rule_fired, statuses
-from outbox import HttpClient, Outbox, SchemaError, database, events, schema
-from outbox.receiver import Answer, Hang, IngestServer
+from outbox import Outbox, SchemaError, database, events, schema
+from outbox.receiver import Answer, Hang
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "token-of-tests"
@@ -272,84 +271,81 @@ def test_a_child_forked_while_a_thread_decodes_for_the_first_time_can_decode_too
 
 @can_fork
 @beside_threads
-def test_parent_and_child_share_no_connection_to_the_server(outbox: Outbox) -> None:
+def test_parent_and_child_share_no_connection_to_the_server(outbox: Outbox, server, client) -> None:
     outbox.enqueue(rule_fired(session_id="before"))
-    with IngestServer(token=TOKEN) as server, HttpClient(server.url, token=TOKEN) as client:
-        outbox.flush(client)
+    outbox.flush(client)
 
-        def enqueue_and_flush() -> None:
-            outbox.enqueue(rule_fired(session_id="child"))
-            assert outbox.flush(client).sent == 1
-
-        child = Child(enqueue_and_flush)
-        child.act()
-        outbox.enqueue(rule_fired(session_id="parent"))
+    def enqueue_and_flush() -> None:
+        outbox.enqueue(rule_fired(session_id="child"))
         assert outbox.flush(client).sent == 1
-        child.end()
-        assert len(server.received) == 3
+
+    child = Child(enqueue_and_flush)
+    child.act()
+    outbox.enqueue(rule_fired(session_id="parent"))
+    assert outbox.flush(client).sent == 1
+    child.end()
+    assert len(server.stored) == 3
 
 
 @can_fork
 @beside_threads
-def test_a_child_forked_during_an_upload_flushes_what_is_left(outbox: Outbox) -> None:
+def test_a_child_forked_during_an_upload_flushes_what_is_left(outbox: Outbox, server, client) -> None:
     outbox.enqueue(rule_fired())
-    with IngestServer(token=TOKEN) as server, HttpClient(server.url, token=TOKEN) as client:
-        server.script(Hang())
-        reports = []
-        thread = threading.Thread(target=lambda: reports.append(outbox.flush(client)))
-        thread.start()
-        wait_until(lambda: server.requests)
+    server.script(Hang())
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(outbox.flush(client)))
+    thread.start()
+    wait_until(lambda: server.requests)
 
-        def enqueue_and_flush() -> None:
-            outbox.enqueue(rule_fired(session_id="child"))
-            report = outbox.flush(client)
-            assert (report.claimed, report.sent) == (1, 1)
+    def enqueue_and_flush() -> None:
+        outbox.enqueue(rule_fired(session_id="child"))
+        report = outbox.flush(client)
+        assert (report.claimed, report.sent) == (1, 1)
 
-        child = Child(enqueue_and_flush)
-        child.act()
-        child.end()
-        assert statuses(outbox) == ["sending", "sent"]
-        server.stop()
-        thread.join()
+    child = Child(enqueue_and_flush)
+    child.act()
+    child.end()
+    assert statuses(outbox) == ["sending", "sent"]
+    server.stop()
+    thread.join()
     assert reports[0].rescheduled == 1
 
 
 @can_fork
 @beside_threads
-def test_forks_beside_threads_that_enqueue_and_flush_lose_nothing(outbox: Outbox) -> None:
-    with IngestServer(token=TOKEN) as server, HttpClient(server.url, token=TOKEN) as client:
-        is_over = threading.Event()
-        enqueued = Counter()
+def test_forks_beside_threads_that_enqueue_and_flush_lose_nothing(outbox: Outbox, server, client) -> None:
+    is_over = threading.Event()
+    enqueued = Counter()
 
-        def enqueue() -> None:
-            while not is_over.is_set():
-                outbox.enqueue(rule_fired(session_id=f"thread {enqueued['thread']}"))
-                enqueued["thread"] += 1
+    def enqueue() -> None:
+        while not is_over.is_set():
+            outbox.enqueue(rule_fired(session_id=f"thread {enqueued['thread']}"))
+            enqueued["thread"] += 1
 
-        def flush() -> None:
-            while not is_over.is_set():
-                outbox.flush(client)
+    def flush() -> None:
+        while not is_over.is_set():
+            outbox.flush(client)
 
-        def enqueue_and_flush() -> None:
-            for number in range(5):
-                outbox.enqueue(rule_fired(session_id=f"{os.getpid()} {number}"))
-            outbox.flush_all(client)
-
-        threads = [threading.Thread(target=work) for work in (enqueue, flush, flush)]
-        for thread in threads:
-            thread.start()
-        children = [Child(enqueue_and_flush) for _ in range(8)]
-        for child in children:
-            child.act()
-            child.end()
-        is_over.set()
-        for thread in threads:
-            thread.join()
+    def enqueue_and_flush() -> None:
+        for number in range(5):
+            outbox.enqueue(rule_fired(session_id=f"{os.getpid()} {number}"))
         outbox.flush_all(client)
-        count = enqueued["thread"] + 5 * len(children)
-        assert statuses(outbox) == ["sent"] * count
-        assert len(server.received) == count
-        assert server.duplicates == 0
+
+    threads = [threading.Thread(target=work) for work in (enqueue, flush, flush)]
+    for thread in threads:
+        thread.start()
+    children = [Child(enqueue_and_flush) for _ in range(8)]
+    for child in children:
+        child.act()
+        child.end()
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    outbox.flush_all(client)
+    count = enqueued["thread"] + 5 * len(children)
+    assert statuses(outbox) == ["sent"] * count
+    assert len(server.stored) == count
+    assert server.duplicates == 0
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -416,53 +412,43 @@ atexit.register(lambda: print(outbox.flush_all(client).sent))
 """
 
 
-def test_a_program_can_flush_at_its_exit(outbox: Outbox, url: str) -> None:
+def test_a_program_can_flush_at_its_exit(outbox: Outbox, url: str, server) -> None:
     outbox.enqueue_many([rule_fired()] * 3)
-    with IngestServer(token=TOKEN) as server:
-        assert python(FLUSH_AT_EXIT, url, server.url).communicate()[0] == "3\n"
+    assert python(FLUSH_AT_EXIT, url, server.url).communicate()[0] == "3\n"
     assert statuses(outbox) == ["sent"] * 3
 
 
 # --- clocks that jump ---
 
 
-@pytest.fixture
-def clock():
-    with freeze_time(NOON) as frozen:
-        yield frozen
-
-
-def jump_during_upload(clock, by: timedelta, answer: object = OK) -> ScriptedClient:
+def suspended_during_upload(noon, answer: object = OK) -> ScriptedClient:
     def upload(_batch):
-        clock.tick(by)
+        noon.travel(hours=5)
         return answer
 
     return ScriptedClient(upload)
 
 
-SUSPENDED = timedelta(hours=5)
-
-
-def test_an_upload_that_outlives_a_suspension_counts(outbox: Outbox, clock) -> None:
+def test_an_upload_that_outlives_a_suspension_counts(outbox: Outbox, noon) -> None:
     outbox.enqueue_many([rule_fired()] * 3)
-    report = outbox.flush(jump_during_upload(clock, SUSPENDED))
+    report = outbox.flush(suspended_during_upload(noon))
     assert (report.sent, report.lost_leases) == (3, 0)
     assert row(outbox, 1).sent_at_ms == NOON_MS + 5 * HOUR_MS
 
 
-def test_an_upload_that_a_suspension_broke_is_tried_again_after_the_usual_delay(outbox: Outbox, clock) -> None:
+def test_an_upload_that_a_suspension_broke_is_tried_again_after_the_usual_delay(outbox: Outbox, noon) -> None:
     outbox.enqueue(rule_fired())
-    report = outbox.flush(jump_during_upload(clock, SUSPENDED, DOWN))
+    report = outbox.flush(suspended_during_upload(noon, DOWN))
     assert (report.rescheduled, report.lost_leases) == (1, 0)
     waits_ms = row(outbox, 1).next_attempt_at_ms - (NOON_MS + 5 * HOUR_MS)
     assert 120_000 <= waits_ms < 150_000
 
 
-def test_a_suspended_flusher_drops_what_another_one_has_taken_over(outbox: Outbox, clock) -> None:
+def test_a_suspended_flusher_drops_what_another_one_has_taken_over(outbox: Outbox, noon) -> None:
     outbox.enqueue(rule_fired())
 
     def upload(_batch):
-        clock.tick(SUSPENDED)
+        noon.travel(hours=5)
         assert outbox.flush(ScriptedClient(REJECTED, REJECTED)).abandoned == 1
         return DOWN
 
@@ -470,24 +456,24 @@ def test_a_suspended_flusher_drops_what_another_one_has_taken_over(outbox: Outbo
     assert statuses(outbox) == ["abandoned"]
 
 
-def test_a_suspension_in_the_middle_of_an_isolation_renews_the_lease(outbox: Outbox, clock) -> None:
+def test_a_suspension_in_the_middle_of_an_isolation_renews_the_lease(outbox: Outbox, noon) -> None:
     outbox.enqueue_many([rule_fired()] * 3)
-    client = jump_during_upload(clock, SUSPENDED, REJECTED)
+    client = suspended_during_upload(noon, REJECTED)
     client.answers += [REJECTED, OK, OK]
     report = outbox.flush(client)
     assert (report.sent, report.abandoned, report.lost_leases) == (2, 1, 0)
 
 
-def set_back(clock, hours: int) -> None:
-    clock.move_to(NOON - timedelta(hours=hours))
+def set_back(noon, hours: int) -> None:
+    noon.move_to(NOON - timedelta(hours=hours))
 
 
 @pytest.mark.parametrize("answer", [OK, DOWN, REJECTED])
-def test_an_upload_during_which_the_clock_is_set_back_ends_as_usual(outbox: Outbox, clock, answer) -> None:
+def test_an_upload_during_which_the_clock_is_set_back_ends_as_usual(outbox: Outbox, noon, answer) -> None:
     outbox.enqueue(rule_fired())
 
     def upload(_batch):
-        set_back(clock, 1)
+        set_back(noon, 1)
         return answer
 
     report = outbox.flush(ScriptedClient(upload, answer))
@@ -499,50 +485,50 @@ def test_an_upload_during_which_the_clock_is_set_back_ends_as_usual(outbox: Outb
 
 
 def test_after_the_clock_was_set_back_new_events_go_at_once_and_old_ones_when_it_has_caught_up(
-    outbox: Outbox, clock
+    outbox: Outbox, noon
 ) -> None:
     outbox.enqueue_many([rule_fired()] * 2)
-    set_back(clock, 1)
+    set_back(noon, 1)
     outbox.enqueue(rule_fired())
     assert outbox.flush(ScriptedClient()).sent == 1
     assert statuses(outbox) == ["pending", "pending", "sent"]
-    clock.move_to(NOON - timedelta(milliseconds=1))
+    noon.move_to(NOON - timedelta(milliseconds=1))
     assert outbox.flush(ScriptedClient()).claimed == 0
-    clock.move_to(NOON)
+    noon.move_to(NOON)
     assert outbox.flush(ScriptedClient()).sent == 2
 
 
-def test_an_operator_need_not_wait_until_a_clock_that_was_set_back_has_caught_up(outbox: Outbox, clock) -> None:
+def test_an_operator_need_not_wait_until_a_clock_that_was_set_back_has_caught_up(outbox: Outbox, noon) -> None:
     outbox.enqueue_many([rule_fired()] * 2)
-    set_back(clock, 1)
+    set_back(noon, 1)
     assert outbox.retry_now() == 2
     assert outbox.flush(ScriptedClient()).sent == 2
 
 
 def test_a_dead_flushers_rows_wait_for_its_lease_and_for_the_clock_to_catch_up_and_no_longer(
-    outbox: Outbox, clock
+    outbox: Outbox, noon
 ) -> None:
     outbox.enqueue(rule_fired())
     outbox._store.claim(now_ms=NOON_MS, lease_ms=NOON_MS + 60_000, batch_size=64)
-    set_back(clock, 1)
-    clock.tick(timedelta(hours=1, seconds=59))
+    set_back(noon, 1)
+    noon.travel(hours=1, seconds=59)
     assert outbox.flush(ScriptedClient()).claimed == 0
-    clock.tick(timedelta(seconds=1))
+    noon.travel(seconds=1)
     assert outbox.flush(ScriptedClient()).sent == 1
 
 
-def test_a_clock_set_back_ages_nothing(outbox: Outbox, clock) -> None:
+def test_a_clock_set_back_ages_nothing(outbox: Outbox, noon) -> None:
     outbox.enqueue(rule_fired())
-    clock.move_to(NOON - timedelta(days=30))
+    noon.move_to(NOON - timedelta(days=30))
     outbox.retry_now()
     assert outbox.flush(ScriptedClient(DOWN)).rescheduled == 1
 
 
-def test_events_that_a_clock_far_ahead_gave_up_come_back_with_a_full_new_chance(outbox: Outbox, clock) -> None:
+def test_events_that_a_clock_far_ahead_gave_up_come_back_with_a_full_new_chance(outbox: Outbox, noon) -> None:
     outbox.enqueue(rule_fired())
-    clock.move_to(NOON + timedelta(days=4_000))
+    noon.move_to(NOON + timedelta(days=4_000))
     assert outbox.flush(ScriptedClient(DOWN)).abandoned == 1
-    clock.move_to(NOON)
+    noon.move_to(NOON)
     assert outbox.requeue_abandoned(older_than=NOON_MS + 1).total == 1
     assert outbox.flush(ScriptedClient(DOWN)).rescheduled == 1
 
@@ -605,25 +591,24 @@ for number in range(150):
 """
 
 
-def test_an_older_program_and_this_one_work_on_one_file(outbox: Outbox, url: str) -> None:
+def test_an_older_program_and_this_one_work_on_one_file(outbox: Outbox, url: str, server, client) -> None:
     path = url.removeprefix("sqlite:///")
-    with IngestServer(token=TOKEN) as server, HttpClient(server.url, token=TOKEN) as client:
-        server.script(Answer(), Answer(503), Answer(), Answer(503))
-        older = [python(OLDER_PROGRAM, path, server.url.rpartition(":")[2], name) for name in ("old a", "old b")]
-        number = 0
-        while any(program.poll() is None for program in older) or number < 100:
-            outbox.enqueue(rule_fired(session_id=f"new {number}"))
-            outbox.flush(client)
-            number += 1
-        for program in older:
-            program.communicate()
-            assert program.returncode == 0
-        outbox.retry_now()
-        outbox.flush_all(client)
-        count = number + 2 * 150
-        assert statuses(outbox) == ["sent"] * count
-        assert len(server.received) == count
-        assert server.duplicates == 0
+    server.script(Answer(), Answer(503), Answer(), Answer(503))
+    older = [python(OLDER_PROGRAM, path, server.url.rpartition(":")[2], name) for name in ("old a", "old b")]
+    number = 0
+    while any(program.poll() is None for program in older) or number < 100:
+        outbox.enqueue(rule_fired(session_id=f"new {number}"))
+        outbox.flush(client)
+        number += 1
+    for program in older:
+        program.communicate()
+        assert program.returncode == 0
+    outbox.retry_now()
+    outbox.flush_all(client)
+    count = number + 2 * 150
+    assert statuses(outbox) == ["sent"] * count
+    assert len(server.stored) == count
+    assert server.duplicates == 0
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 

@@ -53,14 +53,14 @@ def test_events_are_stored_by_the_hash_of_their_exact_text(server):
 
     assert post(server, spaced, '{"a":2}') == (200, {"accepted": 2})
 
-    assert server.received == {content_hash(spaced): spaced, content_hash('{"a":2}'): '{"a":2}'}
+    assert server.stored == {content_hash(spaced): spaced, content_hash('{"a":2}'): '{"a":2}'}
 
 
 def test_an_event_that_comes_again_is_stored_once_and_counted(server):
     post(server, '{"a":1}', '{"a":1}')
     post(server, '{"a":1}')
 
-    assert list(server.received.values()) == ['{"a":1}']
+    assert list(server.stored.values()) == ['{"a":1}']
     assert server.summary() == {"events": 1, "requests": 2, "duplicates": 2, "mode": "ok"}
 
 
@@ -106,14 +106,14 @@ def test_other_paths_and_methods_are_refused(server, method, path, status):
 )
 def test_what_is_no_array_of_objects_is_a_bad_request(server, body):
     assert call(server, "POST", OBSERVATIONS, body)[0] == 400
-    assert server.received == {}
+    assert server.stored == {}
 
 
 def test_gzip_is_understood(server):
     body = gzip.compress(b'[{"a":1}]')
 
     assert call(server, "POST", OBSERVATIONS, body, {"Content-Encoding": "gzip"})[0] == 200
-    assert list(server.received.values()) == ['{"a":1}']
+    assert list(server.stored.values()) == ['{"a":1}']
 
 
 @pytest.mark.parametrize("body", [b"no gzip", gzip.compress(b"[]", mtime=0)[:-4]])
@@ -151,12 +151,12 @@ def test_a_body_without_a_length_is_refused(server, header):
 def test_a_token_is_asked_for(sent, status):
     with IngestServer(token="the-right-one") as server:
         assert post(server, '{"a":1}', headers={"Authorization": sent})[0] == status
-        assert len(server.received) == (status == 200)
+        assert len(server.stored) == (status == 200)
 
 
 def test_a_batch_with_a_marked_event_is_rejected_whole(server):
     assert post(server, '{"a":1}', '{"a":"poison"}') == (422, {"error": "invalid_event", "index": 1})
-    assert server.received == {}
+    assert server.stored == {}
 
 
 def test_the_mark_can_be_chosen():
@@ -223,7 +223,7 @@ def test_a_script_answers_one_request_each_before_the_mode(server):
 
     assert answers == [(422, b"no"), (200, b""), (503, b'{"error":"down"}')]
     assert [request.status for request in server.requests] == [422, 200, 503]
-    assert list(server.received.values()) == ['{"a":1}']
+    assert list(server.stored.values()) == ['{"a":1}']
 
 
 def test_a_scripted_answer_sets_headers_and_reason(server):
@@ -245,7 +245,7 @@ def test_a_batch_can_be_stored_and_the_answer_lost(server, answer):
     with pytest.raises(http.client.RemoteDisconnected):
         post(server, '{"a":1}')
 
-    assert list(server.received.values()) == ['{"a":1}']
+    assert list(server.stored.values()) == ['{"a":1}']
     assert [request.status for request in server.requests] == [None]
 
 
@@ -255,7 +255,7 @@ def test_a_batch_can_be_stored_and_failure_be_claimed(server):
     assert post(server, '{"a":1}')[0] == 500
     assert post(server, '{"a":2}')[0] == 200
 
-    assert list(server.received.values()) == ['{"a":1}']
+    assert list(server.stored.values()) == ['{"a":1}']
 
 
 def test_the_drop_mode_answers_nothing(server):
@@ -264,7 +264,7 @@ def test_the_drop_mode_answers_nothing(server):
     with pytest.raises(http.client.RemoteDisconnected):
         post(server, '{"a":1}')
 
-    assert server.received == {}
+    assert server.stored == {}
 
 
 def test_stopping_ends_requests_that_hang():
@@ -337,7 +337,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     path.write_bytes(b'{"a":1}\n\xff\n{"a":')
 
     with IngestServer(store=path) as server:
-        assert list(server.received.values()) == ['{"a":1}']
+        assert list(server.stored.values()) == ['{"a":1}']
         post(server, '{"a":2}')
 
     assert path.read_bytes() == b'{"a":1}\n\xff\n{"a":\n{"a":2}\n'

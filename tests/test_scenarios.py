@@ -1,33 +1,12 @@
 """Whole stories over real HTTP, with the time moved by freezegun."""
 
 import pytest
-from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, row, rule_fired, statuses
 from outbox import HttpClient, Outbox
-from outbox.receiver import Answer, Drop, IngestServer
+from outbox.testing import Answer, Drop
 
 pytestmark = pytest.mark.contract
-
-TOKEN = "token-of-tests"
-
-
-@pytest.fixture
-def noon():
-    with freeze_time(NOON) as frozen:
-        yield frozen
-
-
-@pytest.fixture
-def server():
-    with IngestServer(token=TOKEN) as started:
-        yield started
-
-
-@pytest.fixture
-def client(server: IngestServer):
-    with HttpClient(server.url, token=TOKEN) as opened:
-        yield opened
 
 
 def distinct(outbox: Outbox, count: int) -> list[int]:
@@ -48,14 +27,14 @@ def test_events_survive_an_outage_of_hours(outbox: Outbox, server, client, noon)
             pass
         wait = seconds_until_due(outbox, now_ms)
         waits.append(int(wait // 60))
-        noon.tick(wait + 480)  # past the jitter of all rows
+        noon.travel(seconds=wait + 480)  # past the jitter of all rows
         now_ms += int((wait + 480) * 1_000)
     assert waits == sorted(waits)
-    assert server.received == {}
+    assert server.events == []
 
     server.set_mode("ok")
     assert outbox.flush_all(client).sent == 100
-    assert len(server.received) == 100
+    assert len(server.events) == 100
     assert outbox.stats().likely_cause is None
 
 
@@ -65,14 +44,14 @@ def test_events_on_a_server_survive_an_outage_of_hours(outbox: Outbox, server, c
     server.set_mode("down")
     for _ in range(6 * 60):
         outbox.flush_all(client)
-        noon.tick(60)
-    assert server.received == {}
+        noon.travel(seconds=60)
+    assert server.events == []
 
     server.set_mode("ok")
     for _ in range(60):
         outbox.flush_all(client)
-        noon.tick(60)
-    assert len(server.received) == 100
+        noon.travel(seconds=60)
+    assert len(server.events) == 100
     assert outbox.stats().pauses == []
 
 
@@ -83,26 +62,26 @@ def test_a_rate_limit_is_waited_for(outbox: Outbox, server, client, noon) -> Non
     assert (report.sent, report.rescheduled) == (0, 1)
     due = NOON_MS + 55_000 + (NOON_MS ^ row_id) % 13_750
     assert row(outbox, row_id).next_attempt_at_ms == due
-    noon.tick((due - NOON_MS) / 1_000 - 0.001)
+    noon.travel(seconds=(due - NOON_MS) / 1_000 - 0.001)
     assert outbox.flush(client).claimed == 0
-    noon.tick(0.001)
+    noon.travel(seconds=0.001)
     assert outbox.flush(client).sent == 1
 
 
-def test_a_revoked_token_parks_and_a_login_delivers(outbox: Outbox, server, noon) -> None:
+def test_a_revoked_token_parks_and_a_login_delivers(outbox: Outbox, server, client, noon) -> None:
+    server.token = "token-of-tests"
     distinct(outbox, 3)
     with HttpClient(server.url, token="old-token-of-tests") as revoked:
         assert outbox.flush_all(revoked).parked == 3
     assert statuses(outbox) == ["parked"] * 3
     assert "old-token" not in row(outbox, 1).last_error
     assert row(outbox, 1).last_error.startswith("401 Unauthorized: ")
-    noon.tick(12 * 60)
+    noon.travel(seconds=12 * 60)
     assert "the token was rejected 12 minutes ago" in outbox.stats().likely_cause
     assert "3 events are parked" in outbox.stats().likely_cause
 
     assert outbox.retry_now() == 3
-    with HttpClient(server.url, token=TOKEN) as client:
-        assert outbox.flush_all(client).sent == 3
+    assert outbox.flush_all(client).sent == 3
 
 
 def test_two_poisoned_rows_do_not_hold_up_the_rest(outbox: Outbox, server, client) -> None:
@@ -111,7 +90,7 @@ def test_two_poisoned_rows_do_not_hold_up_the_rest(outbox: Outbox, server, clien
     outbox.enqueue_many(rule_fired(session_id=f"later {number}") for number in range(32))
     report = outbox.flush_all(client)
     assert (report.attempted, report.sent, report.abandoned) == (64, 62, 2)
-    assert len(server.received) == 62
+    assert len(server.events) == 62
     for abandoned in outbox.find(status="abandoned"):
         assert abandoned.session_id.startswith("poison")
         assert abandoned.last_error.startswith("permanent: 422 ")
@@ -121,10 +100,10 @@ def test_a_batch_that_was_stored_but_not_acknowledged_is_stored_once(outbox: Out
     distinct(outbox, 5)
     server.script(Drop(stores=True))
     assert outbox.flush(client).rescheduled == 5
-    assert len(server.received) == 5
-    noon.tick(3_600)
+    assert len(server.events) == 5
+    noon.travel(seconds=3_600)
     assert outbox.flush(client).sent == 5
-    assert len(server.received) == 5
+    assert len(server.events) == 5
     first, second = (request.headers["Idempotency-Key"] for request in server.requests)
     assert first == second
 
@@ -134,4 +113,4 @@ def test_what_is_stored_is_what_goes_on_the_wire(outbox: Outbox, server, client)
         {"event_type": "rule_fired", "rule_ids": ["ü"], "session_id": "s", "fired_at": NOON, "x": 1}
     )
     outbox.flush(client)
-    assert list(server.received.values()) == [row(outbox, row_id).payload_json]
+    assert list(server.stored.values()) == [row(outbox, row_id).payload_json]

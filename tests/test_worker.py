@@ -23,7 +23,6 @@ from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, add_row, refus
 from outbox import (
     ConfigurationError,
     FlushReport,
-    HttpClient,
     Outbox,
     Policy,
     UploadFailure,
@@ -34,7 +33,6 @@ from outbox import (
 from outbox.clock import now_ms
 from outbox.database import open_engine
 from outbox.policy import Verdict
-from outbox.receiver import IngestServer
 from outbox.wakeup import Wakeup
 from outbox.worker import wait_ms
 from servers import Servers
@@ -528,7 +526,7 @@ def test_a_start_that_gets_too_few_threads_leaves_none(outbox: Outbox, monkeypat
         until(lambda: all_sent(outbox))
 
 
-def test_it_does_not_keep_the_interpreter_from_ending(url: str) -> None:
+def test_it_does_not_keep_the_interpreter_from_ending(url: str, server) -> None:
     program = """
 import sys
 from outbox import HttpClient, Outbox, Worker
@@ -539,16 +537,15 @@ outbox.enqueue(rule_fired())
 while not sys.stdin.read(1):
     pass
 """
-    with IngestServer() as server:
-        server.set_mode("hang")
-        with subprocess.Popen(
-            [sys.executable, "-c", program, url, server.url],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-            stdin=subprocess.PIPE,
-        ) as host:
-            with Outbox.open(url) as outbox:
-                until(lambda: statuses(outbox) == ["sending"])
-            host.communicate(b"!", timeout=FOREVER_S)  # far less than the deadline of an upload
+    server.set_mode("hang")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, url, server.url],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdin=subprocess.PIPE,
+    ) as host:
+        with Outbox.open(url) as outbox:
+            until(lambda: statuses(outbox) == ["sending"])
+        host.communicate(b"!", timeout=FOREVER_S)  # far less than the deadline of an upload
     assert host.returncode == 0
 
 
@@ -559,8 +556,8 @@ while not sys.stdin.read(1):
 @beside_threads
 @pytest.mark.contract
 @pytest.mark.usefixtures("no_polling")
-def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbox: Outbox) -> None:
-    with IngestServer() as server, HttpClient(server.url, token="t") as client, idle(outbox, client) as running:
+def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbox: Outbox, server, client) -> None:
+    with idle(outbox, client) as running:
 
         def enqueue_and_wait() -> None:
             outbox.enqueue(rule_fired())
@@ -648,31 +645,28 @@ def app(environ, start_response):
 @pytest.mark.slow
 @pytest.mark.contract
 @pytest.mark.parametrize("options", [["--preload"], []])
-def test_it_delivers_from_the_forks_of_gunicorn(outbox: Outbox, url: str, tmp_path: Path, options) -> None:
+def test_it_delivers_from_the_forks_of_gunicorn(outbox: Outbox, url: str, tmp_path: Path, options, server) -> None:
     (tmp_path / "app.py").write_text(GUNICORN_APP)
     command = [sys.executable, "-m", "gunicorn", "--workers", "2", "--bind", "127.0.0.1:0", *options, "app:app"]
-    with IngestServer() as server:
-        path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
-        environment = {**os.environ, "PYTHONPATH": path, "DATABASE": url, "SERVER": server.url}
-        with subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-        ) as gunicorn:
-            lines = []
-            try:
-                for line in gunicorn.stderr:
-                    lines.append(line)
-                    if address := re.search("Listening at: (http://[0-9.:]+)", line):
-                        break
-                answered_by = set()
-                requests = 0
-                while len(answered_by) < 2 or requests < 10:
-                    requests += 1
-                    with urlrequest.urlopen(f"{address[1]}/{requests}") as answer:  # noqa: S310 - our own server
-                        answered_by.add(answer.read())
-                until(lambda: len(server.received) == requests)
-            finally:
-                gunicorn.send_signal(signal.SIGTERM)
-                _, rest = gunicorn.communicate(timeout=FOREVER_S)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "DATABASE": url, "SERVER": server.url}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as gunicorn:
+        lines = []
+        try:
+            for line in gunicorn.stderr:
+                lines.append(line)
+                if address := re.search("Listening at: (http://[0-9.:]+)", line):
+                    break
+            answered_by = set()
+            requests = 0
+            while len(answered_by) < 2 or requests < 10:
+                requests += 1
+                with urlrequest.urlopen(f"{address[1]}/{requests}") as answer:  # noqa: S310 - our own server
+                    answered_by.add(answer.read())
+            until(lambda: len(server.stored) == requests)
+        finally:
+            gunicorn.send_signal(signal.SIGTERM)
+            _, rest = gunicorn.communicate(timeout=FOREVER_S)
     assert gunicorn.returncode == 0
     assert "Traceback" not in "".join(lines) + rest
     assert "can't deliver" not in "".join(lines) + rest
