@@ -535,7 +535,7 @@ def test_the_token_file_is_read_before_each_request(run, outbox, server, monkeyp
         def renew(report):
             progress(report)
             file.write_text("another-token")
-            server._token = file.read_text()
+            server.token = file.read_text()
 
         return flush_all(self, client, progress=renew)
 
