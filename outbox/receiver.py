@@ -79,9 +79,10 @@ class Request:
 class IngestServer:
     """Takes batches at `POST …/cloud/observations`, and stores each event once, told apart by its content hash.
 
-    `port` 0 takes a free one, which a later start takes again. `token`: what requests must bring as bearer token.
-    `store`: a file to which new events are appended, a line each, and from which it knows earlier ones. A batch
-    with an event whose text contains `poison` is answered with 422 as a whole.
+    `port` 0 takes a free one, which a later start takes again. `token`: what requests must bring as bearer token,
+    None: anything; it may be changed at any time. `store`: a file to which new events are appended, a line each,
+    and from which it knows earlier ones. A batch with an event whose text contains `poison` is answered with 422
+    as a whole.
 
     `GET /received` answers with the counts. `POST /control` with `{"mode": "overloaded", "retryAfterSec": 2}`
     changes the mode; see `Mode`.

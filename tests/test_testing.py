@@ -171,7 +171,7 @@ def test_what_was_not_received_tells_what_was(fixed, outbox_server, wanted, why:
 def test_the_nearest_event_has_the_fewest_differences(outbox: Outbox, outbox_server, outbox_client) -> None:
     outbox.enqueue_many(rule_fired(session_id=name, intent=intent) for name in "ab" for intent in "cd")
     outbox.flush(outbox_client)
-    told = repr(outbox_server.received({"session_id": "a", "intent": "c", "file_path": "x.py"}))
+    told = repr(outbox_server.received({"session_id": "b", "intent": "d", "file_path": "x.py"}))
     assert told == "<not received: of 4 in all the nearest has file_path None instead of 'x.py'>"
 
 
