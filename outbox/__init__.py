@@ -26,6 +26,7 @@ from outbox.failures import (
     UploadFailure,
 )
 from outbox.flusher import BatchItem, FlushReport, UploadClient
+from outbox.hooks import Hooks, Settled, SettledEvent, Upload
 from outbox.lifecycle import Status
 from outbox.maintenance import RequeueReport
 from outbox.models import ObservationEvent
@@ -44,6 +45,7 @@ __all__ = [
     "Event",
     "FixOutcome",
     "FlushReport",
+    "Hooks",
     "HttpClient",
     "HttpFailure",
     "IllegalTransition",
@@ -61,10 +63,13 @@ __all__ = [
     "RuleCitedInEdit",
     "RuleFired",
     "SchemaError",
+    "Settled",
+    "SettledEvent",
     "Stats",
     "Status",
     "StorageError",
     "TransportFailure",
+    "Upload",
     "UploadClient",
     "UploadFailure",
     "Worker",

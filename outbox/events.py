@@ -58,7 +58,13 @@ class _Registry:
                     f"{known.__qualname__} has the tag {tag!r} of {other.__qualname__}, expected one of its own"
                 )
             if other is not None and not _is_redefined(known, other):
-                log.warning("events with the tag %r are now of the type %r, no longer of %r", tag, known, other)
+                log.warning(
+                    "events with the tag %r are now of the type %r, no longer of %r",
+                    tag,
+                    known,
+                    other,
+                    extra={"event_name": "outbox.event_type_replaced", "event_type": tag},
+                )
             self._types = {**self._types, tag: known}
             self._decoder = None
 

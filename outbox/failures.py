@@ -78,3 +78,10 @@ class TransportFailure(UploadFailure):
 
     def __str__(self) -> str:
         return f"transport: {self.message}"
+
+
+def without_answer(failure: str | None) -> str | None:
+    """Return a failure's text as the log may show it: a server's answer may repeat the payloads that it got."""
+    if failure is not None and failure[:1].isdigit():
+        return failure.partition(": ")[0]
+    return failure

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from outbox import maintenance
 from outbox.events import Event, check_types, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
+from outbox.hooks import Hooks, Settlement, Upload, tell
 from outbox.models import LONGEST_NAME
 from outbox.policy import Outcome, Policy, Verdict, abandonment, as_last_error, decide, pause_ms, verdict
 from outbox.store import Claim, Store
@@ -94,6 +96,8 @@ def flush(
     policy: Policy,
     client: UploadClient,
     on_claim: Callable[[Callable[[], None]], object] | None = None,
+    *,
+    hooks: Sequence[Hooks] = (),
 ) -> FlushReport:
     """Send one batch.
 
@@ -127,15 +131,22 @@ def flush(
     except BaseException:
         claim.let_go()
         raise
+    finally:
+        claim.tell(hooks)
 
 
 def flush_all(
-    store: Store, policy: Policy, client: UploadClient, progress: Callable[[FlushReport], object] | None
+    store: Store,
+    policy: Policy,
+    client: UploadClient,
+    progress: Callable[[FlushReport], object] | None,
+    *,
+    hooks: Sequence[Hooks] = (),
 ) -> FlushReport:
     """Flush batch after batch until nothing is due or a verdict holds for all; call `progress` after each."""
     total = FlushReport()
     while True:
-        report = flush(store, policy, client)
+        report = flush(store, policy, client, hooks=hooks)
         total += report
         if report.claimed == 0:
             return total
@@ -163,6 +174,9 @@ def _destination(client: UploadClient) -> str | None:
 class _Claim:
     """The rows of one claim, from the lease to their outcomes."""
 
+    # Bound in the class: tools that freeze time replace the names in modules.
+    _clock = staticmethod(time.monotonic)
+
     def __init__(self, store: Store, policy: Policy, client: UploadClient, claimed: Claim, lease_ms: int) -> None:
         self._store = store
         self._policy = policy
@@ -178,6 +192,7 @@ class _Claim:
         self._sent = 0
         self._landed: Counter[str] = Counter()
         self._lost_leases = 0
+        self._news: list[Upload | Settlement] = []
 
     def work_off(self) -> FlushReport:
         batch = self._decode()
@@ -210,13 +225,24 @@ class _Claim:
             now = self._store.now_ms()
             released = Outcome("release", {"next_attempt_at_ms": now})
             delivered = Outcome("deliver", {"sent_at_ms": now})
-            self._store.settle(
-                [(row_id, delivered if row_id in self._accepted else released) for row_id in given_back],
-                lease_ms=self._lease_ms,
-            )
+            outcomes = [(row_id, delivered if row_id in self._accepted else released) for row_id in given_back]
+            self._news.append((outcomes, self._store.settle(outcomes, lease_ms=self._lease_ms)))
         except OutboxError as error:
-            log.warning("releasing %d events failed, their lease will run out: %s", len(given_back), error)
+            log.warning(
+                "releasing %d events failed, their lease will run out: %s",
+                len(given_back),
+                error,
+                extra={
+                    "event_name": "outbox.release_failed",
+                    "events": len(given_back),
+                    "event_ids": sorted(given_back),
+                },
+            )
         self._end_probe()
+
+    def tell(self, hooks: Sequence[Hooks]) -> None:
+        """Tell what became of the rows, when no lease runs any more that a slow hook could outlast."""
+        tell(hooks, self._rows, self._news, self._lost_leases)
 
     def _decode(self) -> list[BatchItem]:
         batch = []
@@ -320,6 +346,14 @@ class _Claim:
             )
 
     def _upload(self, batch: list[BatchItem]) -> UploadFailure | None:
+        begun_s = self._clock()
+        failure = self._send(batch)
+        duration_ms = (self._clock() - begun_s) * 1_000
+        judged, text = (None, None) if failure is None else (verdict(failure), str(failure))
+        self._news.append(Upload(len(batch), duration_ms, judged, text))
+        return failure
+
+    def _send(self, batch: list[BatchItem]) -> UploadFailure | None:
         self._tried = True
         try:
             self._client.upload(tuple(batch))
@@ -349,10 +383,9 @@ class _Claim:
         landed = self._store.settle(outcomes, lease_ms=self._lease_ms)
         self._open -= {row_id for row_id, _ in outcomes}
         self._landed += landed
+        self._news.append((outcomes, landed))
         fenced = sum(outcome.trigger != "deliver" for _, outcome in outcomes)
         self._count_lost(fenced - (landed.total() - landed["deliver"]))
 
     def _count_lost(self, lost: int) -> None:
-        if lost:
-            log.debug("%d events have another owner now, their outcome is dropped", lost)
         self._lost_leases += lost

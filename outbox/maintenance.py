@@ -51,6 +51,16 @@ def attempt(what: str, operation: Callable[[], int]) -> None:
     try:
         count = operation()
     except Exception as error:  # noqa: BLE001 - whatever it is, what was sent is sent
-        log.warning("%s the queue failed, the next one will try again: %s", what, error)
+        log.warning(
+            "%s the queue failed, the next one will try again: %s",
+            what,
+            error,
+            extra={"event_name": "outbox.maintenance_failed", "task": what},
+        )
     else:
-        log.debug("%s the queue: %d events", what, count)
+        log.debug(
+            "%s the queue: %d events",
+            what,
+            count,
+            extra={"event_name": "outbox.maintenance", "task": what, "events": count},
+        )

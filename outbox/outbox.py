@@ -17,6 +17,7 @@ from outbox.clock import epoch_ms
 from outbox.database import default_url, open_engine
 from outbox.events import Event, columns, encode
 from outbox.failures import ConfigurationError
+from outbox.hooks import Hooks
 from outbox.lifecycle import Status
 from outbox.policy import Policy
 from outbox.sqlite import Synchronous
@@ -49,6 +50,8 @@ class Outbox:
         self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
         self.wakers: set[Callable[[], object]] = set()
         """Called when this object may have made events due: after the commit of an `enqueue`, and the like."""
+        self.hooks: list[Hooks] = []
+        """Told what became of events that this object, or a worker of it, flushed."""
         self._store = Store(self.engine)
         self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
         try:
@@ -139,7 +142,7 @@ class Outbox:
 
         Whatever else the client raises, and an interrupt, releases the events and reaches the caller.
         """
-        return flusher.flush(self._store, self.policy, client)
+        return flusher.flush(self._store, self.policy, client, hooks=self.hooks)
 
     def flush_all(
         self,
@@ -151,7 +154,7 @@ class Outbox:
 
         `progress` is called with the report of each batch.
         """
-        return flusher.flush_all(self._store, self.policy, client, progress)
+        return flusher.flush_all(self._store, self.policy, client, progress, hooks=self.hooks)
 
     def retry_now(self) -> int:
         """Make everything due that is parked or waits, not what is being sent; return the number of rows."""

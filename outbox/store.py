@@ -450,7 +450,11 @@ class Store:
         except Exception as error:
             if not trimming:
                 raise
-            log.warning("capping the queue failed, the events are kept: %s", error)
+            log.warning(
+                "capping the queue failed, the events are kept: %s",
+                error,
+                extra={"event_name": "outbox.cap_failed"},
+            )
         return [(these, False) for these in self._writer.run(insert)]
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:

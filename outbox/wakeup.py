@@ -93,7 +93,11 @@ class Wakeup:
                     raise
         except OutboxError as error:
             # Whoever sleeps here looks into the same database, and tells of what is wrong with it.
-            log.debug("listening failed, the next sleep tries again: %s", error)
+            log.debug(
+                "listening failed, the next sleep tries again: %s",
+                error,
+                extra={"event_name": "outbox.listening_failed"},
+            )
         else:
             self._listening = connection
 
@@ -103,7 +107,9 @@ class Wakeup:
             while self._listening.pgconn.notifies():
                 pass
         except self._engine.dialect.loaded_dbapi.Error as error:
-            log.debug("the connection that listened is broken: %s", error)
+            log.debug(
+                "the connection that listened is broken: %s", error, extra={"event_name": "outbox.listening_ended"}
+            )
             self._stop_listening()
 
     def _stop_listening(self) -> None:

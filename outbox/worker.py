@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from outbox.clock import now_ms
-from outbox.failures import ConfigurationError, OutboxError
+from outbox.failures import ConfigurationError, OutboxError, without_answer
 from outbox.flusher import FlushReport, UploadClient, flush
 from outbox.outbox import Outbox
 from outbox.policy import Verdict, jitter
@@ -112,7 +112,11 @@ class Worker:
             try:
                 self.start()
             except RuntimeError as error:  # no thread can be started any more when the interpreter ends
-                log.warning("the worker can't start in this process, events are left to others: %s", error)
+                log.warning(
+                    "the worker can't start in this process, events are left to others: %s",
+                    error,
+                    extra={"event_name": "outbox.worker_not_started"},
+                )
         run = self._run
         if run is not None:
             run.wakeup.ring()
@@ -142,6 +146,7 @@ class _Run:
     def __init__(self, outbox: Outbox, client: UploadClient, concurrency: int, poll_interval_ms: int) -> None:
         self._store = outbox._store  # noqa: SLF001 - a second one would read the server's clock a little differently
         self._policy = outbox.policy
+        self._hooks = outbox.hooks
         self._client = client
         self._poll_interval_ms = poll_interval_ms
         self.wakeup = Wakeup(outbox.engine)
@@ -225,14 +230,21 @@ class _Run:
             self._plan(FlushReport(), now_ms())
             return
         try:
-            report = flush(self._store, self._policy, self._client, lambda let_go: self._hold(let_go, turn))
+            report = flush(
+                self._store,
+                self._policy,
+                self._client,
+                lambda let_go: self._hold(let_go, turn),
+                hooks=self._hooks,
+            )
         finally:
             self._held.pop(threading.get_ident(), None)
         if report.paused_until_ms is not None:
-            self._say_trouble(Verdict.TRANSIENT, report.failure)
+            self._say_trouble(Verdict.TRANSIENT, without_answer(report.failure))
         elif report.verdict is not None:
             is_login = report.verdict is Verdict.AUTH_BLOCKED
-            self._say_trouble(Verdict.AUTH_BLOCKED if is_login else Verdict.TRANSIENT, report.failure)
+            kind = Verdict.AUTH_BLOCKED if is_login else Verdict.TRANSIENT
+            self._say_trouble(kind, without_answer(report.failure))
         # After a failed upload only one that succeeds shows that the server is back.
         elif report.sent or isinstance(self._trouble, type):
             self._say_recovery()
@@ -264,13 +276,15 @@ class _Run:
     def _say_trouble(self, kind: object, why: object, *, with_traceback: bool = False) -> None:
         if kind != self._trouble:
             self._trouble = kind
-            log.warning("can't deliver: %s", why, exc_info=with_traceback)
+            log.warning(
+                "can't deliver: %s", why, exc_info=with_traceback, extra={"event_name": "outbox.cannot_deliver"}
+            )
 
     def _say_recovery(self) -> None:
         if self._trouble is not None:
             self._trouble = None
             # A warning, too: who reads of the trouble has to read that it is over.
-            log.warning("delivering again")
+            log.warning("delivering again", extra={"event_name": "outbox.delivering_again"})
 
 
 def _begin_child() -> None:

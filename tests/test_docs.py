@@ -14,7 +14,14 @@ from outbox.testing import ScriptedServer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
-PAGES = ["README.md", "docs/lifecycle.md", "docs/host-database.md", "docs/worker.md", "docs/scaling.md"]
+PAGES = [
+    "README.md",
+    "docs/lifecycle.md",
+    "docs/host-database.md",
+    "docs/worker.md",
+    "docs/observing.md",
+    "docs/scaling.md",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
