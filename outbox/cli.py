@@ -287,8 +287,22 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
     show_default=True,
     help="How long the end may take after SIGTERM or Ctrl-C.",
 )
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65_535), help="Serve metrics for Prometheus; 0 takes a free one."
+)
+@click.option(
+    "--metrics-address", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Where to serve them."
+)
 @click.pass_context
-def run(context: click.Context, url: str, *, concurrency: int, grace: int) -> None:
+def run(  # noqa: PLR0913 - click passes each option by its name
+    context: click.Context,
+    url: str,
+    *,
+    concurrency: int,
+    grace: int,
+    metrics_port: int | None,
+    metrics_address: str,
+) -> None:
     """Deliver events as they come, until SIGTERM or Ctrl-C.
 
     What is being sent then is finished, or given back when the grace period ends. The token comes from the
@@ -312,6 +326,7 @@ def run(context: click.Context, url: str, *, concurrency: int, grace: int) -> No
         HttpClient(url, token=token) as client,
         _existing(context.obj) as outbox,
         shown_log(),
+        _served_metrics(outbox, metrics_port, metrics_address),
         _sigterm_like_ctrl_c(),
     ):
         worker = Worker(outbox, client, concurrency=concurrency)
@@ -523,6 +538,22 @@ def demo(context: click.Context) -> None:
     from outbox.demo import run  # noqa: PLC0415 - it brings all of it along
 
     context.exit(run())
+
+
+@contextmanager
+def _served_metrics(outbox: Outbox, port: int | None, address: str) -> Iterator[None]:
+    if port is None:
+        yield
+        return
+    try:
+        from outbox.metrics import serve  # noqa: PLC0415 - it needs an extra
+    except ImportError:
+        raise ConfigurationError(
+            "--metrics-port needs prometheus-client: pip install 'observation-outbox[prometheus]'"
+        ) from None
+    with serve(outbox, port=port, address=address) as url:
+        say(f"outbox: metrics at {escape(url)}", err=True)
+        yield
 
 
 def _existing(database: str | None) -> Outbox:

@@ -24,6 +24,8 @@ class Stats:
     """The age of the oldest event that is pending or being sent."""
     next_due_at_ms: int | None
     """When the next pending event is due."""
+    overdue_ms: int
+    """For how long that one has been due; 0 if it is not."""
     deleted: list[Deleted]
     """What was deleted over the life of the database, by status, event type and reason."""
     left_undelivered: int
@@ -48,6 +50,7 @@ def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
         by_type=by_type,
         oldest_pending_age_ms=None if oldest is None else max(0, now_ms - oldest),
         next_due_at_ms=seen.next_due_at_ms,
+        overdue_ms=0 if seen.next_due_at_ms is None else max(0, now_ms - seen.next_due_at_ms),
         deleted=seen.deleted,
         left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
         pauses=seen.pauses,

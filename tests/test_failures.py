@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pickle
 
 import pytest
@@ -14,6 +16,19 @@ def test_a_failure_survives_pickling_with_all_it_knows(failure: UploadFailure) -
     assert type(copy) is type(failure)
     assert str(copy) == str(failure)
     assert vars(copy) == vars(failure)
+
+
+@pytest.mark.parametrize(
+    ("failure", "logged"),
+    [
+        ("422 Unprocessable Entity: what it got: a payload", "422 Unprocessable Entity"),
+        ("503 Service Unavailable", "503 Service Unavailable"),
+        ("transport: refused: 10.0.0.1", "transport: refused: 10.0.0.1"),
+        (None, None),
+    ],
+)
+def test_the_log_shows_of_an_answer_the_status_alone(failure: str | None, logged: str | None) -> None:
+    assert failures.without_answer(failure) == logged
 
 
 def test_every_error_derives_from_outbox_error() -> None:

@@ -7,9 +7,15 @@ import logging
 import re
 from pathlib import Path
 
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
 from builders import ScriptedClient, rule_fired, statuses
 from outbox import HttpClient, HttpFailure, Outbox, Worker
 from outbox.hooks import OUTCOMES
+from outbox.metrics import OutboxMetrics
 from outbox.receiver import IngestServer
 from test_docs import blocks
 from test_worker import until
@@ -23,7 +29,7 @@ def rows_of_tables(first_column: str) -> list[list[str]]:
     """The cells of the table with this heading."""
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     (table,) = re.findall(rf"^\| {re.escape(first_column)} \|.*\n\| ---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
 
 
 def codes(cell: str) -> list[str]:
@@ -94,7 +100,99 @@ def names(caplog) -> list[str]:
     return [record.event_name for record in caplog.records]
 
 
+# --- the metrics and the alert rules ---
+
+FUNCTIONS = {"absent", "histogram_quantile", "increase", "max", "min", "rate", "sum"}
+WORDS = {"or", "by"}
+
+
+@pytest.fixture
+def samples(outbox: Outbox) -> dict[str, dict[str, set[str]]]:
+    """The names of all samples of an outbox with some events, with the values of their labels."""
+    registry = CollectorRegistry()
+    OutboxMetrics(outbox, registry=registry)
+    outbox.enqueue(rule_fired())
+    found: dict[str, dict[str, set[str]]] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            labels = found.setdefault(sample.name, {})
+            for label, value in sample.labels.items():
+                labels.setdefault(label, set()).add(value)
+    return {name: labels for name, labels in found.items() if not name.endswith("_created")}
+
+
+def rules() -> list[dict[str, object]]:
+    (text,) = blocks(PAGE, "yaml")
+    (group,) = yaml.safe_load(text)["groups"]
+    return group["rules"]
+
+
+def test_the_page_lists_every_metric_with_its_type_and_labels(outbox: Outbox) -> None:
+    registry = CollectorRegistry()
+    OutboxMetrics(outbox, registry=registry)
+    outbox.enqueue(rule_fired())
+    exported = set()
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        if not family.name.endswith("_created"):
+            exported.add((name, family.type, frozenset(labels)))
+    listed = [
+        (codes(name)[0], kind, frozenset(codes(labels))) for name, kind, labels, _ in rows_of_tables("metric")
+    ]
+    assert len(listed) == len(exported)
+    assert {*listed} == exported
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"), [("outbox_outcomes_total", "outcome"), ("outbox_upload_duration_seconds", "result")]
+)
+def test_the_page_lists_every_value_of_a_fixed_label(samples, metric: str, label: str) -> None:
+    (words,) = [words for name, _, _, words in rows_of_tables("metric") if codes(name) == [metric]]
+    values = next(labels[label] for name, labels in samples.items() if name.startswith(metric))
+    assert {*codes(words)} == values
+
+
+def test_every_alert_rule_has_what_prometheus_wants() -> None:
+    for rule in rules():
+        assert rule.keys() - {"for"} == {"alert", "expr", "annotations"}
+        assert re.fullmatch(r"Outbox[A-Za-z]+", rule["alert"])
+        assert re.fullmatch(r"[1-9][0-9]*m", rule.get("for", "1m"))
+        assert rule["annotations"].keys() == {"summary"}
+    assert len({rule["alert"] for rule in rules()}) == len(rules())
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_every_name_in_an_alert_rule_is_exported(samples, rule: dict[str, str]) -> None:
+    expression = rule["expr"]
+    assert expression.count("(") == expression.count(")")
+    bare = re.sub(r"\[[1-9][0-9]*[mh]\]|\{[^}]*\}|\bby \([^)]*\)", "", expression)
+    used = re.findall(r"[A-Za-z_:][A-Za-z0-9_:]*", re.sub(r"\b[0-9][0-9.e]*\b", "", bare))
+    metrics = {*used} - FUNCTIONS - WORDS
+    assert metrics
+    assert metrics <= samples.keys()
+    for metric, matchers in re.findall(r"([a-z_]+)\{([^}]*)\}", expression):
+        for matcher in matchers.split(","):
+            label, value = re.fullmatch(r'([a-z_]+)!?="([a-z_]+)"', matcher).groups()
+            assert value in samples[metric][label]
+    for labels in re.findall(r"\bby \(([^)]*)\)", expression):
+        assert {*labels.split(", ")} <= {label for metric in metrics for label in samples[metric]}
+
+
 # --- the examples ---
+
+
+def test_the_code_that_exports_metrics_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    registry = CollectorRegistry()
+    monkeypatch.setattr(OutboxMetrics.__init__, "__kwdefaults__", {"registry": registry})
+    namespace: dict[str, object] = {}
+    code = blocks(PAGE, "python")[1].replace("(9464,", "(0,")
+    exec(compile(code, PAGE, "exec"), namespace)  # noqa: S102 - our own
+    assert registry.get_sample_value("outbox_up") == 1
+    namespace["outbox"].close()
+    namespace["server"].shutdown()
+    namespace["server"].server_close()
 
 
 def test_the_hook_of_the_page_tells_what_is_given_up(tmp_path: Path, monkeypatch, capsys) -> None:
