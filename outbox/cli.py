@@ -31,6 +31,7 @@ from outbox.display import (
     list_in_words,
     say,
     shown_log,
+    status_as_dict,
     status_in_words,
     what_next,
     when,
@@ -374,17 +375,31 @@ def health(context: click.Context, *, max_overdue: int, live: bool, as_json_: bo
         say("ok")
 
 
-@main.command(epilog="Example: outbox status --json")
+@main.command(epilog="Example: outbox status --watch 5")
+@click.option(
+    "--watch",
+    "watch_s",
+    metavar="[SECONDS]",
+    type=click.IntRange(1, _LONG_S),
+    is_flag=False,
+    flag_value=2,
+    help="Show it again every so many seconds, 2 if not said, with the rates meanwhile, until Ctrl-C.",
+)
 @_json
 @click.pass_obj
-def status(database: str | None, *, as_json_: bool) -> None:
+def status(database: str | None, *, watch_s: int | None, as_json_: bool) -> None:
     """Show what is queued, what is stuck, and the likely cause."""
     with _existing(database) as outbox:
-        stats = outbox.stats()
         where = outbox.engine.url.render_as_string(hide_password=True)
+        if watch_s is not None:
+            from outbox.watch import watch  # noqa: PLC0415 - it brings Rich along
+
+            with _sigterm_like_ctrl_c(), suppress(KeyboardInterrupt):
+                watch(outbox, where, interval_s=watch_s, in_json=as_json_)
+            return
+        stats = outbox.stats()
     if as_json_:
-        entries = {name: [entry._asdict() for entry in getattr(stats, name)] for name in ("deleted", "pauses")}
-        say(as_json({"database": where, **dataclasses.asdict(stats), **entries}))
+        say(as_json(status_as_dict(stats, where)))
     else:
         say(status_in_words(stats, where, now_ms=now_ms()))
 

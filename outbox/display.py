@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from types import TracebackType
@@ -37,8 +38,12 @@ def escape(text: str) -> str:
 
 def say(text: str, *, err: bool = False) -> None:
     """Print lines; what the output's encoding does not have is escaped."""
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    click.echo(encodable(text, (sys.stderr if err else sys.stdout).encoding or "utf-8"), err=err)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return the text with what the encoding does not have escaped."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Log(logging.Handler):
@@ -90,6 +95,12 @@ def table(rows: Sequence[Sequence[object]]) -> str:
         for row in texts
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def status_as_dict(stats: Stats, database: str) -> dict[str, Any]:
+    """Return what `outbox status --json` prints."""
+    entries = {name: [entry._asdict() for entry in getattr(stats, name)] for name in ("deleted", "pauses")}
+    return {"database": database, **asdict(stats), **entries}
 
 
 def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
