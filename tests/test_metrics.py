@@ -184,8 +184,8 @@ def test_looking_takes_at_most_a_tenth_of_the_time(
             now += 2.0
 
     monkeypatch.setattr(OutboxMetrics, "_clock", staticmethod(lambda: now))
-    OutboxMetrics(outbox, registry=registry)
     on_statement(outbox, look)
+    OutboxMetrics(outbox, registry=registry)
     assert looks == 0
     seen = scrape(registry)
     assert (looks, now) == (1, 2.0)
