@@ -246,7 +246,7 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
     with HttpClient(url, token=_token) as client:
         if not client.logged_in:
             _fail("not logged in, nothing was tried; set OUTBOX_TOKEN or OUTBOX_TOKEN_FILE", UNDELIVERED)
-        with _existing(context.obj) as outbox, _sigterm_like_ctrl_c():
+        with _existing(context.obj) as outbox, shown_log(), _sigterm_like_ctrl_c():
             if everything:
                 with Bar("Sending", total=outbox.pending_count()) as bar:
                     report = outbox.flush_all(client, progress=lambda batch: bar.advance(batch.claimed))

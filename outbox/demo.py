@@ -28,6 +28,7 @@ from rich.text import Text
 
 from outbox.client import HttpClient
 from outbox.clock import now_ms
+from outbox.display import hidden_log
 from outbox.events import Event, RuleCitedInEdit
 from outbox.failures import ConfigurationError, OutboxError, UploadFailure
 from outbox.flusher import BatchItem
@@ -78,7 +79,7 @@ def run(*, console: Console | None = None) -> int:
     server = _Server(folder / "received.ndjson")
     url = f"sqlite:///{(folder / 'outbox.db').as_posix()}"
     try:
-        with server, Outbox.open(url, policy=POLICY) as outbox:
+        with hidden_log(), server, Outbox.open(url, policy=POLICY) as outbox:
             server.start()
             with HttpClient(server.url, token=_TOKEN) as client:
                 play = _Play(stage, server, outbox, client)

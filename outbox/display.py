@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -52,10 +52,19 @@ class _Log(logging.Handler):
             say(f"outbox: {escape(line)}", err=True)
 
 
-@contextmanager
-def shown_log() -> Iterator[None]:
+def shown_log() -> AbstractContextManager[None]:
     """Print the log of this package on standard error."""
-    log, handler = logging.getLogger("outbox"), _Log()
+    return _logging_to(_Log())
+
+
+def hidden_log() -> AbstractContextManager[None]:
+    """Keep the log of this package from standard error, where Python prints warnings that nobody handles."""
+    return _logging_to(logging.NullHandler())
+
+
+@contextmanager
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
+    log = logging.getLogger("outbox")
     log.addHandler(handler)
     try:
         yield

@@ -483,7 +483,9 @@ def test_what_was_not_sent_is_exit_code_3(run, outbox, server, mode, status):
 
 def test_an_event_that_the_server_rejects_is_exit_code_3(run, outbox, logged_in):
     outbox.enqueue_many([rule_fired(), rule_fired(session_id="poison")])
-    assert run("flush").exit_code == 3
+    result = run("flush")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("outbox: 1 of 1 events are abandoned: [2]\noutbox: the last failure: 422 ")
     assert statuses(outbox) == ["sent", "abandoned"]
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from click.testing import CliRunner
 from freezegun import freeze_time
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,6 +22,7 @@ from outbox import ObservationEvent, Outbox, Policy, metrics
 from outbox.cli import main
 from outbox.database import writing
 from outbox.metrics import OutboxMetrics, serve
+from test_cli import runner
 
 ROOT = Path(__file__).parent.parent
 
@@ -287,7 +287,7 @@ def test_run_serves_them(outbox: Outbox, url: str, monkeypatch) -> None:
 
 def test_without_the_extra_run_says_how_to_get_it(outbox: Outbox, url: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "outbox.metrics", None)
-    result = CliRunner().invoke(
+    result = runner().invoke(
         main, ["--database", url, "run", "--url", "http://127.0.0.1:9", "--metrics-port", "0"]
     )
     assert result.exit_code == 2

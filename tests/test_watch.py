@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from builders import REVOKED, ScriptedClient, add_row, rule_fired
 from outbox import Outbox, Policy, watch
 from outbox.cli import main
 from outbox.stats import Stats
 from outbox.watch import Look, draw_curves, sparkline
+from test_cli import runner
 
 ROOT = Path(__file__).parent.parent
 EVERY_S = 4
@@ -41,7 +42,7 @@ def watched(url: str, monkeypatch) -> Callable[..., Result]:
 
         monkeypatch.setattr(watch, "_clock", lambda: now_s)
         monkeypatch.setattr(watch, "_sleep", sleep)
-        return CliRunner().invoke(main, ["--database", url, "status", "--watch", *options])
+        return runner().invoke(main, ["--database", url, "status", "--watch", *options])
 
     return run
 
@@ -104,7 +105,7 @@ def test_json_is_one_document_each_time_two_seconds_apart_if_not_said(
 
 @pytest.mark.parametrize("interval", ["0", "3601", "x"])
 def test_an_interval_that_can_not_be_is_misuse(outbox: Outbox, url: str, interval: str) -> None:
-    assert CliRunner().invoke(main, ["--database", url, "status", "--watch", interval]).exit_code == 2
+    assert runner().invoke(main, ["--database", url, "status", "--watch", interval]).exit_code == 2
 
 
 class Terminal:
