@@ -129,7 +129,7 @@ def tell(
         else:
             _tell_outcomes(told, types, *item)
     if lost_leases:
-        log.info(
+        log.debug(
             "%d events have another owner now, their outcome is dropped",
             lost_leases,
             extra={"event_name": "outbox.lost_leases", "events": lost_leases},
