@@ -214,6 +214,8 @@ class Servers:
         engine = self.databases[name]
         with engine.begin() as connection:
             _clear(connection)
+        # A connection that is kept would be broken for the next test where this one kills all of the database.
+        engine.dispose()
         return engine.url
 
 

@@ -560,6 +560,12 @@ def test_connections_that_are_killed_during_an_upload_cost_no_delivery(
     assert statuses(outbox) == ["sent"] * 3
 
 
+def test_a_test_can_begin_right_after_one_that_killed_all_connections(servers: Servers, database: str) -> None:
+    url = servers.empty_outbox(database)
+    servers.get(database).kill_connections(url)
+    assert servers.empty_outbox(database) == url
+
+
 # A server that is not there
 
 
