@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
-from outbox import schema
+from outbox import capture, schema
 from outbox.clock import epoch_ms, now_ms
 from outbox.database import default_url, open_engine
 from outbox.display import (
@@ -209,8 +209,8 @@ def enqueue(context: click.Context, files: tuple[str, ...], *, skip_invalid: boo
     They come from files or standard input. Each file is written as a whole or, if a line is invalid, not at all.
     The database is created or upgraded where that is needed.
     """
-    if os.environ.get("OUTBOX_CAPTURE") == "false":
-        say("outbox: nothing recorded, capture is off (OUTBOX_CAPTURE=false)", err=True)
+    if capture.is_off():
+        say(f"outbox: nothing recorded, {capture.IS_OFF}", err=True)
         return
     refused = 0
     with Outbox.open(context.obj) as outbox:
@@ -241,6 +241,8 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
     The token comes from the environment: OUTBOX_TOKEN, or OUTBOX_TOKEN_FILE, a file that is read before each
     request. Exit code 3 says that not all was delivered.
     """
+    if capture.is_off():
+        _fail(f"nothing was tried, {capture.PAUSED}", UNDELIVERED)
     from outbox.client import HttpClient  # noqa: PLC0415 - it brings requests along
 
     with HttpClient(url, token=_token) as client:
@@ -333,8 +335,9 @@ def run(  # noqa: PLR0913 - click passes each option by its name
         worker = Worker(outbox, client, concurrency=concurrency)
         try:
             worker.start()
-            where = outbox.engine.url.render_as_string(hide_password=True)
-            say(f"outbox: delivering from {escape(where)} to {escape(url)}", err=True)
+            if not capture.is_off():  # else the worker says so
+                where = outbox.engine.url.render_as_string(hide_password=True)
+                say(f"outbox: delivering from {escape(where)} to {escape(url)}", err=True)
             while True:
                 time.sleep(_LONG_S)
         except KeyboardInterrupt:
@@ -363,6 +366,8 @@ def health(context: click.Context, *, max_overdue: int, live: bool, as_json_: bo
     """
     with _existing(context.obj) as outbox:
         overdue_ms = 0 if live else outbox.overdue_ms()
+    if capture.is_off():
+        say(f"outbox: {capture.PAUSED}", err=True)
     if as_json_:
         say(as_json({"overdue_ms": None if live else overdue_ms}))
     if overdue_ms > max_overdue:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from outbox import capture
 from outbox.client import HttpClient
 from outbox.clock import now_ms
 from outbox.display import hidden_log
@@ -72,7 +72,7 @@ def run(*, console: Console | None = None) -> int:
 
     The database is kept for a look; an interrupt or an error removes it, and the server's process in any case.
     """
-    if os.environ.get("OUTBOX_CAPTURE") == "false":
+    if capture.is_off():
         raise ConfigurationError("OUTBOX_CAPTURE is false, so nothing would be recorded; the demo needs it unset")
     folder = Path(tempfile.mkdtemp(prefix="outbox-demo-"))
     stage = _Stage(console or Console(highlight=False))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outbox import capture
 from outbox.events import content_hash, decode
 from outbox.failures import InvalidEvent
 from outbox.lifecycle import Status
@@ -203,6 +204,8 @@ def what_next(row: ObservationEvent, *, now_ms: int, max_age_ms: int) -> str:
         due = f"waits until {when(due_ms, now_ms=now_ms)}" if due_ms > now_ms else f"is due since {utc(due_ms)}"
         last_ms = max(row.created_at_ms, row.revived_at_ms or 0) + max_age_ms
         text = f"it {due}, then the next flush sends it; from {utc(last_ms)} on a failure abandons it"
+        if capture.is_off():
+            text += f". But {capture.PAUSED}"
     return text
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine
 
-from outbox import schema
+from outbox import capture, schema
 from outbox.database import reading
 from outbox.failures import OutboxError
 from outbox.policy import RETRY_AFTER_MAX_MS, Policy, backoff
@@ -33,7 +33,7 @@ def examine(engine: Engine, policy: Policy) -> list[Finding]:
     Where the schema does not fit or the file is damaged, the checks that need it are left out.
     """
     findings: list[Finding] = []
-    for check in (_schema, _integrity, _journal, _permissions, _times):
+    for check in (_capture, _schema, _integrity, _journal, _permissions, _times):
         name = check.__name__.removeprefix("_")
         try:
             findings += [Finding(name, *found) for found in check(engine, policy)]
@@ -42,6 +42,11 @@ def examine(engine: Engine, policy: Policy) -> list[Finding]:
             if check is _schema or check is _integrity:
                 break
     return findings
+
+
+def _capture(_engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
+    if capture.is_off():
+        yield True, f"{capture.IS_OFF}: nothing is recorded, and what is queued is not sent"
 
 
 def _schema(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from outbox import maintenance
+from outbox import capture, maintenance
 from outbox.events import Event, check_types, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure
 from outbox.hooks import Hooks, Settlement, Upload, tell
@@ -104,7 +104,7 @@ def flush(
     An exception that is no `UploadFailure`, KeyboardInterrupt too, releases the rows and reaches the caller.
     `on_claim` is given what releases them early, which another thread may call at any time.
     """
-    if not client.logged_in:
+    if capture.is_off() or not client.logged_in:
         return FlushReport()
     _refuse_long_deadline(policy, client)
     check_types()

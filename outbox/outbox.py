@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -12,7 +11,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox import flusher, maintenance, schema, stats
+from outbox import capture, flusher, maintenance, schema, stats
 from outbox.clock import epoch_ms
 from outbox.database import default_url, open_engine
 from outbox.events import Event, columns, encode
@@ -119,7 +118,7 @@ class Outbox:
 
         Like `enqueue` in everything else. The list is empty when the environment says OUTBOX_CAPTURE=false.
         """
-        if os.environ.get("OUTBOX_CAPTURE") == "false":
+        if capture.is_off():
             return []
         now = self._store.now_ms()
         rows = [_row(event, now) for event in events]
@@ -140,6 +139,7 @@ class Outbox:
     def flush(self, client: flusher.UploadClient) -> flusher.FlushReport:
         """Send one batch of due events; a failed upload is data in the report, it is not raised.
 
+        Nothing is touched while the client is not logged in, or the environment says OUTBOX_CAPTURE=false.
         Whatever else the client raises, and an interrupt, releases the events and reaches the caller.
         """
         return flusher.flush(self._store, self.policy, client, hooks=self.hooks)

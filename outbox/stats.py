@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from outbox import capture
 from outbox.lifecycle import Status
 from outbox.statements import Pause
 
@@ -99,7 +100,7 @@ _MEANINGS = (
 def _likely_cause(
     parked: Trouble | None, waiting: Trouble | None, counts: dict[str, int], *, now_ms: int, lease_ms: int
 ) -> str | None:
-    causes = []
+    causes = [capture.PAUSED] if capture.is_off() else []
     if parked is not None:
         # A parked row keeps the lease of its last claim, so that tells when it was tried.
         ago = duration(now_ms - (parked.next_attempt_at_ms - lease_ms))

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from outbox import capture
 from outbox.clock import now_ms
 from outbox.failures import ConfigurationError, OutboxError, without_answer
 from outbox.flusher import FlushReport, UploadClient, flush
@@ -225,6 +226,10 @@ class _Run:
         self._stopping.wait(max(0.0, self._not_before - self._clock()))
 
     def _look(self, turn: ExitStack) -> None:
+        if capture.is_off():
+            self._say_trouble(capture.PAUSED, capture.PAUSED)
+            self._plan(FlushReport(), now_ms())
+            return
         if not self._client.logged_in:
             self._say_trouble(Verdict.AUTH_BLOCKED, "not logged in")
             self._plan(FlushReport(), now_ms())
@@ -246,7 +251,7 @@ class _Run:
             kind = Verdict.AUTH_BLOCKED if is_login else Verdict.TRANSIENT
             self._say_trouble(kind, without_answer(report.failure))
         # After a failed upload only one that succeeds shows that the server is back.
-        elif report.sent or isinstance(self._trouble, type):
+        elif report.sent or isinstance(self._trouble, type) or self._trouble == capture.PAUSED:
             self._say_recovery()
         self._plan(report, self._store.now_ms())
 

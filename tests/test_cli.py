@@ -1070,6 +1070,68 @@ def test_the_examples_are_events_that_can_be_enqueued(run, outbox):
     assert run("enqueue", examples).exit_code == 0
 
 
+# --- the opt-out ---
+
+PAUSED = "delivery is paused, capture is off (OUTBOX_CAPTURE=false)"
+
+
+@pytest.fixture
+def opted_out(monkeypatch):
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+
+
+@pytest.mark.parametrize("options", [(), ("--all",), ("--json",)])
+def test_flush_sends_nothing_while_capture_is_off(run, outbox, server, logged_in, monkeypatch, options):
+    outbox.enqueue(rule_fired())
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    result = run("flush", *options)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr == f"outbox: nothing was tried, {PAUSED}\n"
+    assert statuses(outbox) == ["pending"]
+    assert server.requests == []
+
+
+def test_status_and_show_say_that_capture_is_off(run, outbox, opted_out):
+    add_row(outbox)
+    assert f"likely cause  {PAUSED}\n" in run("status").stdout
+    assert json.loads(run("status", "--json").stdout)["likely_cause"] == PAUSED
+    assert f"on a failure abandons it. But {PAUSED}\n" in run("show", "1").stdout
+
+
+def test_what_else_is_wrong_is_said_too(outbox, opted_out):
+    add_row(outbox, last_error="503 Service Unavailable")
+    assert outbox.stats().likely_cause.startswith(f"{PAUSED}. Also: the server is in trouble")
+
+
+def test_health_says_that_capture_is_off_and_keeps_its_exit_codes(run, outbox, opted_out):
+    result = run("health")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "ok\n", f"outbox: {PAUSED}\n")
+    add_row(outbox)
+    result = run("health", "--json")
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"outbox: {PAUSED}\noutbox: an event has been due for")
+
+
+def test_doctor_says_that_capture_is_off_which_is_no_fault(run, outbox, opted_out):
+    result = run("doctor")
+    assert result.exit_code == 0
+    words = "capture is off (OUTBOX_CAPTURE=false): nothing is recorded, and what is queued is not sent"
+    assert result.stdout.startswith(f"ok     capture      {words}\n")
+
+
+def test_run_says_that_capture_is_off_and_waits(url, outbox, server, token_file, monkeypatch):
+    outbox.enqueue(rule_fired())
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    arguments = ("-m", "outbox", "--database", url, "run", "--url", server.url)
+    with process(*arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        said = run.stderr.readline()
+        run.terminate()
+        assert run.communicate(timeout=60) == (None, "outbox: ending\n")
+    assert said == f"outbox: can't deliver: {PAUSED}\n"
+    assert run.returncode == 0
+    assert statuses(outbox) == ["pending"]
+
+
 # --- run ---
 
 

@@ -24,6 +24,8 @@ from outbox.policy import Verdict
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
+WEEK_MS = 7 * 86_400_000
+
 
 def enqueue(outbox: Outbox, count: int) -> list[int]:
     return outbox.enqueue_many([rule_fired()] * count)
@@ -43,6 +45,26 @@ def test_without_a_login_nothing_is_touched(outbox: Outbox) -> None:
     assert outbox.flush(client) == outbox.flush_all(client) == FlushReport()
     assert client.batches == []
     assert columns_of(row(outbox, row_id)) == before
+
+
+def test_while_capture_is_off_nothing_is_touched(outbox: Outbox, monkeypatch) -> None:
+    old = add_row(outbox, status="sent", sent_at_ms=NOON_MS - 10 * WEEK_MS)
+    held, due = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS - 1), *enqueue(outbox, 1)
+    before = [columns_of(row(outbox, row_id)) for row_id in (old, held, due)]
+    client = ScriptedClient()
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    assert outbox.flush(client) == outbox.flush_all(client) == FlushReport()
+    assert client.batches == []
+    assert [columns_of(row(outbox, row_id)) for row_id in (old, held, due)] == before
+    monkeypatch.setenv("OUTBOX_CAPTURE", "true")
+    assert outbox.flush(client).sent == 2
+
+
+def test_capture_that_is_switched_off_ends_a_flush_after_its_batch(outbox: Outbox, monkeypatch) -> None:
+    enqueue(outbox, 65)
+    client = ScriptedClient()
+    report = outbox.flush_all(client, progress=lambda _: monkeypatch.setenv("OUTBOX_CAPTURE", "false"))
+    assert (report.sent, client.sizes, outbox.pending_count()) == (64, [64], 1)
 
 
 def test_an_empty_queue_sends_nothing(outbox: Outbox) -> None:

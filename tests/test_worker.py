@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, add_row, refuse, rule_fired, statuses
+from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, add_row, refuse, row, rule_fired, statuses
 from outbox import (
     ConfigurationError,
     FlushReport,
@@ -415,6 +415,29 @@ def test_without_a_login_it_says_so_and_waits_for_it(outbox: Outbox, caplog) -> 
         until(lambda: told(caplog)[1:])
     assert told(caplog) == ["can't deliver: not logged in", "delivering again"]
     assert all_sent(outbox)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_while_capture_is_off_it_says_so_once_and_delivers_afterwards(outbox: Outbox, caplog, monkeypatch) -> None:
+    row_id = outbox.enqueue(rule_fired())
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    with idle(outbox, ScriptedClient(), poll_interval_ms=1) as background:
+        until(lambda: len(background.reports) > 2)
+        assert row(outbox, row_id).status == "pending"
+        monkeypatch.delenv("OUTBOX_CAPTURE")
+        until(lambda: told(caplog)[1:])
+    paused = "can't deliver: delivery is paused, capture is off (OUTBOX_CAPTURE=false)"
+    assert told(caplog) == [paused, "delivering again"]
+    assert all_sent(outbox)
+
+
+def test_with_an_empty_queue_it_says_that_capture_is_on_again(outbox: Outbox, caplog, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    with idle(outbox, ScriptedClient(), poll_interval_ms=1):
+        until(lambda: told(caplog))
+        monkeypatch.delenv("OUTBOX_CAPTURE")
+        until(lambda: told(caplog)[1:])
+    assert told(caplog)[1] == "delivering again"
 
 
 # --- how it ends ---
