@@ -28,7 +28,7 @@ from outbox.failures import (
 from outbox.flusher import BatchItem, FlushReport, UploadClient
 from outbox.hooks import Hooks, Settled, SettledEvent, Upload
 from outbox.lifecycle import Status
-from outbox.maintenance import RequeueReport
+from outbox.maintenance import PurgeReport, RequeueReport
 from outbox.models import ObservationEvent
 from outbox.outbox import Outbox
 from outbox.policy import Policy
@@ -57,6 +57,7 @@ __all__ = [
     "OutboxError",
     "Pause",
     "Policy",
+    "PurgeReport",
     "QueueFull",
     "RequeueReport",
     "RuleActuallyCited",

@@ -491,6 +491,37 @@ def requeue(database: str | None, *, older_than: int, dry_run: bool, as_json_: b
         say(f"  {escape(event_type)}: {count}")
 
 
+@main.command(epilog="Example: outbox purge --type rule_fired --before 30d --dry-run")
+@click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")
+@click.option("--before", metavar="AGE", callback=_moment, help="Only events recorded before that; 0s are all.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, only count.")
+@_json
+@click.pass_obj
+def purge(
+    database: str | None, *, event_type: str | None, before: int | None, dry_run: bool, as_json_: bool
+) -> None:
+    """Delete events for good, in whatever state they are.
+
+    At least one of --type and --before is needed. What is deleted is counted: `outbox status` shows it. Exit
+    code 1 says that some of the events are being sent right now and were left alone.
+    """
+    with _existing(database) as outbox:
+        report = outbox.purge(event_type=event_type, before=before, dry_run=dry_run)
+    if as_json_:
+        say(as_json({**dataclasses.asdict(report), "dry_run": dry_run}))
+    else:
+        done = "would be purged" if dry_run else "purged"
+        say(f"{report.total} {done}, {report.undelivered} of them undelivered")
+        for name, count in report.per_type.items():
+            say(f"  {escape(name)}: {count}")
+    if report.in_flight:
+        left = f"{report.in_flight} being sent right now"
+        if dry_run:
+            say(f"outbox: {left}, they would be left alone", err=True)
+        else:
+            _fail(f"{left}, they were left alone; purge again when that is over", FAILED)
+
+
 @main.command(epilog="Example: outbox doctor")
 @_json
 @click.pass_obj

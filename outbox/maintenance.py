@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from outbox.lifecycle import Status
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
@@ -22,10 +25,36 @@ class RequeueReport:
     per_type: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PurgeReport:
+    """How many events were deleted, or would be; `per_type` by name, ascending."""
+
+    total: int = 0
+    undelivered: int = 0
+    """How many of them had not been delivered."""
+    in_flight: int = 0
+    """How many fitted but were being sent, and were left alone."""
+    per_type: dict[str, int] = field(default_factory=dict)
+
+
 def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> RequeueReport:
     """Bring back what was abandoned and was created before the cutoff."""
     per_type = store.requeue(cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
     return RequeueReport(sum(per_type.values()), per_type)
+
+
+def purge(
+    store: Store, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
+) -> PurgeReport:
+    """Delete what fits all that is given and is not being sent."""
+    purged, in_flight = store.purge(
+        event_type=event_type, created_before_ms=created_before_ms, now_ms=now_ms, dry_run=dry_run
+    )
+    per_type: Counter[str] = Counter()
+    for (_, found), events in purged.items():
+        per_type[found] += events
+    undelivered = sum(events for (status, _), events in purged.items() if status != Status.SENT)
+    return PurgeReport(purged.total(), undelivered, in_flight, dict(sorted(per_type.items())))
 
 
 def unpark(store: Store, policy: Policy, *, now_ms: int) -> None:

@@ -173,6 +173,30 @@ class Outbox:
         self._wake()
         return report
 
+    def purge(
+        self, *, event_type: str | None = None, before: datetime | int | None = None, dry_run: bool = False
+    ) -> maintenance.PurgeReport:
+        """Delete the events of a type, or created before a time, or both, for good; a dry run only counts.
+
+        `before` is a datetime with a time zone, or epoch milliseconds. Events in any state are deleted and counted
+        in the ledger, but those that are being sent are left alone. It looks at every row, and deletes a thousand
+        in a transaction: after an error the first of them are gone. Raises `ConfigurationError` where nothing says
+        what to delete.
+        """
+        if event_type is None and before is None:
+            raise ConfigurationError(
+                "nothing says what to purge, expected an event type, a time before which, or both"
+            )
+        if not isinstance(event_type, str | None):
+            raise ConfigurationError(f"event_type is {event_type!r}, expected the name of a type, a text")
+        return maintenance.purge(
+            self._store,
+            event_type=event_type,
+            created_before_ms=None if before is None else _epoch_ms(before, "before"),
+            now_ms=self._store.now_ms(),
+            dry_run=dry_run,
+        )
+
     def pending_count(self) -> int:
         """Return how many events are on their way: pending or being sent. Parked ones do not count."""
         return self._store.pending_count()
@@ -250,9 +274,9 @@ def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
     }
 
 
-def _epoch_ms(when: datetime | int) -> int:
+def _epoch_ms(when: datetime | int, name: str = "older_than") -> int:
     if isinstance(when, datetime) and when.utcoffset() is not None:
         return epoch_ms(when)
     if isinstance(when, int) and abs(when) < 2**63:
         return when
-    raise ConfigurationError(f"older_than is {when!r}, expected a datetime with a time zone or epoch milliseconds")
+    raise ConfigurationError(f"{name} is {when!r}, expected a datetime with a time zone or epoch milliseconds")

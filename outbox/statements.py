@@ -58,10 +58,10 @@ class ClaimedRow(NamedTuple):
 
 
 class _Unindexed(FunctionElement[str]):
-    """The status where SQLite's planner must not choose an index by it; elsewhere just the column.
+    """A column where SQLite's planner must not choose an index by it; elsewhere just the column.
 
-    It would rather walk the baseline's status index through all rows of a state than look up the few ids that are
-    asked for, or take the partial index that has the wanted order.
+    By the status it would rather walk the baseline's index through all rows of a state than look up the few ids
+    that are asked for, or take the partial index that has the wanted order.
     """
 
     type = Text()
@@ -301,6 +301,35 @@ TRIMMING: Select[Any] = select(literal_column("version_num")).select_from(table(
 """A row that is always there: on servers, who locks it trims."""
 # No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
 ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.min(_c.id)).scalar_subquery() + 1)
+
+
+# What an operator deletes
+
+LAST_ID = select(func.max(_c.id))
+_for_purge = (
+    *(_c[name] for name in ("id", "status", "event_type", "created_at_ms")),
+    and_(_c.status == _literal(Status.SENDING), _c.next_attempt_at_ms > _now).label("is_in_flight"),
+)
+LOCK_ROWS_TO_PURGE = select(*_for_purge).where(_these_rows).order_by(_c.id).with_for_update()
+
+
+def to_purge(*, event_type: str | None, created_before_ms: int | None) -> Select[Any]:
+    """Return the query for a slice of the rows that fit, with the ids after `seen`, up to `last`.
+
+    No index has the order of all states by type or creation, so all slices together walk the primary key once. On
+    SQLite the plus keeps each of them from sorting all rows of the type, by the baseline's index.
+    """
+    statement = (
+        select(*_for_purge)
+        .where(_c.id > bindparam("seen"), _c.id <= bindparam("last"))
+        .order_by(_c.id)
+        .limit(bindparam("slice_size"))
+    )
+    if event_type is not None:
+        statement = statement.where(_Unindexed(_c.event_type) == event_type)
+    if created_before_ms is not None:
+        statement = statement.where(_c.created_at_ms < created_before_ms)
+    return statement
 
 
 @cache

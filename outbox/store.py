@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from heapq import merge
 from itertools import islice
@@ -28,6 +28,7 @@ from outbox.transaction import Result, Transaction, Writer, without_nul
 log = logging.getLogger("outbox")
 
 _TRIM_SLICE = 1_000
+_PURGE_SLICE = 1_000
 
 
 class Trouble(NamedTuple):
@@ -329,6 +330,24 @@ class Store:
 
         return self._writer.run(expire) if self._finds(sql.ANY_EXPIRED, sent_before=sent_before_ms) else 0
 
+    def purge(
+        self, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
+    ) -> tuple[Counter[tuple[str, str]], int]:
+        """Delete the rows that fit all that is given, but none in flight, and none that is inserted meanwhile.
+
+        Return how many by status and event type, and how many are left because they are in flight. Rows are looked
+        for without a lock, and deleted in slices, each a transaction.
+        """
+        query = sql.to_purge(event_type=event_type, created_before_ms=created_before_ms)
+        purged: Counter[tuple[str, str]] = Counter()
+        in_flight = 0
+        for found in self._slices_to_purge(query, now_ms=now_ms):
+            rows = found if dry_run else self._purge([row[0] for row in found], now_ms=now_ms)
+            for _, status, type_of_row, _, is_in_flight in rows:
+                in_flight += is_in_flight
+                purged[status, type_of_row] += not is_in_flight
+        return +purged, in_flight
+
     def pending_count(self) -> int:
         """Return how many rows are pending or sending."""
         with reading(self.engine) as connection:
@@ -482,6 +501,31 @@ class Store:
                 oldest = merge(*(map(sql.Deletable._make, rows) for rows in found), key=_age)
                 chosen += islice(oldest, missing)
         return self._delete(transaction, chosen, reason="cap")
+
+    def _slices_to_purge(self, query: Select[Any], *, now_ms: int) -> Iterator[Sequence[Sequence[Any]]]:
+        with reading(self.engine) as connection:
+            last = connection.scalar(sql.LAST_ID)
+        seen = 0
+        while True:
+            where = {"seen": seen, "last": last, "slice_size": _PURGE_SLICE, "now": now_ms}
+            with reading(self.engine) as connection:
+                rows = connection.execute(query, where).all()
+            if rows:
+                yield rows
+            if len(rows) < _PURGE_SLICE:
+                break
+            seen = rows[-1][0]
+
+    def _purge(self, row_ids: Sequence[int], *, now_ms: int) -> Sequence[Sequence[Any]]:
+        """Delete a slice of rows but those in flight; return all that were there."""
+
+        def purge(transaction: Transaction) -> Sequence[Sequence[Any]]:
+            rows = transaction.rows_of(sql.LOCK_ROWS_TO_PURGE, row_ids, now=now_ms)
+            deletable = [sql.Deletable(*row[:-1]) for row in rows if not row[-1]]
+            self._delete(transaction, deletable, reason="purge")
+            return rows
+
+        return self._writer.run(purge)
 
     def _delete(self, transaction: Transaction, rows: list[sql.Deletable], *, reason: str) -> int:
         """Delete rows and count them in the ledger; return how many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any, TypeVar
 
@@ -80,15 +80,15 @@ class Transaction:
         self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
         return int(self._cursor.rowcount)
 
+    def rows_of(
+        self, statement: Select[Any], row_ids: Sequence[int], /, **parameters: Any
+    ) -> list[tuple[Any, ...]]:
+        """Run a query for rows that are named by their ids."""
+        return [row for ids in _chunks(row_ids) for row in self.rows(statement, **ids, **parameters)]
+
     def change_rows(self, statement: UpdateBase, row_ids: Sequence[int], /, **parameters: Any) -> int:
         """Run a statement for rows that are named by their ids; return how many it changed."""
-        changed = 0
-        for start in range(0, len(row_ids), CHUNK):
-            chunk = row_ids[start : start + CHUNK]
-            # Naming the last one several times is naming it once.
-            ids = dict(zip(_ID_NAMES, chain(chunk, repeat(chunk[-1])), strict=False))
-            changed += self.change(statement, **ids, **parameters)
-        return changed
+        return sum(self.change(statement, **ids, **parameters) for ids in _chunks(row_ids))
 
     def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
         """Insert rows one by one, and return their ids, as the driver tells them or the statement returns them."""
@@ -104,6 +104,14 @@ class Transaction:
         if compiled is None:
             compiled = self._compiled[statement] = _Compiled(statement, self._dialect)
         return compiled
+
+
+def _chunks(row_ids: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Give ids the names that they have in a statement for several rows."""
+    for start in range(0, len(row_ids), CHUNK):
+        chunk = row_ids[start : start + CHUNK]
+        # Naming the last one several times is naming it once.
+        yield dict(zip(_ID_NAMES, chain(chunk, repeat(chunk[-1])), strict=False))
 
 
 class _Compiled:

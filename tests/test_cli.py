@@ -919,6 +919,59 @@ def test_requeue_wants_an_age(run, outbox):
     assert run("requeue").exit_code == 2
 
 
+# --- purge ---
+
+
+def test_purge_tells_first_and_acts_then(run, outbox):
+    for event_type in ("rule_fired", "fix_outcome", "rule_fired"):
+        add_row(outbox, status="sent" if event_type == "fix_outcome" else "pending", event_type=event_type)
+    kept = add_row(outbox, created_at_ms=NOON_MS + 3_600_000)
+    with freeze_time(NOON + timedelta(hours=1)):
+        dry = run("purge", "--before", "30m", "--dry-run")
+        assert dry.stdout == "3 would be purged, 2 of them undelivered\n  fix_outcome: 1\n  rule_fired: 2\n"
+        assert len(statuses(outbox)) == 4
+        done = run("purge", "--before", "30m")
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout.startswith("3 purged, 2 of them undelivered\n")
+        assert [found.id for found in outbox.find()] == [kept]
+        assert json.loads(run("purge", "--type", "fix_outcome", "--json").stdout) == {
+            "total": 0,
+            "undelivered": 0,
+            "in_flight": 0,
+            "per_type": {},
+            "dry_run": False,
+        }
+    assert re.search(
+        r"deleted so far, 2 of them undelivered:\n(?s:.*)\bpending +rule_fired +purge +2\n", run("status").stdout
+    )
+
+
+def test_a_purge_of_a_type_leaves_other_types(run, outbox):
+    add_row(outbox)
+    kept = add_row(outbox, event_type="fix_outcome")
+    assert run("purge", "--type", "rule_fired").exit_code == 0
+    assert [found.id for found in outbox.find()] == [kept]
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_purge_of_everything_by_accident_is_misuse(run, outbox, options):
+    add_row(outbox)
+    result = run("purge", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nothing says what to purge" in result.stderr
+    assert statuses(outbox) == ["pending"]
+
+
+def test_a_purge_says_what_it_had_to_leave(run, outbox):
+    add_row(outbox, status="sending", created_at_ms=1, next_attempt_at_ms=now_ms() + 60_000)
+    dry = run("purge", "--before", "0s", "--dry-run")
+    assert (dry.exit_code, dry.stderr) == (0, "outbox: 1 being sent right now, they would be left alone\n")
+    result = run("purge", "--before", "0s")
+    assert (result.exit_code, result.stdout) == (1, "0 purged, 0 of them undelivered\n")
+    assert result.stderr == "outbox: 1 being sent right now, they were left alone; purge again when that is over\n"
+    assert statuses(outbox) == ["sending"]
+
+
 # --- receive and demo ---
 
 
@@ -1106,7 +1159,7 @@ def test_what_else_is_wrong_is_said_too(outbox, opted_out):
 def test_health_says_that_capture_is_off_and_keeps_its_exit_codes(run, outbox, opted_out):
     result = run("health")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "ok\n", f"outbox: {PAUSED}\n")
-    add_row(outbox)
+    add_row(outbox, next_attempt_at_ms=now_ms() - 3_600_000)
     result = run("health", "--json")
     assert result.exit_code == 3
     assert result.stderr.startswith(f"outbox: {PAUSED}\noutbox: an event has been due for")

@@ -1,3 +1,4 @@
+import re
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -16,7 +17,17 @@ from builders import (
     rule_fired,
     statuses,
 )
-from outbox import ConfigurationError, Outbox, Policy, RequeueReport, statements
+from outbox import (
+    ConfigurationError,
+    Outbox,
+    Policy,
+    PurgeReport,
+    RequeueReport,
+    RuleFired,
+    StorageError,
+    statements,
+    store,
+)
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
@@ -222,6 +233,141 @@ def test_two_enqueues_at_once_trim_what_one_would(url: str) -> None:
         assert len(ids_of(outbox)) == 10
 
 
+# Purge
+
+
+def ledger(outbox: Outbox) -> list[tuple[str, str, str, int]]:
+    return [tuple(entry) for entry in outbox.stats().deleted]
+
+
+def test_purge_deletes_in_every_state_what_fits_all_that_is_given(outbox: Outbox) -> None:
+    old = {"created_at_ms": NOON_MS - 1}
+    for status in ("pending", "sent", "sent", "parked", "abandoned"):
+        add_row(outbox, status=status, sent_at_ms=NOON_MS, **old)
+    kept = [add_row(outbox, event_type="fix_outcome", **old), add_row(outbox)]
+    expected = PurgeReport(total=5, undelivered=3, per_type={"rule_fired": 5})
+
+    assert outbox.purge(event_type="rule_fired", before=NOON, dry_run=True) == expected
+    assert len(ids_of(outbox)) == 7
+    assert ledger(outbox) == []
+
+    assert outbox.purge(event_type="rule_fired", before=NOON) == expected
+    assert ids_of(outbox) == kept
+    assert outbox.stats().left_undelivered == 3
+    assert ledger(outbox) == [
+        ("abandoned", "rule_fired", "purge", 1),
+        ("parked", "rule_fired", "purge", 1),
+        ("pending", "rule_fired", "purge", 1),
+        ("sent", "rule_fired", "purge", 2),
+    ]
+    assert outbox.purge(event_type="rule_fired", before=NOON) == PurgeReport()
+
+
+def test_purge_by_one_condition_alone(outbox: Outbox) -> None:
+    add_row(outbox, created_at_ms=NOON_MS - 1)
+    add_row(outbox, created_at_ms=NOON_MS - 1, event_type="fix_outcome")
+    add_row(outbox)
+    young = add_row(outbox, event_type="fix_outcome")
+    report = outbox.purge(before=NOON_MS)
+    assert list(report.per_type.items()) == [("fix_outcome", 1), ("rule_fired", 1)]
+    assert outbox.purge(event_type="rule_fired").total == 1
+    assert ids_of(outbox) == [young]
+
+
+def test_purge_of_an_empty_outbox_is_nothing(outbox: Outbox) -> None:
+    assert outbox.purge(before=NOON) == PurgeReport()
+
+
+@pytest.mark.parametrize("rows", [9, 10, 11])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_purge_goes_through_all_slices(outbox: Outbox, monkeypatch, rows: int, dry_run: bool) -> None:
+    monkeypatch.setattr(store, "_PURGE_SLICE", 5)
+    outbox.enqueue_many([rule_fired()] * rows)
+    kept = add_row(outbox, event_type="fix_outcome")
+    assert outbox.purge(event_type="rule_fired", dry_run=dry_run) == PurgeReport(
+        rows, rows, 0, {"rule_fired": rows}
+    )
+    if not dry_run:
+        assert ids_of(outbox) == [kept]
+        assert ledger(outbox) == [("pending", "rule_fired", "purge", rows)]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_purge_leaves_alone_what_is_being_sent(outbox: Outbox, dry_run: bool) -> None:
+    held = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 1)
+    lost = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS)
+    waiting = add_row(outbox, next_attempt_at_ms=NOON_MS + 1)
+    report = outbox.purge(event_type="rule_fired", dry_run=dry_run)
+    assert report == PurgeReport(total=2, undelivered=2, in_flight=1, per_type={"rule_fired": 2})
+    assert ids_of(outbox) == ([held, lost, waiting] if dry_run else [held])
+
+
+def test_what_is_claimed_while_purge_looks_is_left_alone(outbox: Outbox, monkeypatch) -> None:
+    ids = outbox.enqueue_many([rule_fired()] * 3)
+    delete = outbox._store._purge
+
+    def claim_one_and_delete(row_ids, **now):
+        assert row_ids == ids
+        assert outbox._store.claim(now_ms=NOON_MS, lease_ms=NOON_MS + 60_000, batch_size=1).rows
+        return delete(row_ids, **now)
+
+    monkeypatch.setattr(outbox._store, "_purge", claim_one_and_delete)
+    assert outbox.purge(event_type="rule_fired") == PurgeReport(2, 2, 1, {"rule_fired": 2})
+    assert ids_of(outbox) == ids[:1]
+
+
+def test_what_is_gone_before_purge_deletes_it_is_counted_once(outbox: Outbox, monkeypatch) -> None:
+    outbox.enqueue_many([rule_fired()] * 3)
+    delete = outbox._store._purge
+    monkeypatch.setattr(outbox._store, "_purge", lambda ids, **now: delete(ids[:1], **now) and delete(ids, **now))
+    assert outbox.purge(event_type="rule_fired").total == 2
+    assert ledger(outbox) == [("pending", "rule_fired", "purge", 3)]
+
+
+def test_what_is_enqueued_during_a_purge_stays(outbox: Outbox, monkeypatch) -> None:
+    monkeypatch.setattr(store, "_PURGE_SLICE", 1)
+    outbox.enqueue_many([rule_fired()] * 2)
+    meanwhile = [rule_fired()] * 2
+    delete = outbox._store._purge
+
+    def enqueue_and_delete(row_ids, **now):
+        outbox.enqueue_many([meanwhile.pop()] if meanwhile else [])
+        return delete(row_ids, **now)
+
+    monkeypatch.setattr(outbox._store, "_purge", enqueue_and_delete)
+    assert outbox.purge(event_type="rule_fired").total == 2
+    assert len(ids_of(outbox)) == 2
+
+
+def test_a_purge_that_fails_deletes_and_counts_nothing_of_the_slice(outbox: Outbox) -> None:
+    outbox.enqueue(rule_fired())
+    refuse(outbox, "INSERT", "observation_events_ledger", "no ledger today")
+    with pytest.raises(StorageError, match="no ledger today"):
+        outbox.purge(event_type="rule_fired")
+    assert statuses(outbox) == ["pending"]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ({}, "nothing says what to purge, expected an event type, a time before which, or both"),
+        (
+            {"event_type": RuleFired},
+            "event_type is <class 'outbox.events.RuleFired'>, expected the name of a type",
+        ),
+        (
+            {"before": datetime(2026, 1, 1)},
+            "before is datetime.datetime(2026, 1, 1, 0, 0), expected a datetime with",
+        ),
+    ],
+)
+def test_a_purge_that_does_not_say_what_is_refused(outbox: Outbox, what: dict, words: str) -> None:
+    outbox.enqueue(rule_fired())
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        outbox.purge(**what)
+    assert statuses(outbox) == ["pending"]
+
+
 # Each database has its own way to say how it would look for rows.
 def plan_of(outbox: Outbox, statement) -> list[str]:
     text = str(statement.compile(outbox.engine))
@@ -237,6 +383,13 @@ def plan_of(outbox: Outbox, statement) -> list[str]:
 def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> None:
     plan = plan_of(outbox, statement)
     assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
+
+
+@pytest.mark.sqlite
+def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
+    for event_type, created in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
+        plan = plan_of(outbox, statements.to_purge(event_type=event_type, created_before_ms=created))
+        assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
 
 
 @pytest.mark.sqlite
