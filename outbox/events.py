@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar, TypeVar, Union
 
@@ -233,6 +233,27 @@ def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
         raise InvalidEvent(f"{name}: {error.object!a} is not valid Unicode text") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidEvent(f"{name}: {_in_words(str(error), known)}") from None
+
+
+Redact = Callable[[Event], Event | Mapping[str, Any]]
+"""Gets a validated event, and returns what is to be stored in its place."""
+
+
+def redacted(event: Event, redact: Redact) -> tuple[Event, str]:
+    """Return what `encode` does for that which is to be stored in place of a validated event.
+
+    Raises `InvalidEvent` where that is invalid, and where `redact` fails, whose own exception is the cause.
+    """
+    name = type(event).__struct_config__.tag
+    try:
+        found = redact(event)
+    except Exception as error:
+        # Without its text, which may quote what was to be redacted.
+        raise InvalidEvent(f"{name}: redact failed with {type(error).__name__}") from error
+    try:
+        return encode(found)
+    except InvalidEvent as error:
+        raise InvalidEvent(f"{name}: what redact returned is invalid: {error}") from None
 
 
 def decode(payload_json: str) -> Event:

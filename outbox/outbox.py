@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, scoped_session
 from outbox import capture, flusher, maintenance, schema, stats
 from outbox.clock import epoch_ms
 from outbox.database import default_url, open_engine
-from outbox.events import Event, columns, encode
+from outbox.events import Event, Redact, columns, encode, redacted
 from outbox.failures import ConfigurationError
 from outbox.hooks import Hooks
 from outbox.lifecycle import Status
@@ -39,12 +39,20 @@ class Outbox:
     disposes of it, while ours need nothing. The schema is not touched: raises `SchemaError`, saying what to do,
     where it is missing, older or newer than this program. `Outbox.open` upgrades it first. `synchronous` is
     SQLite's: FULL keeps an event that `enqueue` accepted through a power cut, NORMAL only through a crash of the
-    program.
+    program. `redact` gets each event, validated, before it is written, and returns the one to write instead, which
+    is validated too; what a mapping holds beside the fields of its type does not reach it, and is left out.
     """
 
     def __init__(
-        self, database: str | URL | Engine, *, policy: Policy | None = None, synchronous: Synchronous = "FULL"
+        self,
+        database: str | URL | Engine,
+        *,
+        policy: Policy | None = None,
+        synchronous: Synchronous = "FULL",
+        redact: Redact | None = None,
     ) -> None:
+        if redact is not None and not callable(redact):
+            raise ConfigurationError(f"redact is {redact!r}, expected a function that gets and returns an event")
         self._owns_engine = not isinstance(database, Engine)
         self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
         self.wakers: set[Callable[[], object]] = set()
@@ -52,6 +60,7 @@ class Outbox:
         self.hooks: list[Hooks] = []
         """Told what became of events that this object, or a worker of it, flushed."""
         self._store = Store(self.engine)
+        self._redact = redact
         self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
         try:
             schema.check(self.engine)
@@ -66,6 +75,7 @@ class Outbox:
         *,
         policy: Policy | None = None,
         synchronous: Synchronous = "FULL",
+        redact: Redact | None = None,
     ) -> Self:
         """Open an outbox after creating or upgrading its schema; None is the per-user default file.
 
@@ -77,7 +87,7 @@ class Outbox:
             engine = open_engine(default_url() if database is None else database, synchronous=synchronous)
         try:
             schema.upgrade(engine)
-            opened = cls(engine, policy=policy)
+            opened = cls(engine, policy=policy, redact=redact)
         except BaseException:
             if engine is not database:
                 engine.dispose()
@@ -100,9 +110,9 @@ class Outbox:
         connection of a driver (DBAPI) to this database, such as Django's `connection.connection`; without a
         transaction it commits by itself. A mapping names its type as `event_type`.
 
-        Raises `InvalidEvent`, naming the field and what it should be, `QueueFull` where the policy says so, and
-        `StorageError`. Nothing is written then, unless it is the connection to a server that broke, and that
-        during the commit.
+        Raises `InvalidEvent`, naming the field and what it should be, or that the outbox's `redact` failed,
+        `QueueFull` where the policy says so, and `StorageError`. Nothing is written then, unless it is the
+        connection to a server that broke, and that during the commit.
         """
         ids = self.enqueue_many([event], session=session, connection=connection)
         return ids[0] if ids else None
@@ -121,7 +131,7 @@ class Outbox:
         if capture.is_off():
             return []
         now = self._store.now_ms()
-        rows = [_row(event, now) for event in events]
+        rows = [_row(event, now, self._redact) for event in events]
         if not rows:
             return []
         if session is not None:
@@ -264,8 +274,10 @@ class Outbox:
             sqlalchemy_event.listen(this, "after_commit", self._wake)
 
 
-def _row(event: Event | Mapping[str, Any], now: int) -> dict[str, Any]:
+def _row(event: Event | Mapping[str, Any], now: int, redact: Redact | None) -> dict[str, Any]:
     valid, payload_json = encode(event)
+    if redact is not None:
+        valid, payload_json = redacted(valid, redact)
     return {
         **columns(valid, now_ms=now),
         "payload_json": payload_json,

@@ -20,6 +20,7 @@ PAGES = [
     "docs/host-database.md",
     "docs/worker.md",
     "docs/observing.md",
+    "docs/privacy.md",
     "docs/scaling.md",
 ]
 
@@ -77,21 +78,46 @@ def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Pat
         outbox.close()
 
 
-def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, tmp_path: Path) -> None:
-    (tmp_path / ".token").write_text("my-token\n")
-    run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
-    script = "\n".join(["set -euo pipefail", f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}', *run])
+def shell(lines: list[str], folder: Path) -> str:
+    """Run the commands of a page in a folder, and return what they print."""
     result = subprocess.run(
-        ["bash", "-c", script.replace(EXAMPLE_SERVER, server.url)],
-        cwd=tmp_path,
-        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        [
+            "bash",
+            "-c",
+            "\n".join(["set -euo pipefail", f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}', *lines]),
+        ],
+        cwd=folder,
+        env=os.environ | {"HOME": str(folder), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / ".token").write_text("my-token\n")
+    run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
+    said = shell([line.replace(EXAMPLE_SERVER, server.url) for line in run], tmp_path)
     assert len(server.events) == 1
-    assert "sent" in result.stdout
+    assert "sent" in said
+
+
+def test_what_the_page_about_privacy_shows_redacts_and_purges(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    redacting, wiping = (compile(block, "privacy.md", "exec") for block in blocks("docs/privacy.md", "python"))
+    exec(redacting, namespace)  # noqa: S102 - our own
+    assert capsys.readouterr().out == "*.py\n"
+    assert "shop" not in namespace["outbox"].get(1).payload_json
+    said = shell(commands("docs/privacy.md"), tmp_path)
+    assert said.startswith("0 would be purged, 0 of them undelivered\n1 purged, 1 of them undelivered\n")
+    assert "deleted so far, 1 of them undelivered:" in said
+    exec(wiping, namespace)  # noqa: S102 - our own
+    left = [file.read_bytes() for file in tmp_path.glob("outbox.db*")]
+    assert left
+    assert not [data for data in left if b"no-float-money" in data]
 
 
 def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:

@@ -1,13 +1,15 @@
 import logging
+import re
 import sqlite3
 from contextlib import closing
 
+import msgspec
 import pytest
 from sqlalchemy import String, create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from builders import NOON_MS, ScriptedClient, add_row, on_statement, refuse, row, rule_fired, statuses
-from outbox import InvalidEvent, Outbox, Policy, StorageError
+from outbox import ConfigurationError, Event, InvalidEvent, Outbox, Policy, RuleFired, StorageError
 
 pytestmark = pytest.mark.contract
 
@@ -93,6 +95,130 @@ def test_capture_false_writes_nothing(outbox: Outbox, monkeypatch: pytest.Monkey
     with Session(outbox.engine) as session:
         assert outbox.enqueue(rule_fired(), session=session) is None
     assert statuses(outbox) == []
+
+
+# Redact
+
+
+def hide_file(event: Event) -> Event:
+    return msgspec.structs.replace(event, file_path="hidden", session_id="")
+
+
+@pytest.mark.parametrize("opener", [Outbox, Outbox.open])
+def test_what_redact_returns_is_written_in_place_of_the_event(outbox: Outbox, url: str, opener) -> None:
+    seen = []
+    with opener(url, redact=lambda event: seen.append(event) or hide_file(event)) as redacting:
+        secret = {"file_path": "/home/ann/secret.py", "session_id": "ann"}
+        given = rule_fired(**secret)
+        ids = [
+            redacting.enqueue(given),
+            *redacting.enqueue_many(
+                [given, {"event_type": "rule_fired", "rule_ids": [], "fired_at": NOON, **secret}]
+            ),
+        ]
+        with Session(redacting.engine) as session:
+            ids.append(redacting.enqueue(given, session=session))
+            session.commit()
+        raw = redacting.engine.raw_connection()
+        ids.append(redacting.enqueue(given, connection=raw.dbapi_connection))
+        raw.commit()
+        raw.close()
+    assert len(ids) == len({*ids}) == len(seen) == 5
+    assert {(type(event), event.file_path) for event in seen} == {(RuleFired, "/home/ann/secret.py")}
+    for row_id in ids:
+        written = row(outbox, row_id)
+        assert (written.file_path, written.session_id) == ("hidden", "")
+        assert "ann" not in written.payload_json
+        assert msgspec.json.decode(written.payload_json)["file_path"] == "hidden"
+
+
+def test_redact_may_return_a_mapping_and_another_type(outbox: Outbox, url: str) -> None:
+    fields = {"rule_id": "r9", "session_id": "s9", "accepted": True, "occurred_at": NOON}
+    with Outbox(url, redact=lambda _: {"event_type": "fix_outcome", "note": "kept", **fields}) as redacting:
+        written = row(outbox, redacting.enqueue(rule_fired()))
+    assert (written.event_type, written.rule_id, written.session_id) == ("fix_outcome", "r9", "s9")
+    assert msgspec.json.decode(written.payload_json)["note"] == "kept"
+
+
+def test_what_redact_did_not_see_is_not_written(outbox: Outbox, url: str) -> None:
+    event = {"event_type": "rule_fired", "rule_ids": [], "session_id": "s1", "fired_at": NOON, "user": "ann"}
+    with Outbox(url, redact=lambda event: event) as redacting:
+        written = row(outbox, redacting.enqueue(event))
+    assert "ann" not in written.payload_json
+    assert "ann" in row(outbox, outbox.enqueue(event)).payload_json
+
+
+def test_what_redact_changes_in_place_is_written_and_the_callers_event_stays(outbox: Outbox, url: str) -> None:
+    given = rule_fired(rule_ids=["secret"])
+    with Outbox(url, redact=lambda event: event.rule_ids.clear() or event) as redacting:
+        written = row(outbox, redacting.enqueue(given))
+    assert (written.rule_ids_json, given.rule_ids) == ("[]", ["secret"])
+    assert "secret" not in written.payload_json
+
+
+def fail(event: Event) -> Event:
+    raise LookupError(f"no rule for {event.file_path}")
+
+
+@pytest.mark.parametrize(
+    ("redact", "words"),
+    [
+        (fail, "rule_fired: redact failed with LookupError"),
+        (
+            lambda _: None,
+            "rule_fired: what redact returned is invalid: expected an Event or a mapping with event_type, got NoneType",
+        ),
+        (
+            lambda event: msgspec.structs.replace(event, session_id=None),
+            "rule_fired: what redact returned is invalid: rule_fired: session_id: expected `str`, got `null`",
+        ),
+        (
+            lambda event: {"event_type": "none"},
+            "rule_fired: what redact returned is invalid: event_type is 'none', expected one of",
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", ["alone", "session", "connection"])
+def test_a_redact_that_fails_writes_nothing(outbox: Outbox, url: str, where: str, redact, words: str) -> None:
+    with (
+        Outbox(url, redact=lambda event: redact(event) if event.file_path else event) as redacting,
+        Session(redacting.engine) as session,
+    ):
+        raw = redacting.engine.raw_connection()
+        mine = {"alone": {}, "session": {"session": session}, "connection": {"connection": raw.dbapi_connection}}
+        events = [rule_fired(), rule_fired(file_path="secret.py")]
+        with pytest.raises(InvalidEvent, match=f"^{re.escape(words)}") as failure:
+            redacting.enqueue_many(events, **mine[where])
+        session.commit()
+        raw.commit()
+        raw.close()
+    assert "secret" not in str(failure.value)
+    assert isinstance(failure.value.__cause__, LookupError if redact is fail else type(None))
+    assert statuses(outbox) == []
+
+
+def test_an_interrupt_in_redact_reaches_the_caller(outbox: Outbox, url: str) -> None:
+    def interrupt(_: Event) -> Event:
+        raise KeyboardInterrupt
+
+    with Outbox(url, redact=interrupt) as redacting, pytest.raises(KeyboardInterrupt):
+        redacting.enqueue(rule_fired())
+    assert statuses(outbox) == []
+
+
+def test_while_capture_is_off_redact_sees_nothing(outbox: Outbox, url: str, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    with Outbox(url, redact=fail) as redacting:
+        assert redacting.enqueue(rule_fired(file_path="a.py")) is None
+
+
+@pytest.mark.parametrize("opener", [Outbox, Outbox.open])
+def test_a_redact_that_can_not_be_called_is_refused(outbox: Outbox, url: str, opener) -> None:
+    with pytest.raises(ConfigurationError, match="redact is 'file_path', expected a function"):
+        opener(url, redact="file_path")
+
+
+# In the caller's transaction
 
 
 def test_in_the_callers_session_the_row_comes_with_the_commit(outbox: Outbox, host) -> None:
