@@ -83,6 +83,7 @@ SCENARIOS = {
     "flush, isolation": lambda outbox: outbox.flush(ScriptedClient(REJECTED, REJECTED, OK)),
     "retry": lambda outbox: outbox.retry_now(),
     "requeue": lambda outbox: outbox.requeue_abandoned(older_than=NOON_MS + 1),
+    "purge": lambda outbox: outbox.purge(event_type="rule_fired"),
     "status": lambda outbox: outbox.stats(),
 }
 

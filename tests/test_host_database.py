@@ -160,6 +160,7 @@ def test_the_listed_privileges_suffice(shop: Shop) -> None:
     with Outbox(shop.url("outbox_flusher")) as outbox:
         assert outbox.stats().counts["sent"] == 2
         assert [entry.events for entry in outbox.stats().deleted] == [6]
+        assert outbox.purge(event_type="rule_fired").total == 2
 
 
 @pytest.mark.parametrize(("role", "work"), [("outbox_enqueuer", enqueue), ("outbox_flusher", flush)])

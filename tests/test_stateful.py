@@ -38,6 +38,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.status: dict[int, str] = {}
         self.due: dict[int, int] = {}
         self.failures: dict[int, int] = {}
+        self.created: dict[int, int] = {}
         self.deleted = 0
         self.accepted: set[int] = set()
 
@@ -67,6 +68,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def enqueue(self, events: int) -> None:
         for row_id in self.outbox.enqueue_many([rule_fired()] * events):
             self.status[row_id], self.due[row_id], self.failures[row_id] = "pending", self.now, 0
+            self.created[row_id] = self.now
         self.cap()
 
     @rule(seconds=st.sampled_from([1, 60, 600, 4_000]))
@@ -137,6 +139,14 @@ class OutboxMachine(RuleBasedStateMachine):
         assert self.outbox.requeue_abandoned(older_than=self.now + 1).total == len(back)
         for row_id in back:
             self.status[row_id], self.due[row_id], self.failures[row_id] = "pending", self.now, 0
+
+    @rule(age_ms=st.sampled_from([600_000, 4_000_000]))
+    def purge(self, age_ms: int) -> None:
+        old = [row_id for row_id in self.status if self.created[row_id] < self.now - age_ms]
+        assert self.outbox.purge(before=self.now - age_ms).total == len(old)
+        for row_id in old:
+            del self.status[row_id]
+            self.deleted += 1
 
     @invariant()
     def the_table_is_as_the_model_says(self) -> None:
