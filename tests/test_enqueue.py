@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import String, create_engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-from builders import NOON_MS, ScriptedClient, add_row, on_statement, refuse, row, rule_fired, statuses
+from builders import NOON, NOON_MS, ScriptedClient, add_row, on_statement, refuse, row, rule_fired, statuses
 from outbox import ConfigurationError, Event, InvalidEvent, Outbox, Policy, RuleFired, StorageError
 
 pytestmark = pytest.mark.contract
