@@ -10,11 +10,12 @@ import psycopg
 NOW_MS = 1_900_000_000_000
 _LEASE_MS = NOW_MS + 60_000
 
-# As our indexes want to be asked: the plus keeps SQLite's planner from the status index.
+# As our indexes want to be asked: the plus keeps SQLite's planner from the status index. Nothing was tried before.
 _CLAIM_ON_SQLITE = """
     UPDATE observation_events SET status = 'sending', next_attempt_at_ms = ?
     WHERE id IN (
-        SELECT id FROM observation_events WHERE +status IN ('pending', 'sending') AND next_attempt_at_ms <= ?
+        SELECT id FROM observation_events
+        WHERE +status = 'pending' AND next_attempt_at_ms <= created_at_ms AND next_attempt_at_ms <= ?
         ORDER BY created_at_ms, id LIMIT 64
     )
     RETURNING id, payload_json

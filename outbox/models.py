@@ -81,6 +81,9 @@ _ON_MYSQL = {
 
 STATUSES_IN_SQL = ", ".join(f"'{status.value}'" for status in Status)
 UNDELIVERED = "status IN ('pending', 'sending')"
+NEVER_TRIED = "status = 'pending' AND next_attempt_at_ms <= created_at_ms"
+TRIED = "status = 'pending' AND next_attempt_at_ms > created_at_ms"
+"""Or brought back: at any rate it was to wait for something."""
 
 
 class Base(DeclarativeBase):
@@ -129,9 +132,16 @@ class ObservationEvent(Base):
             "id",
             "next_attempt_at_ms",
             "status",
-            on=("sqlite", "postgresql"),
-            sqlite_where=text(f"+{UNDELIVERED}"),
+            on=("postgresql",),
             postgresql_where=text(UNDELIVERED),
+        ),
+        *(
+            _index(f"observation_events_{name}_idx", *columns, on=("sqlite",), sqlite_where=text(f"+{rows}"))
+            for name, rows, columns in (
+                ("fresh", NEVER_TRIED, ("created_at_ms", "id", "next_attempt_at_ms", "status")),
+                ("tried", TRIED, ("created_at_ms", "id", "next_attempt_at_ms", "status")),
+                ("due", TRIED, ("next_attempt_at_ms", "created_at_ms", "id", "status")),
+            )
         ),
         *(
             _index(

@@ -17,7 +17,7 @@ from outbox.sqlite import create_file, is_there, sqlite_file
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("outbox_0001", "outbox_0002", "outbox_0003", "outbox_0004")
+REVISIONS = ("outbox_0001", "outbox_0002", "outbox_0003", "outbox_0004", "outbox_0005")
 """The revisions that this program knows, oldest first. Kept here so that a look at them needs no Alembic."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})

@@ -57,7 +57,7 @@ class ClaimedRow(NamedTuple):
     revived_at_ms: int | None
 
 
-class _Unindexed(FunctionElement[str]):
+class _Unindexed(FunctionElement[Any]):
     """A column where SQLite's planner must not choose an index by it; elsewhere just the column.
 
     By the status it would rather walk the baseline's index through all rows of a state than look up the few ids
@@ -159,12 +159,30 @@ def _due_in(*statuses: Status) -> Select[Any]:
 
 
 _due = _due_in(*MOVES["claim"].sources)
-CLAIM = (
-    move("claim")
-    .where(_c.id.in_(_due.with_only_columns(_c.id)))
-    .values(next_attempt_at_ms=bindparam("lease"))
-    .returning(*(_c[name] for name in ClaimedRow._fields))
-)
+
+
+class Place(NamedTuple):
+    """Where a row stands in the order of the claim, and when it is due."""
+
+    created_at_ms: int
+    id: int
+    next_attempt_at_ms: int
+
+
+def _places(*conditions: ColumnElement[bool], order: tuple[Any, ...] = _oldest_first) -> Select[Any]:
+    places = select(*(_c[name] for name in Place._fields)).where(*conditions)
+    return places.order_by(*order).limit(bindparam("batch_size"))
+
+
+_is_due = _c.next_attempt_at_ms <= _now
+_is_pending = _in(_unindexed_status, Status.PENDING)
+_never_tried = _c.next_attempt_at_ms <= _c.created_at_ms
+_was_tried = _c.next_attempt_at_ms > _c.created_at_ms
+# On SQLite, each finds the oldest of its kind in an index of theirs.
+DUE_NEVER_TRIED = _places(_is_pending, _never_tried, _is_due)
+OLDEST_TRIED = _places(_is_pending, _was_tried)
+DUE_TRIED = _places(_is_pending, _was_tried, _is_due, order=(_Unindexed(_c.created_at_ms), _c.id))
+LEASES_RUN_OUT = _places(_in(_c.status, Status.SENDING), _is_due)
 
 
 def _claim_on_postgresql(due: Select[Any]) -> Update:
@@ -185,6 +203,7 @@ LOCK_DUE = tuple(_in_order(_lock(_due_in(status)), QUEUE_ON_MYSQL) for status in
 """The oldest due rows of each status, on MySQL."""
 
 CLAIM_ROWS = move("claim").where(_these_rows).values(next_attempt_at_ms=bindparam("lease"))
+CLAIM_ROWS_ON_SQLITE = CLAIM_ROWS.returning(*(_c[name] for name in ClaimedRow._fields))
 
 RENEW = (
     update(events)
@@ -257,26 +276,39 @@ _not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_m
 
 
 def _oldest(
-    *statuses: Status, by: ColumnElement[Any] = _c.created_at_ms, index: str = QUEUE_ON_MYSQL
+    *statuses: Status,
+    status: ColumnElement[str] = _unindexed_status,
+    only: ColumnElement[bool] | None = None,
+    by: ColumnElement[Any] = _c.created_at_ms,
+    index: str = QUEUE_ON_MYSQL,
 ) -> Select[Any]:
-    condition = _in(_unindexed_status, *statuses)
+    found = select(_c.id, _c.status, _c.event_type, by).where(_in(status, *statuses)).order_by(by, _c.id)
+    if only is not None:
+        found = found.where(only)
     if Status.SENDING in statuses:
-        condition = and_(condition, _not_in_flight)
-    found = select(_c.id, _c.status, _c.event_type, by).where(condition).order_by(by, _c.id)
+        found = found.where(_not_in_flight)
     return _in_order(_lock(found.limit(bindparam("excess"))), index)
 
 
-_oldest_sent = _oldest(Status.SENT, by=_c.sent_at_ms, index=DELIVERED_ON_MYSQL)
-TRIM = (
-    (_oldest_sent,),
+_trim_first = (
+    (_oldest(Status.SENT, by=_c.sent_at_ms, index=DELIVERED_ON_MYSQL),),
     (_oldest(Status.ABANDONED),),
-    (_oldest(Status.PENDING, Status.SENDING), _oldest(Status.PARKED)),
 )
+_trim_last = {
+    "postgresql": (_oldest(Status.PENDING, Status.SENDING), _oldest(Status.PARKED)),
+    "sqlite": (
+        _oldest(Status.PENDING, only=_never_tried),
+        _oldest(Status.PENDING, only=_was_tried),
+        _oldest(Status.SENDING, status=_c.status),
+        _oldest(Status.PARKED),
+    ),
+    **{name: tuple(_oldest(one) for one in (Status.PENDING, Status.SENDING, Status.PARKED)) for name in MYSQL},
+}
+TRIM = {dialect: (*_trim_first, last) for dialect, last in _trim_last.items()}
 """The rows to delete while there are too many: first those of the first queries, oldest first, and so on.
 
-Each query walks one index in order and stops at the limit.
+Each query walks one index in order and stops at the limit, but for the few rows that are being sent on SQLite.
 """
-TRIM_ON_MYSQL = (*TRIM[:2], tuple(_oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)))
 
 _expired = and_(_in(_unindexed_status, Status.SENT), _c.sent_at_ms < bindparam("sent_before"))
 ANY_EXPIRED = select(_c.id).where(_expired).limit(1)

@@ -414,8 +414,10 @@ class Store:
             chosen = _oldest_first(found)[:batch_size]
             transaction.change_rows(sql.CLAIM_ROWS, [row.id for row in chosen], lease=lease)
             return chosen
-        statement = sql.CLAIM_POSTGRESQL if self._is_postgresql else sql.CLAIM
-        return _oldest_first(transaction.rows(statement, lease=lease, **due))
+        if self._is_postgresql:
+            return _oldest_first(transaction.rows(sql.CLAIM_POSTGRESQL, lease=lease, **due))
+        ids = _find_due_on_sqlite(transaction, **due)
+        return _oldest_first(transaction.rows_of(sql.CLAIM_ROWS_ON_SQLITE, ids, lease=lease))
 
     def _claim_unless_paused(  # noqa: PLR0913 - bound by name
         self,
@@ -492,7 +494,7 @@ class Store:
             transaction.rows(sql.TRIMMING)
             excess = transaction.value(sql.ROWS) - max_rows
         excess = min(excess, _TRIM_SLICE)
-        steps = sql.TRIM_ON_MYSQL if self._is_mysql else sql.TRIM
+        steps = sql.TRIM[self.engine.dialect.name]
         chosen: list[sql.Deletable] = []
         for statements in steps[:1] if policy.when_full == "reject" else steps:
             missing = excess - len(chosen)
@@ -554,6 +556,22 @@ def _refuse_when_full(value_of: Callable[[Select[Any]], Any], policy: Policy, *,
                 f"{undelivered} events are not delivered yet, and the policy's max_rows is {policy.max_rows}:"
                 f" there is no room for {own} more"
             )
+
+
+def _find_due_on_sqlite(transaction: Transaction, *, now: int, batch_size: int) -> list[int]:
+    """Return the ids of the oldest rows that are due, without a walk past those that are not."""
+
+    def found(statement: Select[Any], **parameters: int) -> list[sql.Place]:
+        return list(map(sql.Place._make, transaction.rows(statement, batch_size=batch_size, **parameters)))
+
+    others = found(sql.DUE_NEVER_TRIED, now=now) + found(sql.LEASES_RUN_OUT, now=now)
+    # Of what was tried before, mostly the oldest are due, or nothing is there.
+    head = found(sql.OLDEST_TRIED)
+    due = sorted([*others, *(place for place in head if place.next_attempt_at_ms <= now)])[:batch_size]
+    is_whole = len(head) < batch_size or (len(due) == batch_size and due[-1] <= head[-1])
+    if not is_whole:  # some that are due may be behind those of the head that are not
+        due = sorted([*others, *found(sql.DUE_TRIED, now=now)])[:batch_size]
+    return [place.id for place in due]
 
 
 def _age(row: sql.Deletable) -> tuple[int, int]:

@@ -81,9 +81,9 @@ class Transaction:
         return int(self._cursor.rowcount)
 
     def rows_of(
-        self, statement: Select[Any], row_ids: Sequence[int], /, **parameters: Any
+        self, statement: UpdateBase | Select[Any], row_ids: Sequence[int], /, **parameters: Any
     ) -> list[tuple[Any, ...]]:
-        """Run a query for rows that are named by their ids."""
+        """Run a statement that returns rows, for those that are named by their ids."""
         return [row for ids in _chunks(row_ids) for row in self.rows(statement, **ids, **parameters)]
 
     def change_rows(self, statement: UpdateBase, row_ids: Sequence[int], /, **parameters: Any) -> int:
