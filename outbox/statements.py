@@ -232,7 +232,8 @@ _parked = (
     .limit(bindparam("unpark_limit"))
 )
 LOCK_PARKED = _in_order(_lock(_parked), QUEUE_ON_MYSQL)
-ANY_PARKED = select(_c.id).where(_in(_unindexed_status, Status.PARKED)).limit(1)
+# In an order, or SQLite would rather walk the whole table until it comes upon one.
+ANY_PARKED = _parked.limit(1)
 UNPARK_ROWS = (
     move("unpark").where(_these_rows).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
 )

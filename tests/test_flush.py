@@ -1,6 +1,8 @@
 import logging
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builders import (
     DOWN,
@@ -569,3 +571,32 @@ def test_flush_all_stops_when_the_server_rejects_everything(outbox: Outbox) -> N
         client = rejecting(*ids)
         assert small.flush_all(client).rescheduled == 10
     assert len(client.sizes) == 11
+
+
+# The claim's choice
+
+_TIMES = range(NOON_MS - 3, NOON_MS + 3)
+
+
+@pytest.mark.sqlite
+@settings(max_examples=300)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(("pending", "sending", "parked")), st.sampled_from(_TIMES), st.sampled_from(_TIMES)
+        ),
+        max_size=12,
+    ),
+    batch_size=st.integers(1, 4),
+)
+def test_a_claim_takes_the_oldest_of_all_that_is_due(rows: list[tuple[str, int, int]], batch_size: int) -> None:
+    with Outbox.open("sqlite://") as crowded:
+        due = []
+        for status, created_at_ms, next_attempt_at_ms in rows:
+            row_id = add_row(
+                crowded, status=status, created_at_ms=created_at_ms, next_attempt_at_ms=next_attempt_at_ms
+            )
+            if status != "parked" and next_attempt_at_ms <= NOON_MS:
+                due.append((created_at_ms, row_id))
+        claimed = crowded._store.claim(now_ms=NOON_MS, lease_ms=NOON_MS + 60_000, batch_size=batch_size)
+        assert [(row.created_at_ms, row.id) for row in claimed.rows] == sorted(due)[:batch_size]
