@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 Work = TypeVar("Work")
@@ -17,22 +17,21 @@ _LARGEST_GROUP = 64
 
 
 class GroupCommit(Generic[Work, Result]):
-    """Lets one thread at a time do its own work and that of those who wait for their turn.
+    """Lets one thread at a time commit, its own work and that of those who came while the one before it did.
 
-    Who comes alone finds the turn free and does its own work at once. `commit` does several works in one
-    transaction: it returns a result for each, or raises and has done none of them.
+    Who comes alone commits its own work at once. `commit` does several works in one transaction: it returns a
+    result for each, or raises and has done none of them.
     """
 
-    def __init__(
-        self, turn: Callable[[], AbstractContextManager[object]], commit: Callable[[list[Work]], list[Result]]
-    ) -> None:
-        self._turn = turn
+    def __init__(self, commit: Callable[[list[Work]], list[Result]]) -> None:
         self._commit = commit
         self._begin()
 
     def _begin(self) -> None:
-        self._waiting: deque[_Call[Work, Result]] = deque()
         self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Call[Work, Result]] = deque()
+        self._is_led = False
 
     def run(self, work: Work) -> Result:
         """Return the result of the work, or raise why it was not done."""
@@ -42,18 +41,36 @@ class GroupCommit(Generic[Work, Result]):
         if self._process != os.getpid():
             self._begin()  # who waited in the parent is not copied by a fork
         call = _Call[Work, Result](work)
-        self._waiting.append(call)
-        with self._turn():
-            if not call.is_done:
-                self._do(self._group(call))
+        with self._lock:
+            self._waiting.append(call)
+            leads, self._is_led = not self._is_led, True
+        if not leads:
+            call.sleep()
+        if not call.is_done:
+            self._lead(call)
         return call.result()
 
-    def _group(self, own: _Call[Work, Result]) -> list[_Call[Work, Result]]:
-        # It is missing where a thread that took it on came to grief before it was done.
-        with suppress(ValueError):
+    def _lead(self, own: _Call[Work, Result]) -> None:
+        with self._lock:
             self._waiting.remove(own)
-        others = min(len(self._waiting), _LARGEST_GROUP - 1)
-        return [own, *(self._waiting.popleft() for _ in range(others))]
+            calls = [own]
+            while self._waiting and len(calls) < _LARGEST_GROUP:
+                calls.append(self._waiting.popleft())
+        try:
+            self._do(calls)
+        finally:
+            with self._lock:
+                # Not done are those of a leader that was interrupted.
+                self._waiting.extendleft(call for call in reversed(calls[1:]) if not call.is_done)
+                following = self._waiting[0] if self._waiting else None
+                self._is_led = following is not None
+            if following is not None:
+                following.wake()
+            done = [call for call in calls[1:] if call.is_done]
+            for call, after in pairwise(done):
+                call.after = after
+            if done:
+                done[0].wake()
 
     def _do(self, calls: list[_Call[Work, Result]]) -> None:
         try:
@@ -72,13 +89,25 @@ class GroupCommit(Generic[Work, Result]):
 
 
 class _Call(Generic[Work, Result]):
-    """One call of one thread."""
+    """One call of one thread, which sleeps until it is done or to lead."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.returned: list[Result] = []
         self.error: Exception | None = None
         self.is_done = False
+        self.after: _Call[Work, Result] | None = None
+        self._alarm = threading.Lock()
+        self._alarm.acquire()
+
+    def sleep(self) -> None:
+        self._alarm.acquire()
+        # One after the other: woken all at once, they would be in the way of each other, and of who leads now.
+        if self.after is not None:
+            self.after.wake()
+
+    def wake(self) -> None:
+        self._alarm.release()
 
     def result(self) -> Result:
         if self.error is not None:

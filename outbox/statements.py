@@ -146,6 +146,23 @@ Outboxes in other schemas of a database share it; a flusher that is woken for on
 # In the statement itself it needs no further round trip. Equal ones of a transaction are sent once.
 _notify: ColumnElement[Any] = literal_column(f"pg_notify('{CHANNEL}', '')")
 INSERT_AND_NOTIFY = INSERT.returning(_c.id, _notify)
+
+
+@cache
+def insert_rows(number: int, *, notify: bool) -> Insert:
+    """Return the statement that inserts several rows and returns their ids, bound by the names below."""
+    names = iter(inserted_names(number))
+    rows: list[dict[str, Any]] = [{name: bindparam(next(names)) for name in INSERTED} for _ in range(number)]
+    inserted = insert(events).values(rows).returning(_c.id)
+    return inserted.returning(_notify) if notify else inserted
+
+
+@cache
+def inserted_names(number: int) -> list[str]:
+    """Return the names by which the columns of several rows are bound, row after row."""
+    return [f"{name}_{row}" for row in range(number) for name in INSERTED]
+
+
 INSERT_AND_NOTIFY_IN_SESSION = insert(events).returning(_c.id, _notify, sort_by_parameter_order=True)
 
 

@@ -28,6 +28,8 @@ from outbox.transaction import Result, Transaction, Writer, without_nul
 log = logging.getLogger("outbox")
 
 _TRIM_SLICE = 1_000
+# How many rows one INSERT holds: a few sizes, so that few statements are compiled, and prepared.
+_INSERTED_AT_ONCE = (64, 16, 4, 1)
 _PURGE_SLICE = 1_000
 
 
@@ -108,8 +110,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._writer = Writer(engine)
-        kept = self._writer.kept
-        self._insertions = None if kept is None else GroupCommit(lambda: kept.turn, self._insert_all)
+        self._insertions = GroupCommit(self._insert_all) if self._writer.kept else None
         self._counted = _Counted(0, 0)
         self._is_mysql = is_mysql(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
@@ -445,29 +446,26 @@ class Store:
         return Claim(rows, pause)
 
     def _insert_all(self, insertions: Sequence[_Insertion]) -> list[tuple[list[int], bool]]:
-        """Insert what several calls want inserted, and trim once, as the last one wants it."""
-        policy, now_ms = insertions[-1].policy, insertions[-1].now_ms
+        """Insert what several calls want, and trim once; return the ids of each, and whether more is to be trimmed."""
+        rows = [row for insertion in insertions for row in insertion.rows]
+        _, policy, now_ms = insertions[-1]
         trimming = False
 
-        def insert(transaction: Transaction) -> list[list[int]]:
-            ids = []
-            for rows, policy, _ in insertions:
-                _refuse_when_full(transaction.value, policy, own=len(rows))
-                ids.append(self._insert(transaction, rows))
-            return ids
+        def insert(transaction: Transaction) -> list[int]:
+            _refuse_when_full(transaction.value, policy, own=len(rows))
+            return self._insert(transaction, rows)
 
-        def insert_and_trim(transaction: Transaction) -> list[tuple[list[int], bool]]:
+        def insert_and_trim(transaction: Transaction) -> tuple[list[int], int]:
             nonlocal trimming
             trimming = False
             ids = insert(transaction)
             trimming = True
-            own = sum(map(len, ids))
-            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, last_id=max(map(max, ids)), own=own)
+            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, last_id=max(ids), own=len(rows))
             trimming = False
-            return [(these, deleted == _TRIM_SLICE) for these in ids]
+            return ids, deleted
 
         try:
-            return self._writer.run(insert_and_trim)
+            ids, deleted = self._writer.run(insert_and_trim)
         except Exception as error:
             if not trimming:
                 raise
@@ -476,10 +474,28 @@ class Store:
                 error,
                 extra={"event_name": "outbox.cap_failed"},
             )
-        return [(these, False) for these in self._writer.run(insert)]
+            ids, deleted = self._writer.run(insert), 0
+        these = iter(ids)
+        return [(list(islice(these, len(one.rows))), deleted == _TRIM_SLICE) for one in insertions]
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
-        return transaction.insert(sql.INSERT_AND_NOTIFY if self._is_postgresql else sql.INSERT, rows)
+        """Insert rows, and return their ids in the order of the rows."""
+        single = sql.INSERT_AND_NOTIFY if self._is_postgresql else sql.INSERT
+        ids: list[int] = []
+        while len(ids) < len(rows):
+            left = len(rows) - len(ids)
+            # MySQL tells the id of a single row only.
+            number = 1 if self._is_mysql else next(size for size in _INSERTED_AT_ONCE if size <= left)
+            several = rows[len(ids) : len(ids) + number]
+            if number == 1:
+                ids += transaction.insert(single, several)
+            else:
+                values = [row[name] for row in several for name in sql.INSERTED]
+                named = dict(zip(sql.inserted_names(number), values, strict=True))
+                returned = transaction.rows(sql.insert_rows(number, notify=self._is_postgresql), **named)
+                # In whatever order they are returned, they were given in that of the rows.
+                ids += sorted(row_id for row_id, *_ in returned)
+        return ids
 
     def _trim(self, transaction: Transaction, *, policy: Policy, now_ms: int, last_id: int, own: int = 0) -> int:
         """Delete a slice of what is over the cap, `own` rows of which this transaction inserted."""

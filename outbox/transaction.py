@@ -126,7 +126,7 @@ class _Compiled:
         self._refuses_nul = dialect.name == "postgresql"
 
     def arguments(self, parameters: dict[str, Any]) -> Any:
-        values = self._fixed | parameters
+        values = self._fixed | parameters if self._fixed else parameters
         if self._refuses_nul:
             values = without_nul(values)
         return values if self._positions is None else [values[name] for name in self._positions]

@@ -2,39 +2,46 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from itertools import chain
 
 import pytest
 
 from builders import rule_fired, statuses
-from outbox import Outbox, Policy, QueueFull, StorageError
+from outbox import Outbox, Policy, QueueFull, StorageError, group_commit
 from outbox.group_commit import GroupCommit
 from test_processes import Child, beside_threads, can_fork
 
 
-class Held:
-    """A turn that somebody has until `release`; others who want it are counted."""
+class Busy:
+    """Threads that want their work committed while one of them is at it, until `end`."""
 
     def __init__(self, commit: Callable[[list[str]], list[str]]) -> None:
-        self.turn = threading.Lock()
-        self.group = GroupCommit(lambda: self.turn, commit)
+        self._commit = commit
+        self._goes_on = threading.Event()
+        self.group = GroupCommit(self._wait_and_commit)
         self.returned: dict[str, object] = {}
         self._threads: list[threading.Thread] = []
-        self.turn.acquire()
+        self._start("first")
+        while not self.group._is_led or self.group._waiting:
+            pass
 
-    def start(self, *works: str) -> None:
-        """Let a thread each wait for the turn, in this order."""
+    def wait(self, *works: str) -> None:
+        """Let a thread each wait, in this order."""
         for work in works:
-            self._threads.append(threading.Thread(target=self._run, args=(work,)))
-            self._threads[-1].start()
+            self._start(work)
             while work not in [call.work for call in self.group._waiting]:
                 pass
 
     def end(self) -> dict[str, object]:
-        self.turn.release()
+        """Let all go on; return what each work but the first one came to."""
+        self._goes_on.set()
         for thread in self._threads:
             thread.join()
+        assert self.returned.pop("first") == "FIRST"
         return self.returned
+
+    def _start(self, work: str) -> None:
+        self._threads.append(threading.Thread(target=self._run, args=(work,)))
+        self._threads[-1].start()
 
     def _run(self, work: str) -> None:
         try:
@@ -42,18 +49,39 @@ class Held:
         except BaseException as error:
             self.returned[work] = error
 
+    def _wait_and_commit(self, works: list[str]) -> list[str]:
+        if works == ["first"]:
+            self._goes_on.wait()
+        else:
+            works = self._commit(works)
+        return [work.upper() for work in works]
+
 
 def test_who_waits_is_committed_together_and_gets_an_own_result() -> None:
     groups: list[list[str]] = []
 
     def commit(works: list[str]) -> list[str]:
         groups.append(works)
-        return [work.upper() for work in works]
+        return works
 
-    held = Held(commit)
-    held.start("a", "b", "c")
-    assert held.end() == {"a": "A", "b": "B", "c": "C"}
-    assert [sorted(group) for group in groups] == [["a", "b", "c"]]
+    busy = Busy(commit)
+    busy.wait("a", "b", "c")
+    assert busy.end() == {"a": "A", "b": "B", "c": "C"}
+    assert groups == [["a", "b", "c"]]
+
+
+def test_a_group_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "_LARGEST_GROUP", 2)
+    groups: list[list[str]] = []
+
+    def commit(works: list[str]) -> list[str]:
+        groups.append(works)
+        return works
+
+    busy = Busy(commit)
+    busy.wait(*"abcde")
+    assert busy.end() == {"a": "A", "b": "B", "c": "C", "d": "D", "e": "E"}
+    assert groups == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_a_group_that_fails_is_done_one_by_one_and_only_who_is_to_blame_is_told() -> None:
@@ -62,30 +90,31 @@ def test_a_group_that_fails_is_done_one_by_one_and_only_who_is_to_blame_is_told(
             raise ValueError("bad")
         return works
 
-    held = Held(commit)
-    held.start("a", "bad", "c")
-    returned = held.end()
+    busy = Busy(commit)
+    busy.wait("a", "bad", "c")
+    returned = busy.end()
     assert isinstance(returned.pop("bad"), ValueError)
-    assert returned == {"a": "a", "c": "c"}
+    assert returned == {"a": "A", "c": "C"}
 
 
-def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_its_own_thread() -> None:
+def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_others() -> None:
     class Grief(BaseException):
         pass
 
-    first = threading.Event()
+    came: list[list[str]] = []
 
     def commit(works: list[str]) -> list[str]:
-        if not first.is_set():
-            first.set()
+        came.append(works)
+        if len(came) == 1:
             raise Grief
         return works
 
-    held = Held(commit)
-    held.start("a", "b", "c")
-    returned = held.end()
-    assert [type(one) for one in returned.values()].count(Grief) == 1
-    assert [returned[work] == work for work in "abc"].count(True) == 2
+    busy = Busy(commit)
+    busy.wait("a", "b", "c")
+    returned = busy.end()
+    assert isinstance(returned.pop("a"), Grief)
+    assert returned == {"b": "B", "c": "C"}
+    assert came == [["a", "b", "c"], ["b", "c"]]
 
 
 def test_the_main_thread_takes_on_no_work_of_others() -> None:
@@ -95,12 +124,12 @@ def test_the_main_thread_takes_on_no_work_of_others() -> None:
         groups.append(works)
         return works
 
-    held = Held(commit)
-    held.start("a", "b")
-    assert held.group.run("own") == "own"
+    busy = Busy(commit)
+    busy.wait("a", "b")
+    assert busy.group.run("own") == "OWN"
     assert groups == [["own"]]
-    held.end()
-    assert sorted(chain(*groups)) == ["a", "b", "own"]
+    busy.end()
+    assert groups == [["own"], ["a", "b"]]
 
 
 @can_fork
@@ -112,12 +141,11 @@ def test_who_waits_in_the_parent_is_not_committed_in_a_child() -> None:
         groups.append(works)
         return works
 
-    held = Held(commit)
-    held.start("parents")
+    busy = Busy(commit)
+    busy.wait("parents")
 
     def run_in_a_thread_of_the_child() -> None:
-        held.turn = threading.Lock()
-        thread = threading.Thread(target=held.group.run, args=("childs",))
+        thread = threading.Thread(target=busy.group.run, args=("childs",))
         thread.start()
         thread.join()
         assert groups == [["childs"]]
@@ -125,7 +153,7 @@ def test_who_waits_in_the_parent_is_not_committed_in_a_child() -> None:
     child = Child(run_in_a_thread_of_the_child)
     child.act()
     child.end()
-    held.end()
+    busy.end()
     assert groups == [["parents"]]
 
 
