@@ -446,7 +446,7 @@ class Store:
         return Claim(rows, pause)
 
     def _insert_all(self, insertions: Sequence[_Insertion]) -> list[tuple[list[int], bool]]:
-        """Insert what several calls want, and trim once; return the ids of each, and whether more is to be trimmed."""
+        """Insert what several calls want, and trim once; return the ids of each, and whether that is not over."""
         rows = [row for insertion in insertions for row in insertion.rows]
         _, policy, now_ms = insertions[-1]
         trimming = False
