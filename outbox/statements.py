@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Insert,
     Select,
     Table,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     or_,
     select,
     table,
+    union_all,
     update,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -308,17 +310,26 @@ def _oldest(
     return _in_order(_lock(found.limit(bindparam("excess"))), index)
 
 
+def _oldest_of(*kinds: Select[Any]) -> CompoundSelect[Any]:
+    """Return one query for several: on SQLite it is the number of queries that costs."""
+    union = union_all(*(select(kind.subquery()) for kind in kinds))
+    columns = union.selected_columns
+    return union.order_by(columns.created_at_ms, columns.id).limit(bindparam("excess"))
+
+
 _trim_first = (
     (_oldest(Status.SENT, by=_c.sent_at_ms, index=DELIVERED_ON_MYSQL),),
     (_oldest(Status.ABANDONED),),
 )
-_trim_last = {
+_trim_last: dict[str, tuple[Select[Any] | CompoundSelect[Any], ...]] = {
     "postgresql": (_oldest(Status.PENDING, Status.SENDING), _oldest(Status.PARKED)),
     "sqlite": (
-        _oldest(Status.PENDING, only=_never_tried),
-        _oldest(Status.PENDING, only=_was_tried),
-        _oldest(Status.SENDING, status=_c.status),
-        _oldest(Status.PARKED),
+        _oldest_of(
+            _oldest(Status.PENDING, only=_never_tried),
+            _oldest(Status.PENDING, only=_was_tried),
+            _oldest(Status.SENDING, status=_c.status),
+            _oldest(Status.PARKED),
+        ),
     ),
     **{name: tuple(_oldest(one) for one in (Status.PENDING, Status.SENDING, Status.PARKED)) for name in MYSQL},
 }
@@ -340,6 +351,7 @@ EXPIRED = _in_order(
     DELIVERED_ON_MYSQL,
 )
 
+DELETE_ROW = delete(events).where(_this_row)
 DELETE_ROWS = delete(events).where(_these_rows)
 
 LAST_ID = select(func.max(_c.id))
@@ -355,7 +367,6 @@ ROWS_AT_MOST = select(select(func.max(_c.id)).scalar_subquery() - select(func.mi
 
 # What an operator deletes
 
-LAST_ID = select(func.max(_c.id))
 _for_purge = (
     *(_c[name] for name in ("id", "status", "event_type", "created_at_ms")),
     and_(_c.status == _literal(Status.SENDING), _c.next_attempt_at_ms > _now).label("is_in_flight"),

@@ -6,8 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from typing import Any, NamedTuple
 
@@ -515,9 +514,9 @@ class Store:
         for statements in steps[:1] if policy.when_full == "reject" else steps:
             missing = excess - len(chosen)
             if missing > 0:
-                found = (transaction.rows(statement, excess=missing, now=now_ms) for statement in statements)
-                oldest = merge(*(map(sql.Deletable._make, rows) for rows in found), key=_age)
-                chosen += islice(oldest, missing)
+                found = [transaction.rows(statement, excess=missing, now=now_ms) for statement in statements]
+                oldest = found[0] if len(found) == 1 else sorted(chain(*found), key=_age)
+                chosen += map(sql.Deletable._make, oldest[:missing])
         return self._delete(transaction, chosen, reason="cap")
 
     def _slices_to_purge(self, query: Select[Any], *, now_ms: int) -> Iterator[Sequence[Sequence[Any]]]:
@@ -547,7 +546,10 @@ class Store:
 
     def _delete(self, transaction: Transaction, rows: list[sql.Deletable], *, reason: str) -> int:
         """Delete rows and count them in the ledger; return how many."""
-        transaction.change_rows(sql.DELETE_ROWS, [row.id for row in rows])
+        if len(rows) == 1:  # mostly, at the cap
+            transaction.change(sql.DELETE_ROW, row_id=rows[0].id)
+        else:
+            transaction.change_rows(sql.DELETE_ROWS, [row.id for row in rows])
         deleted = Counter((row.status, row.event_type) for row in rows)
         # In order, so that no two transactions wait for each other.
         for (status, found), events in sorted(deleted.items()):
@@ -590,8 +592,9 @@ def _find_due_on_sqlite(transaction: Transaction, *, now: int, batch_size: int) 
     return [place.id for place in due]
 
 
-def _age(row: sql.Deletable) -> tuple[int, int]:
-    return row.age_ms, row.id
+def _age(row: tuple[Any, ...]) -> tuple[int, int]:
+    deletable = sql.Deletable._make(row)
+    return deletable.age_ms, deletable.id
 
 
 def _oldest_first(rows: Iterable[tuple[Any, ...]]) -> list[ClaimedRow]:

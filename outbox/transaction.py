@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, repeat
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import Dialect, Engine, PoolProxiedConnection, Select, UpdateBase
+from sqlalchemy import CompoundSelect, Dialect, Engine, PoolProxiedConnection, Select, UpdateBase
 
 from outbox.database import (
     begin,
@@ -26,9 +27,11 @@ from outbox.sqlite import tolerant_text
 from outbox.statements import CHUNK
 
 Result = TypeVar("Result")
+Returning: TypeAlias = UpdateBase | Select[Any] | CompoundSelect[Any]
 
 # Between the tries: long enough in all for a server to fail over or to restart.
 _PAUSES_S = (0.02, 0.05, 0.1, 0.5, 2.0)
+_as_it_is = nullcontext()
 _ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
 
 
@@ -51,15 +54,16 @@ class Transaction:
     times what SQLite needs for it.
     """
 
-    def __init__(self, cursor: Any, dialect: Dialect, compiled: dict[Any, _Compiled]) -> None:
+    def __init__(self, cursor: Any, dialect: Dialect, compiled: dict[Any, _Compiled], *, is_own: bool) -> None:
         self._cursor = cursor
         self._dialect = dialect
         self._compiled = compiled
+        self._is_own = is_own
 
-    def rows(self, statement: UpdateBase | Select[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
+    def rows(self, statement: Returning, /, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows."""
         compiled = self._of(statement)
-        with tolerant_text(self._cursor, self._dialect):
+        with _as_it_is if self._is_own else tolerant_text(self._cursor, self._dialect):
             self._cursor.execute(compiled.text, compiled.arguments(parameters))
             return list(self._cursor.fetchall())
 
@@ -80,9 +84,7 @@ class Transaction:
         self._cursor.executemany(compiled.text, [compiled.arguments(parameters) for parameters in several])
         return int(self._cursor.rowcount)
 
-    def rows_of(
-        self, statement: UpdateBase | Select[Any], row_ids: Sequence[int], /, **parameters: Any
-    ) -> list[tuple[Any, ...]]:
+    def rows_of(self, statement: Returning, row_ids: Sequence[int], /, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows, for those that are named by their ids."""
         return [row for ids in _chunks(row_ids) for row in self.rows(statement, **ids, **parameters)]
 
@@ -99,7 +101,7 @@ class Transaction:
             ids.append(int(self._cursor.fetchone()[0] if compiled.returns else self._cursor.lastrowid))
         return ids
 
-    def _of(self, statement: UpdateBase | Select[Any]) -> _Compiled:
+    def _of(self, statement: Returning) -> _Compiled:
         compiled = self._compiled.get(statement)
         if compiled is None:
             compiled = self._compiled[statement] = _Compiled(statement, self._dialect)
@@ -117,7 +119,7 @@ def _chunks(row_ids: Sequence[int]) -> Iterator[dict[str, int]]:
 class _Compiled:
     """The text of a statement for one driver, and where its parameters go."""
 
-    def __init__(self, statement: UpdateBase | Select[Any], dialect: Dialect) -> None:
+    def __init__(self, statement: Returning, dialect: Dialect) -> None:
         compiled: Any = statement.compile(dialect=dialect)
         self.text = str(compiled)
         self.returns = bool(compiled.effective_returning)
@@ -189,7 +191,7 @@ class Writer:
 
     def on(self, cursor: Any) -> Transaction:
         """Return a transaction on a cursor; whoever has the cursor begins and ends it."""
-        return Transaction(cursor, self._engine.dialect, self._compiled)
+        return Transaction(cursor, self._engine.dialect, self._compiled, is_own=False)
 
     def _in_turn(
         self,
@@ -207,7 +209,7 @@ class Writer:
                 try:
                     if not is_single:
                         cursor.execute("BEGIN IMMEDIATE")
-                    result = operation(self.on(cursor))
+                    result = operation(Transaction(cursor, self._engine.dialect, self._compiled, is_own=True))
                     connection.commit()
                 except BaseException:
                     connection.rollback()
