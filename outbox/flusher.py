@@ -118,8 +118,7 @@ def flush(
         probe_size=_PROBE_SIZE,
     )
     if not claimed.rows:
-        maintenance.cap(store, policy, now_ms=now)
-        maintenance.expire(store, policy, now_ms=now)
+        maintenance.tidy(store, policy, now_ms=now, is_delivering=False)
         if claimed.pause is not None and claimed.pause.until_ms > now:
             return FlushReport(failure=claimed.pause.last_error, paused_until_ms=claimed.pause.until_ms)
         return FlushReport()
@@ -199,10 +198,7 @@ class _Claim:
         judged, failure = self._deliver(batch)
         self._pass_on(failure)
         now = self._store.now_ms()
-        if self._sent:
-            maintenance.unpark(self._store, self._policy, now_ms=now)
-        maintenance.cap(self._store, self._policy, now_ms=now)
-        maintenance.expire(self._store, self._policy, now_ms=now)
+        maintenance.tidy(self._store, self._policy, now_ms=now, is_delivering=self._sent > 0)
         return FlushReport(
             claimed=len(self._rows),
             attempted=len(batch),

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from outbox.lifecycle import Status
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from outbox.store import Store
 
 log = logging.getLogger("outbox")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,21 @@ def purge(
     return PurgeReport(purged.total(), undelivered, in_flight, dict(sorted(per_type.items())))
 
 
-def unpark(store: Store, policy: Policy, *, now_ms: int) -> None:
-    """Bring back parked rows after a success. A failure is logged: it must not undo what was sent."""
-    limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
-    attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+def tidy(store: Store, policy: Policy, *, now_ms: int, is_delivering: bool) -> None:
+    """Keep the queue in order: bring back parked rows after a success, delete what is too much or too old.
+
+    A failure is logged, for it must not undo what was sent; the next flush tries again.
+    """
+    chores = attempt("looking after", lambda: store.chores(policy, now_ms=now_ms))
+    if chores is None:
+        return
+    if is_delivering and chores.is_any_parked:
+        limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
+        attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+    if chores.may_be_over_cap:
+        cap(store, policy, now_ms=now_ms)
+    if chores.is_any_expired:
+        attempt("expiring", lambda: store.expire(sent_before_ms=now_ms - (policy.keep_sent_ms or 0)))
 
 
 def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
@@ -68,17 +81,10 @@ def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
     attempt("capping", lambda: store.trim(policy=policy, now_ms=now_ms))
 
 
-def expire(store: Store, policy: Policy, *, now_ms: int) -> None:
-    """Delete a slice of what was delivered long ago. A failure is logged: the next flush tries again."""
-    keep_sent_ms = policy.keep_sent_ms
-    if keep_sent_ms:
-        attempt("expiring", lambda: store.expire(sent_before_ms=now_ms - keep_sent_ms))
-
-
-def attempt(what: str, operation: Callable[[], int]) -> None:
-    """Do what must not undo a flush when it fails; a failure is logged."""
+def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
+    """Do what must not undo a flush when it fails; a failure is logged, and None returned."""
     try:
-        count = operation()
+        result = operation()
     except Exception as error:  # noqa: BLE001 - whatever it is, what was sent is sent
         log.warning(
             "%s the queue failed, the next one will try again: %s",
@@ -86,10 +92,12 @@ def attempt(what: str, operation: Callable[[], int]) -> None:
             error,
             extra={"event_name": "outbox.maintenance_failed", "task": what},
         )
-    else:
+        return None
+    if isinstance(result, int):
         log.debug(
             "%s the queue: %d events",
             what,
-            count,
-            extra={"event_name": "outbox.maintenance", "task": what, "events": count},
+            result,
+            extra={"event_name": "outbox.maintenance", "task": what, "events": result},
         )
+    return result

@@ -251,8 +251,6 @@ _parked = (
     .limit(bindparam("unpark_limit"))
 )
 LOCK_PARKED = _in_order(_lock(_parked), QUEUE_ON_MYSQL)
-# In an order, or SQLite would rather walk the whole table until it comes upon one.
-ANY_PARKED = _parked.limit(1)
 UNPARK_ROWS = (
     move("unpark").where(_these_rows).values(next_attempt_at_ms=_now + _c.id % bindparam("spread"), **_REVIVED)
 )
@@ -340,7 +338,6 @@ Each query walks one index in order and stops at the limit, but for the few rows
 """
 
 _expired = and_(_in(_unindexed_status, Status.SENT), _c.sent_at_ms < bindparam("sent_before"))
-ANY_EXPIRED = select(_c.id).where(_expired).limit(1)
 EXPIRED = _in_order(
     _lock(
         select(_c.id, _c.status, _c.event_type, _c.sent_at_ms)
@@ -355,6 +352,12 @@ DELETE_ROW = delete(events).where(_this_row)
 DELETE_ROWS = delete(events).where(_these_rows)
 
 LAST_ID = select(func.max(_c.id))
+# Each in its order, or SQLite would rather walk the whole table until it comes upon one.
+CHORES = select(
+    _parked.limit(1).scalar_subquery(),
+    select(_c.id).where(_expired).order_by(_c.sent_at_ms, _c.id).limit(1).scalar_subquery(),
+    LAST_ID.scalar_subquery(),
+)
 ROWS = select(func.count()).select_from(events)
 UNDELIVERED_ROWS = select(func.count()).where(
     _in(_c.status, *(status for status in Status if status != Status.SENT))

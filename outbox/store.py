@@ -80,6 +80,14 @@ class Claim(NamedTuple):
     pause: Pause | None = None
 
 
+class Chores(NamedTuple):
+    """What there is to do beside delivery."""
+
+    is_any_parked: bool
+    is_any_expired: bool
+    may_be_over_cap: bool
+
+
 class _Insertion(NamedTuple):
     """What one call wants inserted."""
 
@@ -273,6 +281,17 @@ class Store:
         # Repeatable: the fence lets no outcome land twice, and a delivery is a fact.
         return self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
 
+    def chores(self, policy: Policy, *, now_ms: int) -> Chores:
+        """Tell what there is to do beside delivery: mostly nothing, and then this one query is all it costs."""
+        sent_before_ms = now_ms - policy.keep_sent_ms if policy.keep_sent_ms else 0
+        parked, expired, last_id = self._look(
+            lambda transaction: transaction.rows(sql.CHORES, sent_before=sent_before_ms)
+        )[0]
+        is_over = 0 < (policy.max_rows or 0) < self._counted.rows_at_most(last_id or 0)
+        return Chores(
+            is_any_parked=parked is not None, is_any_expired=expired is not None, may_be_over_cap=is_over
+        )
+
     def unpark(self, *, now_ms: int, limit: int, spread_ms: int) -> int:
         """Bring back the oldest parked rows; return how many."""
 
@@ -280,7 +299,7 @@ class Store:
             parked = [row_id for (row_id,) in transaction.rows(sql.LOCK_PARKED, unpark_limit=limit)]
             return transaction.change_rows(sql.UNPARK_ROWS, parked, now=now_ms, spread=spread_ms)
 
-        return self._writer.run(unpark, survives_power_cut=False) if self._finds(sql.ANY_PARKED) else 0
+        return self._writer.run(unpark, survives_power_cut=False)
 
     def retry_now(self, *, now_ms: int) -> int:
         """Make every row due that is parked or waits, and end every pause; return how many rows."""
@@ -328,7 +347,7 @@ class Store:
             found = transaction.rows(sql.EXPIRED, sent_before=sent_before_ms, slice_size=_TRIM_SLICE)
             return self._delete(transaction, [sql.Deletable(*row) for row in found], reason="retention")
 
-        return self._writer.run(expire) if self._finds(sql.ANY_EXPIRED, sent_before=sent_before_ms) else 0
+        return self._writer.run(expire)
 
     def purge(
         self, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
@@ -398,10 +417,6 @@ class Store:
     def _read_clock(self) -> int:
         # As a writer, which tries again where the connection was broken.
         return int(self._writer.run(lambda transaction: transaction.value(sql.now(self.engine.dialect.name))))
-
-    def _finds(self, query: Select[Any], **parameters: Any) -> bool:
-        """Tell whether there is any such row, before a transaction locks some: mostly there is none."""
-        return bool(self._look(lambda transaction: transaction.rows(query, **parameters)))
 
     def _look(self, query: Callable[[Transaction], Result]) -> Result:
         """Run a single query outside of any transaction."""

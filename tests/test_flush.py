@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -522,18 +523,22 @@ def test_when_even_the_release_fails_the_first_error_is_told(outbox: Outbox, cap
     assert statuses(outbox) == ["sending", "sending"]
 
 
-@pytest.mark.parametrize("what", ["unpark", "trim"])
+@pytest.mark.parametrize("what", ["chores", "unpark", "trim"])
 def test_maintenance_that_fails_does_not_fail_the_flush(outbox: Outbox, caplog, what: str) -> None:
     enqueue(outbox, 2)
+    if what == "unpark":
+        add_row(outbox, status="parked")
+    if what == "trim":
+        outbox.policy = replace(outbox.policy, max_rows=1)
 
-    def fail(**_):
+    def fail(*_: object, **__: object) -> None:
         raise StorageError("locked")
 
     setattr(outbox._store, what, fail)
     with caplog.at_level(logging.WARNING, "outbox"):
         assert outbox.flush(ScriptedClient()).sent == 2
     assert "failed, the next one will try again: locked" in caplog.text
-    assert statuses(outbox) == ["sent", "sent"]
+    assert statuses(outbox)[:2] == ["sent", "sent"]
 
 
 # Batch after batch

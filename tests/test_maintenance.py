@@ -382,8 +382,7 @@ def plan_of(outbox: Outbox, statement) -> list[str]:
     [
         *(one for several in statements.TRIM["sqlite"] for one in several if "'sending'" not in str(one)),
         statements.LOCK_PARKED,
-        statements.ANY_PARKED,
-        statements.ANY_EXPIRED,
+        statements.CHORES,
     ],
 )
 def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> None:
