@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check simulate kill bench clean
+.PHONY: demo test check docs simulate kill bench clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
@@ -17,6 +17,10 @@ check: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site, in build/docs/index.html. Nothing is fetched for it, and its pages fetch nothing.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs build/docs
 
 # Longer runs than the tests make. A failing world is shown with its seed and its shortest trace.
 simulate: $(VENV)/dev
@@ -43,6 +47,10 @@ $(VENV)/project: pyproject.toml
 
 $(VENV)/dev: $(VENV)/project
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+$(VENV)/docs: $(VENV)/project
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/bench: $(VENV)/project

@@ -61,7 +61,7 @@ class HttpClient:
 
     `proxies` maps schemes to proxy URLs, as in requests; None takes them from the environment, except for
     this machine. `verify` is a CA bundle or directory; None takes it from the environment, True is the bundle
-    of requests. The environment is read once, here; `.netrc` is never read.
+    of requests. The environment is read once, here; a netrc file never is.
 
     No text, log record or traceback of ours shows a credential, local variables included. What does hold them:
     the attributes of the client, the caller's own variables, and a dump of the memory.

@@ -1,32 +1,69 @@
 """What the documentation shows is run, or checked where it can't be run here."""
 
+import configparser
 import os
 import re
+import runpy
+import shlex
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from outbox import events
+import outbox
+from builders import DOWN, ScriptedClient, rule_fired
+from outbox import Event, HttpFailure, Outbox, SchemaError, events, metrics, schema, testing
 from outbox.cli import main
 from outbox.testing import ScriptedServer
+from test_schema import DIFFLORE_DDL, DIFFLORE_INSERT, execute
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
-PAGES = [
-    "README.md",
-    "docs/lifecycle.md",
-    "docs/host-database.md",
-    "docs/worker.md",
-    "docs/observing.md",
-    "docs/privacy.md",
-    "docs/scaling.md",
-]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+# What is in blocks of a page, and what runs or checks it: a test here, by `covers`, or one of another file.
+COVERED: dict[tuple[str, str], str] = {
+    ("docs/testing.md", "python"): "test_testing.py",
+    ("docs/testing.md", "text"): "test_testing.py",
+    ("docs/observing.md", "python"): "test_observing.py",
+    ("docs/observing.md", "yaml"): "test_observing.py",
+    ("docs/host-database.md", "sql"): "test_host_database.py",
+    ("README.md", "mermaid"): "test_lifecycle.py",
+}
+BUILT = {"{toctree}", "{eval-rst}"}  # by Sphinx, whose warnings are errors
+# Their commands need what a test has not: a package index, a terminal, a database of that name, the time to wait. So they
+# are only parsed, see `test_every_command_of_a_page_is_one_that_the_command_line_takes`.
+PARSED_ONLY = {"docs/deploy.md", "docs/host-database.md", "docs/observing.md", "docs/testing.md"}
+
+
+def covers(page: str, *languages: str) -> Callable:
+    """Say of a test that it runs or checks the blocks of these languages."""
+
+    def remember(test: Callable) -> Callable:
+        COVERED.update({(page, language): test.__name__ for language in languages})
+        return test
+
+    return remember
+
+
+def fences(page: str) -> list[tuple[str, str]]:
+    """The blocks of a page: language and text."""
+    return re.findall(
+        r"^```(\S*)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return [text for found, text in fences(page) if found == language]
 
 
 def commands(page: str) -> list[str]:
@@ -39,16 +76,48 @@ def server(outbox_server: ScriptedServer) -> ScriptedServer:
     return outbox_server
 
 
-def test_the_code_of_the_readme_runs(server: ScriptedServer, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    # The event types that the page defines go with this test.
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def own_event_types(monkeypatch) -> None:
+    """The event types that a page defines go with its test."""
     registry = events._Registry()
     for known in events.event_types().values():
         registry.add(known)
     monkeypatch.setattr(events, "_registry", registry)
-    namespace: dict[str, object] = {}
-    for block in blocks("README.md", "python"):
-        exec(compile(block.replace(EXAMPLE_SERVER, server.url), "README.md", "exec"), namespace)  # noqa: S102 - our own
+
+
+# --- all that is in a block ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_checked(page: str) -> None:
+    for language, text in fences(page):
+        if language in BUILT or (language == "console" and page in PARSED_ONLY):
+            continue
+        assert (page, language) in COVERED, f"{page}: nothing runs or checks this:\n{text}"
+        file = COVERED[page, language]
+        if file.endswith(".py"):
+            assert Path(page).name in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
+
+
+# --- Python ---
+
+
+def run_python(page: str, namespace: dict, *, url: str = EXAMPLE_SERVER) -> dict:
+    """Run the blocks of a page one after the other, as one program."""
+    for block in blocks(page, "python"):
+        exec(compile(block.replace(EXAMPLE_SERVER, url), page, "exec"), namespace)  # noqa: S102 - our own
+    return namespace
+
+
+@covers("README.md", "python")
+def test_the_code_of_the_readme_runs(server: ScriptedServer, folder: Path, capsys) -> None:
+    namespace = run_python("README.md", {}, url=server.url)
     assert capsys.readouterr().out == "1 sent; all is well\n"
     assert len(server.events) == 1
     assert namespace["outbox"].pending_count() == 1
@@ -56,87 +125,410 @@ def test_the_code_of_the_readme_runs(server: ScriptedServer, tmp_path: Path, mon
     namespace["engine"].dispose()
 
 
-def test_the_code_about_the_worker_runs(server: ScriptedServer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for block in blocks("docs/worker.md", "python"):
-        exec(compile(block.replace(EXAMPLE_SERVER, server.url), "worker.md", "exec"), namespace)  # noqa: S102 - our own
+@covers("docs/index.md", "python")
+def test_the_code_of_the_first_page_runs(server: ScriptedServer, folder: Path) -> None:
+    run_python("docs/index.md", {}, url=server.url)
+    assert len(server.events) == 1
+
+
+@covers("docs/embed.md", "python")
+def test_the_program_that_embeds_it_runs(server: ScriptedServer, folder: Path) -> None:
+    namespace = run_python("docs/embed.md", {}, url=server.url)
+    counts = namespace["outbox"].stats().counts
+    with namespace["engine"].connect() as connection:
+        orders = connection.exec_driver_sql("SELECT id FROM orders ORDER BY id").scalars().all()
+    assert orders == [17, 18]
+    assert counts["sent"] == 3
+    namespace["engine"].dispose()
+
+
+@covers("docs/worker.md", "python")
+def test_the_code_about_the_worker_runs(server: ScriptedServer, folder: Path) -> None:
+    namespace = run_python("docs/worker.md", {}, url=server.url)
     namespace["outbox"].flush_all(namespace["client"])
     assert len(server.events) == 1
     namespace["outbox"].close()
     namespace["client"].close()
 
 
+@covers("docs/scaling.md", "python")
 def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Path) -> None:
-    namespace: dict[str, object] = {"urls": [f"sqlite:///{tmp_path}/{number}.db" for number in range(3)]}
-    (block,) = blocks("docs/scaling.md", "python")
-    exec(compile(block, "scaling.md", "exec"), namespace)  # noqa: S102 - our own
+    urls = [f"sqlite:///{tmp_path}/{number}.db" for number in range(3)]
+    namespace = run_python("docs/scaling.md", {"urls": urls})
     outbox_of = namespace["outbox_of"]
     assert {outbox_of(f"tenant-{number}") for number in range(50)} == {*namespace["outboxes"]}
     assert outbox_of("tenant-1") is outbox_of("tenant-1")
-    for outbox in namespace["outboxes"]:
-        outbox.close()
+    for opened in namespace["outboxes"]:
+        opened.close()
 
 
-def shell(lines: list[str], folder: Path) -> str:
-    """Run the commands of a page in a folder, and return what they print."""
-    result = subprocess.run(
-        [
-            "bash",
-            "-c",
-            "\n".join(["set -euo pipefail", f'outbox() {{ "{sys.executable}" -m outbox "$@"; }}', *lines]),
-        ],
-        cwd=folder,
-        env=os.environ | {"HOME": str(folder), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+@covers("docs/host-database.md", "python")
+def test_the_code_about_a_hosts_database_keeps_migrations_apart_and_joins_djangos_transaction(
+    folder: Path,
+) -> None:
+    class OrderPlaced(Event, tag="order_placed"):
+        order_id: int
+
+    configured: dict = {}
+    opened = Outbox.open("sqlite:///shop.db")
+    with closing(sqlite3.connect("shop.db", isolation_level=None)) as driver:
+
+        @contextmanager
+        def atomic() -> Iterator[None]:
+            driver.execute("BEGIN IMMEDIATE")
+            yield
+            assert opened.pending_count() == 0
+            driver.execute("COMMIT")
+
+        run_python(
+            "docs/host-database.md",
+            {
+                # What env.py has, and what Django has.
+                "context": SimpleNamespace(configure=configured.update),
+                "target_metadata": None,
+                "transaction": SimpleNamespace(atomic=atomic),
+                "connection": SimpleNamespace(connection=driver),
+                "Order": SimpleNamespace(objects=SimpleNamespace(create=lambda item: SimpleNamespace(id=17))),
+                "OrderPlaced": OrderPlaced,
+                "outbox": opened,
+            },
+        )
+    assert opened.pending_count() == 1
+    opened.close()
+    assert not configured["include_name"]("observation_events", "table", {})
+
+
+@covers("docs/upgrade.md", "python")
+def test_the_code_about_upgrades_makes_a_backup_and_goes_back(folder: Path) -> None:
+    with Outbox.open("sqlite:///outbox.db") as opened:
+        opened.enqueue(rule_fired())
+    namespace = run_python("docs/upgrade.md", {})
+    namespace["engine"].dispose()
+    with pytest.raises(SchemaError, match="outbox_0003"):
+        Outbox("sqlite:///outbox.db")
+    with Outbox("sqlite:///backup.db") as backup:
+        assert backup.pending_count() == 1
+    with Outbox.open("sqlite:///outbox.db") as upgraded:
+        assert upgraded.pending_count() == 1
+
+
+@covers("docs/recover.md", "python")
+def test_the_code_about_a_full_queue_runs(folder: Path) -> None:
+    opened = run_python("docs/recover.md", {})["outbox"]
+    assert opened.policy.max_rows == 1_000_000
+    opened.close()
+
+
+@covers("docs/move.md", "python", "sql")
+def test_a_table_of_ones_own_is_moved_over_once_and_in_order(folder: Path, capsys) -> None:
+    (create,) = blocks("docs/move.md", "sql")
+    (copy,) = blocks("docs/move.md", "python")
+    with closing(sqlite3.connect("shop.db")) as connection, connection:
+        connection.execute(create)
+        connection.executemany(
+            "INSERT INTO webhook_queue (kind, body, done) VALUES (?, ?, ?)",
+            [("shipped", f'{{"order": "o-{number}", "time": {number}}}', number < 10) for number in range(1_210)]
+            + [("lost", "{}", 0)],
+        )
+    namespace: dict = {}
+    with pytest.raises(ValueError, match="no event type for 'lost'"):
+        exec(compile(copy, "move.md", "exec"), namespace)  # noqa: S102 - our own
+    namespace["engine"].dispose()
+    with closing(sqlite3.connect("shop.db")) as connection, connection:
+        connection.execute("DELETE FROM webhook_queue WHERE kind = 'lost'")
+    exec(compile(copy, "move.md", "exec"), namespace)  # noqa: S102 - our own
+    assert capsys.readouterr().out == "1200 events to deliver\n"
+    moved = [row.event_type for row in namespace["outbox"].find(limit=2_000)]
+    client = ScriptedClient()
+    namespace["outbox"].flush_all(client)
+    sent = [item.event.order_id for batch in client.batches for item in batch]
+    assert moved == ["order_shipped"] * 1_200
+    assert sent == [f"o-{number}" for number in range(10, 1_210)]
+    namespace["engine"].dispose()
+
+
+# --- the shell ---
+
+
+class Shell:
+    """Runs what stands in the console blocks of pages, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, arguments in (
+            ("outbox", "-m outbox"),
+            ("python", ""),
+            ("alembic", f"-m alembic -c {shlex.quote(str(ROOT / 'alembic.ini'))}"),
+        ):
+            program = programs / name
+            program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+            program.chmod(0o755)
+        self._environment = os.environ | {
+            "HOME": str(folder),
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+        }
+
+    def run(
+        self, page: str, replaced: Mapping[str, str] | None = None, *, skip: tuple[str, ...] = ()
+    ) -> list[str]:
+        """Run the commands of a page; return what each printed. It has to be what the page shows, where it does."""
+        steps = [
+            step for step in _steps(page) if not step[0].startswith(("pip ", "python -m pip ", "make ", *skip))
+        ]
+        lines = ["set -euo pipefail"]
+        for number, (command, _) in enumerate(steps):
+            for old, new in (replaced or {}).items():
+                command = command.replace(old, new)  # noqa: PLW2901 - as it runs here
+            lines.append(command)
+            if command.startswith("kill "):
+                lines.append("wait || true")
+            port = re.search(r"outbox receive --port (\d+)", command)
+            if port:
+                lines.append(f"until (: </dev/tcp/127.0.0.1/{port[1]}) 2>/dev/null; do sleep 0.02; done")
+            lines.append(f"printf '\\n--- {number}\\n'")
+        with subprocess.Popen(
+            ["bash", "-c", "\n".join(lines)],
+            cwd=self.folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as bash:
+            try:
+                told, _ = bash.communicate(timeout=100)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(bash.pid, signal.SIGKILL)  # what is left of it in the background
+        assert bash.returncode == 0, told
+        said = re.split(r"\n--- \d+\n", told)[:-1]
+        for (command, shown), printed in zip(steps, said, strict=True):
+            assert not shown or _is_as_shown(printed, shown), (
+                f"{page}: $ {command}\nshows\n{shown}\nprints\n{printed}"
+            )
+        return said
+
+
+def _steps(page: str) -> list[tuple[str, str]]:
+    """The commands of a page, each with the output that it shows."""
+    steps: list[tuple[str, str]] = []
+    for block in blocks(page, "console"):
+        for command, _, shown in (step.partition("\n") for step in block.removeprefix("$ ").split("\n$ ")):
+            steps.append((command, shown))
+    return steps
+
+
+def _is_as_shown(printed: str, shown: str) -> bool:
+    """Whether it is the same but for white space; `…` stands for anything in a line."""
+    found, expected = (
+        [" ".join(line.split()) for line in text.splitlines() if line.strip()] for text in (printed, shown)
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return len(found) == len(expected) and all(
+        fnmatch(line, re.sub(r"([\[?*])", r"[\1]", pattern).replace("…", "*"))
+        for line, pattern in zip(found, expected, strict=True)
+    )
 
 
-def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, tmp_path: Path) -> None:
-    (tmp_path / ".token").write_text("my-token\n")
-    run = [line for line in commands("README.md") if not line.startswith(("make ", "pip "))]
-    said = shell([line.replace(EXAMPLE_SERVER, server.url) for line in run], tmp_path)
+@pytest.fixture
+def shell(folder: Path) -> Shell:
+    return Shell(folder)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.mark.slow
+@covers("docs/tutorial.md", "console", "python")
+def test_the_tutorial_prints_what_it_shows(shell: Shell, free_port: int) -> None:
+    (program,) = blocks("docs/tutorial.md", "python")
+    (shell.folder / "shop.py").write_text(program)
+    shell.run("docs/tutorial.md", {"8787": str(free_port)})
+    received = (shell.folder / "received.ndjson").read_text()
+    assert re.findall(r'"order_id":"([^"]+)"', received) == [f"o-{number}" for number in range(1, 8)]
+
+
+@covers("README.md", "console")
+def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, shell: Shell) -> None:
+    (shell.folder / ".token").write_text("my-token\n")
+    said = shell.run("README.md", {EXAMPLE_SERVER: server.url})
     assert len(server.events) == 1
-    assert "sent" in said
+    assert any("sent" in words for words in said)
 
 
-def test_what_the_page_about_privacy_shows_redacts_and_purges(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.slow
+@covers("docs/recover.md", "console")
+def test_the_commands_to_recover_bring_everything_back(shell: Shell, server: ScriptedServer, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", "sqlite:///outbox.db")
+    with Outbox.open("sqlite:///outbox.db") as opened, Outbox.open("sqlite:///backup.db"):
+        opened.enqueue_many([rule_fired(), rule_fired(session_id="another")])
+        opened.flush(ScriptedClient(DOWN))
+        opened.enqueue(rule_fired(session_id="rejected"))
+        opened.flush(ScriptedClient(HttpFailure(422), HttpFailure(422)))
+        assert opened.stats().counts["abandoned"] == 1
+    shell._environment |= {
+        "OUTBOX_DATABASE_URL": "sqlite:///outbox.db",
+        "OUTBOX_URL": server.url,
+        "OUTBOX_TOKEN": "my-token",
+    }
+    shell.run("docs/recover.md")
+    assert len(server.events) == 3
+    with Outbox("sqlite:///outbox.db") as restored, Outbox("sqlite:///damaged/outbox.db") as damaged:
+        assert damaged.stats().counts["sent"] == 3
+        assert sum(restored.stats().counts.values()) == 0
+
+
+@pytest.mark.slow
+@covers("docs/move.md", "console")
+def test_a_difflore_file_and_a_file_of_json_are_moved_over(shell: Shell, server: ScriptedServer) -> None:
+    execute("sqlite:///difflore.db", DIFFLORE_DDL + DIFFLORE_INSERT)
+    (shell.folder / "events.ndjson").write_text((ROOT / "examples" / "events.ndjson").read_text())
+    shell._environment |= {"OUTBOX_URL": server.url, "OUTBOX_TOKEN": "my-token"}
+    shell.run("docs/move.md")
+    assert len(server.events) == 1
+    with Outbox("sqlite:///outbox.db") as opened:
+        assert opened.pending_count() > 0
+
+
+@pytest.mark.slow
+@covers("docs/upgrade.md", "console")
+def test_the_commands_to_upgrade_and_to_go_back_run(shell: Shell) -> None:
+    shell._environment |= {"OUTBOX_DATABASE_URL": "sqlite:///outbox.db"}
+    said = shell.run("docs/upgrade.md")
+    assert "CREATE TABLE observation_destinations" in "".join(said)
+    with pytest.raises(SchemaError, match="outbox_0003"):
+        Outbox("sqlite:///outbox.db")
+
+
+@covers("docs/privacy.md", "console", "python")
+def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, capsys) -> None:
     namespace: dict[str, object] = {}
     redacting, wiping = (compile(block, "privacy.md", "exec") for block in blocks("docs/privacy.md", "python"))
     exec(redacting, namespace)  # noqa: S102 - our own
     assert capsys.readouterr().out == "*.py\n"
     assert "shop" not in namespace["outbox"].get(1).payload_json
-    said = shell(commands("docs/privacy.md"), tmp_path)
+    said = "".join(shell.run("docs/privacy.md"))
     assert said.startswith("0 would be purged, 0 of them undelivered\n1 purged, 1 of them undelivered\n")
     assert "deleted so far, 1 of them undelivered:" in said
     exec(wiping, namespace)  # noqa: S102 - our own
-    left = [file.read_bytes() for file in tmp_path.glob("outbox.db*")]
+    left = [file.read_bytes() for file in shell.folder.glob("outbox.db*")]
     assert left
     assert not [data for data in left if b"no-float-money" in data]
+
+
+def invocations(command: str) -> Iterator[list[str]]:
+    """The words of each call of `outbox` in a line for the shell."""
+    lexer = shlex.shlex(re.sub(r"\d?>\S+|<\S+", "", command), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if set(word) <= set("();<>|&"):
+            if "outbox" in words:
+                yield words[words.index("outbox") + 1 :]
+            words = []
+        else:
+            words.append(word)
+
+
+def parse(words: list[str]) -> None:
+    """Raise where the command line takes no such call."""
+    name = next(word for word in words if word in main.commands)
+    place = words.index(name)
+    with main.make_context("outbox", words[: place + 1]) as context:
+        main.commands[name].make_context(name, words[place + 1 :], parent=context)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_one_that_the_command_line_takes(page: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_URL", EXAMPLE_SERVER)
+    Path("events.ndjson").touch()
+    for command in commands(page):
+        for words in invocations(command):
+            parse(words)
+
+
+# --- configuration ---
+
+
+@covers("docs/deploy.md", "ini", "dockerfile", "yaml")
+def test_what_is_deployed_calls_commands_that_exist(monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_URL", EXAMPLE_SERVER)
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read_string("\n".join(blocks("docs/deploy.md", "ini")))
+    assert {"Unit", "Service", "Install"} <= {*unit}
+    called = [unit["Service"]["ExecStartPre"], unit["Service"]["ExecStart"]]
+    dockerfile = "\n".join(blocks("docs/deploy.md", "dockerfile"))
+    called += [shlex.join(yaml.safe_load(words)) for words in re.findall(r"CMD (\[.+\])", dockerfile)]
+    (pod,) = (yaml.safe_load(block)["spec"] for block in blocks("docs/deploy.md", "yaml"))
+    (container,) = pod["containers"]
+    probes = [container[probe]["exec"]["command"] for probe in ("livenessProbe", "readinessProbe")]
+    called += [shlex.join(words) for words in (container["command"], *probes)]
+    assert len(called) == 7
+    for command in called:
+        path, *words = shlex.split(command)
+        assert Path(path).name == "outbox"
+        parse(words)
+    grace = int(container["command"][-1])
+    assert grace < pod["terminationGracePeriodSeconds"]
+
+
+@covers("docs/upgrade.md", "text")
+def test_the_pinned_version_is_this_one() -> None:
+    (pin,) = blocks("docs/upgrade.md", "text")
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pin.strip() == f"observation-outbox ~= {version.group(1)}"
+
+
+# --- names and links ---
 
 
 def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     named = re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {"demo", "test", "check"} <= {*named}
+    assert {"demo", "test", "check", "docs"} <= {*named}
     assert {*named} <= {*targets}
     project = re.search(r'^name = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert f"pip install {project.group(1)}" in commands("README.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_that_the_docs_name_exists(page: str) -> None:
-    named = re.findall(r"`outbox ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"))
-    assert named
-    assert {*named} <= {*main.commands}
+def test_every_command_and_every_extra_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert {*re.findall(r"`outbox ([a-z]+)", text)} <= {*main.commands}
+    extras = re.search(
+        r"\[project\.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL
+    )
+    assert {*re.findall(r"observation-outbox\[(\w+)\]", text)} <= {
+        *re.findall(r"^(\w+) =", extras[1], re.MULTILINE)
+    }
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/testing.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_page_about_the_command_line_is_that_of_its_commands() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "cli.py"))["page"]()
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page, "run `python docs/cli.py`"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    (text,) = ["\n".join(blocks("docs/reference.md", "{eval-rst}"))]
+    named: dict[str, set[str]] = {}
+    for module, rest in re.findall(r"\.\. module:: (\S+)\n(.*?)(?=\.\. module::|\Z)", text, re.DOTALL):
+        named[module] = {*re.findall(r"^\.\. (?:auto\w+|py:data):: (\w+)", rest, re.MULTILINE)}
+    assert named["outbox"] == {*outbox.__all__}
+    assert named["outbox.testing"] == {*testing.__all__}
+    for name in named["outbox.metrics"]:
+        assert hasattr(metrics, name)
+    for name in named["outbox.schema"]:
+        assert hasattr(schema, name)
