@@ -1,4 +1,7 @@
-"""How the pages in this folder become a site: `make docs`."""
+"""How the pages in this folder become a site: `make docs`.
+
+Sphinx, for MkDocs has had no release since 2024, and Material for MkDocs is maintained until May 2027 only.
+"""
 
 from importlib.metadata import version as installed_version
 from typing import Any

@@ -25,6 +25,7 @@ from outbox import Event, HttpFailure, Outbox, SchemaError, events, metrics, sch
 from outbox.cli import main
 from outbox.testing import ScriptedServer
 from test_schema import DIFFLORE_DDL, DIFFLORE_INSERT, execute
+from test_worker import until
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
@@ -37,12 +38,10 @@ COVERED: dict[tuple[str, str], str] = {
     ("docs/observing.md", "python"): "test_observing.py",
     ("docs/observing.md", "yaml"): "test_observing.py",
     ("docs/host-database.md", "sql"): "test_host_database.py",
+    ("docs/host-database.md", "console"): "test_host_database.py",
     ("README.md", "mermaid"): "test_lifecycle.py",
 }
-BUILT = {"{toctree}", "{eval-rst}"}  # by Sphinx, whose warnings are errors
-# Their commands need what a test has not: a package index, a terminal, a database of that name, the time to wait. So they
-# are only parsed, see `test_every_command_of_a_page_is_one_that_the_command_line_takes`.
-PARSED_ONLY = {"docs/deploy.md", "docs/host-database.md", "docs/observing.md", "docs/testing.md"}
+BUILT = {"{toctree}", "{eval-rst}", "{include}"}  # by Sphinx, whose warnings are errors
 
 
 def covers(page: str, *languages: str) -> Callable:
@@ -97,7 +96,7 @@ def own_event_types(monkeypatch) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_checked(page: str) -> None:
     for language, text in fences(page):
-        if language in BUILT or (language == "console" and page in PARSED_ONLY):
+        if language in BUILT:
             continue
         assert (page, language) in COVERED, f"{page}: nothing runs or checks this:\n{text}"
         file = COVERED[page, language]
@@ -422,6 +421,38 @@ def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, caps
     assert not [data for data in left if b"no-float-money" in data]
 
 
+@pytest.mark.slow
+@covers("docs/deploy.md", "console")
+@covers("docs/observing.md", "console")
+def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell, server: ScriptedServer) -> None:
+    shell._environment |= {
+        "OUTBOX_DATABASE_URL": "sqlite:///outbox.db",
+        "OUTBOX_URL": server.url,
+        "OUTBOX_TOKEN": "my-token",
+    }
+    going_on = [
+        command
+        for command in commands("docs/deploy.md") + commands("docs/observing.md")
+        if not command.startswith("pip ")
+    ]
+    assert len(going_on) == 3
+    with Outbox.open("sqlite:///outbox.db") as opened:
+        for number, command in enumerate(going_on):
+            opened.enqueue(rule_fired(session_id=f"s{number}"))
+            with subprocess.Popen(
+                ["bash", "-c", f"exec {command.replace('9464', '0')}"],
+                env=shell._environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            ) as process:
+                if " run " in command:
+                    until(lambda: opened.stats().counts["pending"] + opened.stats().counts["sending"] == 0)
+                else:
+                    assert process.stdout.readline()
+                process.terminate()
+            assert process.returncode == 0, command
+
+
 def invocations(command: str) -> Iterator[list[str]]:
     """The words of each call of `outbox` in a line for the shell."""
     lexer = shlex.shlex(re.sub(r"\d?>\S+|<\S+", "", command), posix=True, punctuation_chars=True)
@@ -498,6 +529,7 @@ def test_the_make_targets_and_the_package_of_the_readme_exist() -> None:
     assert f"pip install {project.group(1)}" in commands("README.md")
 
 
+@covers("docs/testing.md", "console")
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_and_every_extra_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from click.testing import CliRunner
 from sqlalchemy import URL, MetaData, create_engine, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from builders import DOWN, ScriptedClient, rule_fired
 from outbox import Outbox, OutboxError, Policy, SchemaError, StorageError, schema
+from outbox.cli import main
 from outbox.database import open_engine
 from outbox.doctor import examine
 from servers import Server, Servers
@@ -55,6 +58,13 @@ class Shop:
     def url(self, role: str, search_path: str = "outbox") -> URL:
         url = self._url.set(username=self.names[role])
         return url.update_query_dict({"options": f"-csearch_path={search_path}"}) if self._is_postgresql else url
+
+    @property
+    def admin_url(self) -> URL:
+        return self._url
+
+    def tables(self, name: str) -> set[str]:
+        return {*inspect(self._admin).get_table_names(schema=name)}
 
     def upgraded(self) -> "Shop":
         self.run(*self.before)
@@ -150,6 +160,19 @@ def flush(shop: Shop) -> None:
         outbox.stats()
         outbox.find()
         assert all(found.is_well for found in examine(outbox.engine, outbox.policy))
+
+
+@pytest.mark.servers("postgresql")
+def test_the_commands_of_the_page_put_the_tables_into_a_schema(shop: Shop) -> None:
+    (block,) = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+    create, upgrade = (shlex.split(line.removeprefix("$ ")) for line in block.splitlines())
+    assert create[:3] == ["psql", "shop", "-c"]
+    shop.run(create[3])
+    url = shop.admin_url.render_as_string(hide_password=False)
+    words = [word.replace("postgresql://localhost/shop", url) for word in upgrade[1:]]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert shop.tables("outbox") == schema.TABLES
+    assert not shop.tables("public")
 
 
 def test_the_listed_privileges_suffice(shop: Shop) -> None:
