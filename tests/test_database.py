@@ -1,4 +1,5 @@
 import os
+import re
 import sqlite3
 import threading
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from builders import ScriptedClient, rule_fired, statuses
+from builders import REVOKED, ScriptedClient, on_statement, rule_fired, statuses
 from outbox import ConfigurationError, Outbox, StorageError, sqlite
 from outbox.database import open_engine, reading, writing
 from outbox.sqlite import create_file, sqlite_file
@@ -228,3 +229,28 @@ def test_a_server_url_needs_its_driver_only_when_it_is_used() -> None:
     with pytest.raises(StorageError, match=r"user:\*\*\*@127.0.0.1"), reading(engine):
         pass
     engine.dispose()
+
+
+def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(url: str) -> None:
+    with Outbox.open(url) as outbox:
+        synced = {"": 2}
+        seen: list[str] = []
+
+        def watch(statement: str) -> None:
+            found = re.fullmatch(r"PRAGMA synchronous = (\d)", statement)
+            if found:
+                synced[""] = int(found[1])
+            seen.append(f"{statement.split(maxsplit=1)[0]} {synced['']}")
+
+        on_statement(outbox, watch)
+        outbox.enqueue(rule_fired())
+        outbox.flush(ScriptedClient(REVOKED))
+        outbox.enqueue(rule_fired())
+        outbox.flush(ScriptedClient())
+        outbox.retry_now()
+        outbox.requeue_abandoned(older_than=0)
+    writing = [one for one in seen if one.startswith(("INSERT", "UPDATE", "COMMIT"))]
+    enqueued, flushed = ["INSERT 2", "COMMIT 2"], ["UPDATE 1", "COMMIT 1"]
+    unparked = ["UPDATE 1", "COMMIT 1"]
+    retried, requeued = ["UPDATE 2", "UPDATE 2", "COMMIT 2"], ["COMMIT 2"]
+    assert writing == [*enqueued, *flushed * 2, *enqueued, *flushed * 2, *unparked, *retried, *requeued]
