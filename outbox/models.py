@@ -1,4 +1,4 @@
-"""The ORM models: the table of events, the ledger of those that were deleted, and the services that are paused."""
+"""The tables: events, the ledger of those that were deleted, and the services that are paused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Column,
     Connection,
     Dialect,
     Index,
@@ -241,35 +242,33 @@ class ObservationEvent(Base):
         self._move("requeue", retry_count=0, last_error=None, next_attempt_at_ms=now_ms, revived_at_ms=now_ms)
 
 
-class LedgerEntry(Base):
-    """How many events of one kind were deleted for one reason, over the life of the database.
+ledger = Table(
+    "observation_events_ledger",
+    Base.metadata,
+    Column("status", _NAME, primary_key=True),  # where the events stood when they were deleted
+    Column("event_type", _NAME, primary_key=True),
+    Column("reason", _NAME, primary_key=True),
+    Column("events", BigInteger, nullable=False),
+    info={"options": _ON_MYSQL},
+)
+"""How many events of one kind were deleted for one reason, over the life of the database.
 
-    It is written in the transaction that deletes, so rows ever enqueued = rows there + events counted here.
-    """
+It is written in the transaction that deletes, so rows ever enqueued = rows there + events counted here.
+"""
 
-    __tablename__ = "observation_events_ledger"
-    __table_args__ = {"info": {"options": _ON_MYSQL}}  # noqa: RUF012 - as SQLAlchemy declares it
-
-    status: Mapped[str] = mapped_column(_NAME, primary_key=True)
-    """Where the events stood when they were deleted."""
-    event_type: Mapped[str] = mapped_column(_NAME, primary_key=True)
-    reason: Mapped[str] = mapped_column(_NAME, primary_key=True)
-    events: Mapped[int] = mapped_column(BigInteger)
-
-
-class Destination(Base):
-    """A service that is left alone for a while, by the flushers of all hosts; no row while all is well."""
-
-    __tablename__ = "observation_destinations"
-    __table_args__ = {"info": {"options": _ON_MYSQL}}  # noqa: RUF012 - as SQLAlchemy declares it
-
-    destination: Mapped[str] = mapped_column(_NAME, primary_key=True)
-    failures: Mapped[int] = mapped_column(Integer)
-    """Pauses in a row. A flusher that saw another number reports on a time before this pause."""
-    paused_until_ms: Mapped[int] = mapped_column(BigInteger)
-    probe_until_ms: Mapped[int] = mapped_column(BigInteger)
-    """Until then one flusher finds out whether the service works again, and the others wait."""
-    last_error: Mapped[str] = mapped_column(_TEXT)
+destinations = Table(
+    "observation_destinations",
+    Base.metadata,
+    Column("destination", _NAME, primary_key=True),
+    # Pauses in a row. A flusher that saw another number reports on a time before this pause.
+    Column("failures", Integer, nullable=False),
+    Column("paused_until_ms", BigInteger, nullable=False),
+    # Until then one flusher finds out whether the service works again, and the others wait.
+    Column("probe_until_ms", BigInteger, nullable=False),
+    Column("last_error", _TEXT, nullable=False),
+    info={"options": _ON_MYSQL},
+)
+"""The services that are left alone for a while, by the flushers of all hosts; no row while all is well."""
 
 
 @event.listens_for(Base.metadata, "before_create")

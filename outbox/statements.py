@@ -37,14 +37,12 @@ from outbox.models import (
     MYSQL,
     QUEUE_ON_MYSQL,
     VERSION_TABLE,
-    Destination,
-    LedgerEntry,
     ObservationEvent,
+    destinations,
+    ledger,
 )
 
 events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
-ledger: Table = LedgerEntry.__table__  # type: ignore[assignment]  # as above
-destinations: Table = Destination.__table__  # type: ignore[assignment]  # as above
 _c = events.c
 
 
