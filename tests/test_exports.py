@@ -5,9 +5,39 @@ from pathlib import Path
 import pytest
 
 import outbox
-from outbox import testing
+from outbox import Outbox, testing
 
 ROOT = Path(__file__).parent.parent
+EVENT = '{"event_type":"fix_outcome","rule_id":"r1","session_id":"s1","accepted":true,"occurred_at":"2026-11-24T12:00:00Z"}'
+NOT_FOR_ENQUEUE = {
+    "alembic",
+    "http.server",
+    "outbox.client",
+    "outbox.demo",
+    "outbox.doctor",
+    "outbox.receiver",
+    "outbox.watch",
+    "outbox.worker",
+    "prometheus_client",
+    "requests",
+    "rich",
+    "sqlalchemy.dialects.mysql",
+    "sqlalchemy.dialects.postgresql",
+    "transitions",
+    "urllib3",
+}
+
+
+def modules_after(program: str) -> set[str]:
+    """Return what a process that runs the program has loaded at its end."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"{program}; import sys; print(*sys.modules)"],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return set(loaded.split())
 
 
 def test_every_exported_name_is_there_and_sorted() -> None:
@@ -74,9 +104,16 @@ def test_another_name_is_an_attribute_error() -> None:
 
 
 def test_the_import_loads_nothing_that_an_enqueue_does_not_need() -> None:
-    program = "import sys, outbox; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
+    loaded = modules_after("import outbox")
     assert "sqlalchemy" in loaded
-    assert not {"alembic", "click", "platformdirs", "requests", "rich", "transitions", "urllib3"} & set(loaded)
+    assert not {"click", "platformdirs", "sqlite3", *NOT_FOR_ENQUEUE} & loaded
+
+
+def test_the_command_that_enqueues_loads_nothing_of_what_delivers_or_draws(tmp_path: Path) -> None:
+    event = tmp_path / "event.ndjson"
+    event.write_text(EVENT, encoding="utf-8")
+    Outbox.open(f"sqlite:///{tmp_path / 'outbox.db'}").close()
+    arguments = ["--database", f"sqlite:///{tmp_path / 'outbox.db'}", "enqueue", str(event)]
+    loaded = modules_after(f"from outbox.cli import main; main({arguments!r}, standalone_mode=False)")
+    assert {"click", "sqlite3"} <= loaded
+    assert not {"platformdirs", *NOT_FOR_ENQUEUE} & loaded
