@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from outbox.events import (
@@ -25,18 +26,18 @@ from outbox.failures import (
     TransportFailure,
     UploadFailure,
 )
-from outbox.flusher import BatchItem, FlushReport, UploadClient
-from outbox.hooks import Hooks, Settled, SettledEvent, Upload
 from outbox.lifecycle import Status
 from outbox.maintenance import PurgeReport, RequeueReport
 from outbox.models import ObservationEvent
 from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.statements import Pause
-from outbox.stats import Stats
 
 if TYPE_CHECKING:
     from outbox.client import HttpClient
+    from outbox.flusher import BatchItem, FlushReport, UploadClient
+    from outbox.hooks import Hooks, Settled, SettledEvent, Upload
+    from outbox.stats import Stats
     from outbox.worker import Worker
 
 __all__ = [
@@ -77,14 +78,18 @@ __all__ = [
 ]
 
 
+# What only programs that deliver or look need, loaded on use; the HTTP client brings requests along.
+_ON_USE = {
+    "outbox.client": ("HttpClient",),
+    "outbox.flusher": ("BatchItem", "FlushReport", "UploadClient"),
+    "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
+    "outbox.stats": ("Stats",),
+    "outbox.worker": ("Worker",),
+}
+
+
 def __getattr__(name: str) -> Any:
-    # The HTTP client brings requests along, which a program that only enqueues need not load.
-    if name == "HttpClient":
-        from outbox.client import HttpClient  # noqa: PLC0415 - that is the point
-
-        return HttpClient
-    if name == "Worker":
-        from outbox.worker import Worker  # noqa: PLC0415 - it is needed by who delivers in the background
-
-        return Worker
+    for module, names in _ON_USE.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'outbox' has no attribute {name!r}")

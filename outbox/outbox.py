@@ -11,12 +11,11 @@ from sqlalchemy import URL, Engine
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox import capture, flusher, maintenance, schema, stats
+from outbox import capture, maintenance, schema
 from outbox.clock import epoch_ms
 from outbox.database import default_url, open_engine
 from outbox.events import Event, Redact, columns, encode, redacted
 from outbox.failures import ConfigurationError
-from outbox.hooks import Hooks
 from outbox.lifecycle import Status
 from outbox.policy import Policy
 from outbox.sqlite import Synchronous
@@ -25,7 +24,10 @@ from outbox.store import Store
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from outbox.flusher import FlushReport, UploadClient
+    from outbox.hooks import Hooks
     from outbox.models import ObservationEvent
+    from outbox.stats import Stats
 
 
 LARGEST_ID = 2**63 - 1
@@ -146,24 +148,28 @@ class Outbox:
         self._wake()
         return ids
 
-    def flush(self, client: flusher.UploadClient) -> flusher.FlushReport:
+    def flush(self, client: UploadClient) -> FlushReport:
         """Send one batch of due events; a failed upload is data in the report, it is not raised.
 
         Nothing is touched while the client is not logged in, or the environment says OUTBOX_CAPTURE=false.
         Whatever else the client raises, and an interrupt, releases the events and reaches the caller.
         """
+        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load what delivers
+
         return flusher.flush(self._store, self.policy, client, hooks=self.hooks)
 
     def flush_all(
         self,
-        client: flusher.UploadClient,
+        client: UploadClient,
         *,
-        progress: Callable[[flusher.FlushReport], object] | None = None,
-    ) -> flusher.FlushReport:
+        progress: Callable[[FlushReport], object] | None = None,
+    ) -> FlushReport:
         """Send batch after batch until nothing is due, or a failure holds for all; return the sum.
 
         `progress` is called with the report of each batch.
         """
+        from outbox import flusher  # noqa: PLC0415 - as above
+
         return flusher.flush_all(self._store, self.policy, client, progress, hooks=self.hooks)
 
     def retry_now(self) -> int:
@@ -211,8 +217,10 @@ class Outbox:
         """Return how many events are on their way: pending or being sent. Parked ones do not count."""
         return self._store.pending_count()
 
-    def stats(self) -> stats.Stats:
+    def stats(self) -> Stats:
         """Return what is queued, what is stuck, and the likely cause."""
+        from outbox import stats  # noqa: PLC0415 - as above
+
         return stats.gather(self._store, now_ms=self._store.now_ms(), lease_ms=self.policy.lease_ms)
 
     def get(self, row_id: int) -> ObservationEvent | None:

@@ -15,6 +15,8 @@ NOT_FOR_ENQUEUE = {
     "outbox.client",
     "outbox.demo",
     "outbox.doctor",
+    "outbox.flusher",
+    "outbox.hooks",
     "outbox.receiver",
     "outbox.watch",
     "outbox.worker",
@@ -106,7 +108,7 @@ def test_another_name_is_an_attribute_error() -> None:
 def test_the_import_loads_nothing_that_an_enqueue_does_not_need() -> None:
     loaded = modules_after("import outbox")
     assert "sqlalchemy" in loaded
-    assert not {"click", "platformdirs", "sqlite3", *NOT_FOR_ENQUEUE} & loaded
+    assert not {"click", "outbox.stats", "platformdirs", *NOT_FOR_ENQUEUE} & loaded
 
 
 def test_the_command_that_enqueues_loads_nothing_of_what_delivers_or_draws(tmp_path: Path) -> None:
@@ -115,5 +117,5 @@ def test_the_command_that_enqueues_loads_nothing_of_what_delivers_or_draws(tmp_p
     Outbox.open(f"sqlite:///{tmp_path / 'outbox.db'}").close()
     arguments = ["--database", f"sqlite:///{tmp_path / 'outbox.db'}", "enqueue", str(event)]
     loaded = modules_after(f"from outbox.cli import main; main({arguments!r}, standalone_mode=False)")
-    assert {"click", "sqlite3"} <= loaded
+    assert "click" in loaded
     assert not {"platformdirs", *NOT_FOR_ENQUEUE} & loaded
