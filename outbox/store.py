@@ -327,11 +327,9 @@ class Store:
 
     def trim(self, *, policy: Policy, now_ms: int) -> int:
         """Delete what is over the cap, never a row in flight, in slices; return how many."""
-        if not policy.max_rows:
-            return 0
         last_id = self._look(lambda transaction: transaction.value(sql.LAST_ID)) or 0
         deleted = 0
-        while self._counted.rows_at_most(last_id) > policy.max_rows:
+        while self._counted.rows_at_most(last_id) > (policy.max_rows or inf):
             in_slice = self._writer.run(
                 lambda transaction: self._trim(transaction, policy=policy, now_ms=now_ms, last_id=last_id)
             )

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from builders import REVOKED, ScriptedClient, on_statement, rule_fired, statuses
+from builders import REVOKED, ScriptedClient, on_statement, refuse, rule_fired, statuses
 from outbox import ConfigurationError, Outbox, StorageError, sqlite
 from outbox.database import open_engine, reading, writing
 from outbox.sqlite import create_file, sqlite_file
@@ -254,3 +254,11 @@ def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(
     unparked = ["UPDATE 1", "COMMIT 1"]
     retried, requeued = ["UPDATE 2", "UPDATE 2", "COMMIT 2"], ["COMMIT 2"]
     assert writing == [*enqueued, *flushed * 2, *enqueued, *flushed * 2, *unparked, *retried, *requeued]
+
+
+def test_a_database_in_memory_tells_what_it_refuses() -> None:
+    with Outbox.open("sqlite://") as outbox:
+        refuse(outbox, "INSERT", "observation_events", "not today")
+        with pytest.raises(StorageError, match="not today"):
+            outbox.enqueue(rule_fired())
+        assert statuses(outbox) == []

@@ -314,9 +314,11 @@ def test_a_restored_file_is_used_without_a_restart(outbox: Outbox, url: str) -> 
     outbox.engine.dispose()
     backup = path_of(url).read_bytes()
     outbox.enqueue(rule_fired())
+    assert outbox.pending_count() == 2
     for name in path_of(url).parent.glob("outbox.db*"):
         name.unlink()
     path_of(url).write_bytes(backup)
+    assert outbox.pending_count() == 1
     assert outbox.enqueue(rule_fired()) == 2
     assert outbox.flush_all(ScriptedClient()).sent == 2
 

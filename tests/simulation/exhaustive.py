@@ -98,8 +98,7 @@ def search(scope: Scope, theatre: Theatre) -> Search:
     policy = Policy(batch_size=scope.batch_size)
     with ExitStack() as stack:
         observer = stack.enter_context(theatre.empty_database())
-        for name in ("unpark", "cap"):
-            stack.enter_context(mock.patch.object(maintenance, name))
+        stack.enter_context(mock.patch.object(maintenance, "tidy"))
         names = [f"flusher{number}" for number in range(scope.flushers)]
         found = Search(scope, {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names})
         while found.to_try:

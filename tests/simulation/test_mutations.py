@@ -128,8 +128,8 @@ MUTATIONS = {
     ),
     "an insert that is tried again after a lost commit": Mutation(
         "store.py",
-        "return self._writer.run(insert_and_trim)",
-        "return self._writer.run(insert_and_trim, repeatable=True)",
+        "ids, deleted = self._writer.run(insert_and_trim)",
+        "ids, deleted = self._writer.run(insert_and_trim, repeatable=True)",
         (LOSS,),
     ),
 }
