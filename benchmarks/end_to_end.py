@@ -7,6 +7,7 @@ from functools import partial
 
 import requests
 
+from benchmarks.floors import drain_on_sqlite
 from benchmarks.harness import Contestant, Table, compare, stopwatch
 from benchmarks.lab import INSERT_ON_SQLITE, ROOMY, Lab, payloads, raw_rows, raw_sqlite
 from benchmarks.sink import sink
@@ -22,6 +23,9 @@ def measure(lab: Lab) -> list[Table]:
         contestants = [
             Contestant("requests.Session().post of the same bodies", partial(_session, url, number)),
             Contestant("http.client, the same bodies", partial(_http_client, url, number)),
+            Contestant(
+                "raw sqlite3 around that post: claim 64, one UPDATE, NORMAL", partial(_raw, lab, url, number)
+            ),
             Contestant(
                 "outbox.flush_all, synchronous=FULL", partial(_ours, lab, url, "FULL", number), at_least=0.5
             ),
@@ -55,6 +59,24 @@ def _http_client(url: str, number: int) -> float:
             connection.request("POST", _PATH, body, _HEADERS)
             connection.getresponse().read()
     connection.close()
+    return number / watch.seconds
+
+
+def _raw(lab: Lab, url: str, number: int) -> float:
+    """What a program of a few lines does, one after the other, without any library but requests."""
+    with lab.sqlite_file() as path, raw_sqlite(path, "NORMAL") as connection, requests.Session() as session:
+        connection.executemany(INSERT_ON_SQLITE, raw_rows(number))
+        connection.commit()
+
+        def post(texts: list[str]) -> None:
+            body = f"[{','.join(texts)}]".encode()
+            session.post(url + _PATH, data=body, headers=_HEADERS).raise_for_status()
+
+        post([])
+        with stopwatch() as watch:
+            drained = drain_on_sqlite(connection, post)
+    if drained != number:
+        raise AssertionError(f"{drained} sent, expected {number}")
     return number / watch.seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -30,11 +31,13 @@ _CLAIM_ON_POSTGRESQL = """
 """
 
 
-def drain_on_sqlite(connection: sqlite3.Connection) -> int:
-    """Claim 64 and mark them sent, again and again; return how many there were."""
+def drain_on_sqlite(connection: sqlite3.Connection, upload: Callable[[list[str]], object] | None = None) -> int:
+    """Claim 64, send their payloads and mark them sent, again and again; return how many there were."""
     drained = 0
     while rows := connection.execute(_CLAIM_ON_SQLITE, (_LEASE_MS, NOW_MS)).fetchall():
         connection.commit()
+        if upload is not None:
+            upload([row[1] for row in rows])
         ids = [row[0] for row in rows]
         marks = ", ".join("?" * len(ids))
         connection.execute(
