@@ -119,6 +119,8 @@ class Operation:
     requests: list[Request] = field(default_factory=list)
     uploading: bool = False
     settlements: int = 0
+    by_chance: bool = False
+    """Whether a row that it had lost came under the very lease that it had."""
     troubled: bool = False
     commit_lost: bool = False
     inserted: int = 0
@@ -356,14 +358,16 @@ class Model:
         if operation.troubled:
             yield "release", old._replace(status="pending", next_attempt_at_ms=operation.now_ms)
         abandoned = old._replace(status="abandoned")
+        # Where it holds the row by chance only, another one may have counted a failure meanwhile.
+        retries = operation.claim[old.id].retry_count if old.id in operation.claim else old.retry_count
         shared = operation.last_failure
         alone = operation.rejected_alone(old.id)
         # The verdict is formed at one reading of the clock; another one may follow before it is written.
         for now in operation.readings[-2:]:
-            yield from self._of_shared_failure(old, shared, now)
+            yield from self._of_shared_failure(old, shared, now, retries)
             for failure in alone:
                 if not operation.accepted():
-                    yield from self._put_off(old, failure, now, retry_count=old.retry_count + 1)
+                    yield from self._put_off(old, failure, now, retry_count=retries + 1)
         if is_auth(shared):
             yield "park", old._replace(status="parked", last_error=str(shared))
         if not old.decodable:
@@ -383,13 +387,16 @@ class Model:
         by_chance = not self.equal_clocks and row.id in operation.claim
         by_chance = by_chance and row.next_attempt_at_ms == operation.lease_ms
         self.seen["same lease twice"] += by_chance
+        operation.by_chance |= by_chance
         return by_chance
 
-    def _of_shared_failure(self, old: Row, failure: UploadFailure | None, now: int) -> Iterator[tuple[str, Row]]:
+    def _of_shared_failure(
+        self, old: Row, failure: UploadFailure | None, now: int, retries: int
+    ) -> Iterator[tuple[str, Row]]:
         if is_transient(failure):
-            yield from self._put_off(old, failure, now, retry_count=old.retry_count + 1)
+            yield from self._put_off(old, failure, now, retry_count=retries + 1)
         elif is_rate_limit(failure):
-            yield from self._put_off(old, failure, now, retry_count=old.retry_count)
+            yield from self._put_off(old, failure, now, retry_count=retries)
 
     def _put_off(
         self, old: Row, failure: UploadFailure | None, now: int, *, retry_count: int
@@ -447,7 +454,8 @@ class Model:
         undecodable = any(not self.rows[row_id].decodable for row_id in moves.get("abandon", ()))
         if settled and not undecodable:
             operation.settlements += 1
-            if operation.settlements > 1:
+            # What is repeated, for its commit was lost, lands again only on a row that it holds by chance.
+            if operation.settlements > 1 and not operation.by_chance:
                 raise Violation(ATOMICITY, f"a second transaction for one answer: {moves}")
 
     def _say_why_not(self, operation: Operation, old: Row, new: Row) -> None:
