@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from importlib import import_module
 
@@ -31,6 +32,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := {*given.topics} - {*TOPICS}:
         parser.error(f"there is no topic {', '.join(sorted(unknown))}, expected {', '.join(TOPICS)}")
+    logging.getLogger("outbox").addHandler(logging.NullHandler())  # or it warns of each event that is given up
     with Lab(quick=given.quick, largest=given.largest) as lab:
         facts = {} if given.quick else report.facts(lab)
         for topic in given.topics or TOPICS:
