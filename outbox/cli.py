@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -116,6 +117,10 @@ def _check_database(_context: click.Context, _param: click.Parameter, value: str
 
 
 def _import_types(_context: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> None:
+    if value and "" not in sys.path:
+        # The directory where it was started, last: a hook runs in directories of others, whose files must not
+        # take the place of what is installed.
+        sys.path.append("")
     for name in value:
         if not all(map(str.isidentifier, name.split("."))):
             raise click.BadParameter(f"{escape(name)!r}, expected the name of a module, such as shop.events")
@@ -157,7 +162,8 @@ _json = click.option("--json", "as_json_", is_flag=True, help="Print JSON.")
     show_envvar=True,
     expose_value=False,
     callback=_import_types,
-    help="Import this module, which defines event types of your own. May be repeated.",
+    help="Import this module, installed or in the current directory, with event types of your own. May be"
+    " repeated; the variable takes several, with spaces between.",
 )
 @click.option(
     "--version",

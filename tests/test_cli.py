@@ -274,6 +274,39 @@ def test_event_types_of_the_application_are_imported(run, outbox, tmp_path, monk
     assert Event.__subclasses__()[-1].__name__ == "Shipped"
 
 
+def test_a_module_of_types_may_lie_in_the_current_directory(run, outbox, tmp_path, monkeypatch):
+    (tmp_path / "own_types.py").write_text("import own_more\n")
+    (tmp_path / "own_more.py").write_text(
+        "from outbox import Event\nclass Shipped(Event, tag='shipped_from_here'):\n    order: str\n"
+    )
+    # As the installed command is started, which sees nothing of the directory by itself.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    monkeypatch.chdir(tmp_path)
+    line = '{"event_type":"shipped_from_here","order":"A1"}'
+    for _ in range(2):
+        assert run("--types", "own_types", "enqueue", input=line).exit_code == 0
+    assert sys.path.count("") == 1
+
+
+def test_a_module_of_types_that_is_installed_is_preferred(run, tmp_path, monkeypatch):
+    for name in ("installed", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "preferred_types.py").write_text(f"WHERE = {name!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    monkeypatch.chdir(tmp_path / "here")
+    run("--types", "preferred_types", "status")
+    assert sys.modules["preferred_types"].WHERE == "installed"
+
+
+def test_the_variable_names_several_modules_of_types(run, tmp_path, monkeypatch):
+    for name in ("first_types", "second_types"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OUTBOX_TYPES", "first_types second_types")
+    run("status")
+    assert {"first_types", "second_types"} <= sys.modules.keys()
+
+
 def test_a_module_of_types_that_is_not_there_is_misuse(run):
     result = run("--types", "no_such_module", "status")
     assert result.exit_code == 2

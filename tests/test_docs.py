@@ -256,8 +256,10 @@ class Shell:
         self.folder = folder
         programs = folder / "bin"
         programs.mkdir()
+        # As pip installs it: what lies in the folder where it is started can't be imported, unlike with `-m`.
+        (programs / "command.py").write_text("from outbox.cli import main\n\nmain()\n")
         for name, arguments in (
-            ("outbox", "-m outbox"),
+            ("outbox", shlex.quote(str(programs / "command.py"))),
             ("python", ""),
             ("alembic", f"-m alembic -c {shlex.quote(str(ROOT / 'alembic.ini'))}"),
         ):
@@ -267,7 +269,7 @@ class Shell:
         self._environment = os.environ | {
             "HOME": str(folder),
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+            "PYTHONPATH": str(ROOT),
         }
 
     def run(
