@@ -279,6 +279,8 @@ def flush(context: click.Context, url: str, *, everything: bool, as_json_: bool)
         say("nothing was due")
     if report.failure is not None:
         say(f"outbox: the last failure: {escape(report.failure)}", err=True)
+    elif report.abandoned:  # their payloads can't be read, so there was no request that failed
+        say("outbox: `outbox list --state abandoned` shows why", err=True)
     if report.sent < report.claimed or report.paused_until_ms is not None or not is_complete:
         context.exit(UNDELIVERED)
 

@@ -189,7 +189,7 @@ def what_next(row: ObservationEvent, *, now_ms: int, max_age_ms: int) -> str:
     if row.status == Status.SENT:
         text = "nothing, it is delivered; it is deleted when the outbox is full"
     elif row.status == Status.ABANDONED:
-        text = "nothing, it is given up; `outbox requeue` brings it back"
+        text = "nothing, it is given up; `outbox requeue --older-than 0s` brings back all that are"
     elif row.status == Status.PARKED:
         text = "it waits for a token that is accepted: `outbox retry` after logging in, or the next success"
     elif row.status not in (Status.PENDING, Status.SENDING):

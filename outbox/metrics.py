@@ -123,7 +123,10 @@ def serve(outbox: Outbox, *, port: int, address: str) -> Iterator[str]:
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     OutboxMetrics(outbox, registry=registry)
-    server, thread = start_http_server(port, address, registry=registry)
+    try:
+        server, thread = start_http_server(port, address, registry=registry)
+    except OSError as error:
+        raise OSError(error.errno, f"metrics at port {port} of {address}: {error.strerror}") from None
     try:
         host = f"[{address}]" if ":" in address else address
         yield f"http://{host}:{server.server_port}/metrics"

@@ -121,7 +121,10 @@ class IngestServer:
     def start(self) -> Self:
         """Listen, and answer in background threads. Raises OSError for a port or file that can't be had."""
         self._stopping.clear()
-        server = _Server(("127.0.0.1", self._port), self._handler())
+        try:
+            server = _Server(("127.0.0.1", self._port), self._handler())
+        except OSError as error:
+            raise OSError(error.errno, f"port {self._port} of 127.0.0.1: {error.strerror}") from None
         try:
             self._file = None if self._path is None else self._open(self._path)
         except OSError:

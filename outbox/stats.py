@@ -83,6 +83,10 @@ def _meaning(last_error: str) -> str:
 # By the start of the text, the first that fits.
 _MEANINGS = (
     ("transport: ", "the server can't be reached"),
+    (
+        "permanent: decode observation event: event_type: invalid value ",
+        "the payload can't be read: whoever sent it does not know its type; name its module in OUTBOX_TYPES",
+    ),
     ("permanent: decode observation event: ", "the payload can't be read"),
     ("permanent: ", "the server rejected this event"),
     ("aged-out", "too old for another try"),
@@ -118,7 +122,7 @@ def _likely_cause(
     if not causes and counts["abandoned"]:
         causes.append(
             f"{_are(counts['abandoned'])} abandoned; `outbox list --state abandoned` shows why,"
-            " `outbox requeue` brings them back"
+            " `outbox requeue --older-than 0s` brings them back"
         )
     return ". Also: ".join(causes) or None
 

@@ -231,7 +231,7 @@ class _Run:
             self._plan(FlushReport(), now_ms())
             return
         if not self._client.logged_in:
-            self._say_trouble(Verdict.AUTH_BLOCKED, "not logged in")
+            self._say_trouble(Verdict.AUTH_BLOCKED, "not logged in, the client has no token")
             self._plan(FlushReport(), now_ms())
             return
         try:

@@ -524,7 +524,9 @@ def test_an_event_that_the_server_rejects_is_exit_code_3(run, outbox, logged_in)
 
 def test_a_payload_that_can_not_be_read_is_exit_code_3(run, outbox, logged_in):
     add_row(outbox, payload_json="oops")
-    assert run("flush").exit_code == 3
+    result = run("flush")
+    assert result.exit_code == 3
+    assert result.stderr.endswith("outbox: `outbox list --state abandoned` shows why\n")
     assert statuses(outbox) == ["abandoned"]
 
 
@@ -833,7 +835,7 @@ content hash  b6dc97a47e194612
         ({"status": "sending"}, "it is due since 2026-11-24 12:00:00 UTC"),
         ({"status": "sent", "sent_at_ms": NOON_MS}, "nothing, it is delivered"),
         ({"status": "parked"}, "`outbox retry` after logging in"),
-        ({"status": "abandoned"}, "nothing, it is given up; `outbox requeue"),
+        ({"status": "abandoned"}, "nothing, it is given up; `outbox requeue --older-than 0s` brings back"),
         ({"payload_json": "oops"}, "the next flush abandons it, its payload can't be read: "),
     ],
 )
@@ -1080,6 +1082,10 @@ def test_demo_runs_the_demonstration_and_takes_its_exit_code(run, monkeypatch):
     ("error", "meaning"),
     [
         ("transport: refused", "the server can't be reached"),
+        (
+            "permanent: decode observation event: event_type: invalid value 'x'",
+            "the payload can't be read: whoever sent it does not know its type; name its module in OUTBOX_TYPES",
+        ),
         ("permanent: decode observation event: x", "the payload can't be read"),
         ("permanent: 422 no", "the server rejected this event"),
         ("aged-out (rate-limited): 429", "too old for another try"),
@@ -1147,7 +1153,8 @@ def test_abandoned_events_are_named_when_nothing_else_is_wrong(outbox):
     add_row(outbox, status="abandoned")
     add_row(outbox, status="abandoned")
     assert causes(outbox) == (
-        "2 events are abandoned; `outbox list --state abandoned` shows why, `outbox requeue` brings them back"
+        "2 events are abandoned; `outbox list --state abandoned` shows why,"
+        " `outbox requeue --older-than 0s` brings them back"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -283,6 +284,25 @@ def test_run_serves_them(outbox: Outbox, url: str, monkeypatch) -> None:
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=60)
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(("address", "reason"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "")])
+def test_where_metrics_can_not_be_served_is_named(outbox: Outbox, url: str, address: str, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = [
+            "run",
+            "--url",
+            "http://127.0.0.1:9",
+            "--metrics-port",
+            str(port),
+            "--metrics-address",
+            address,
+        ]
+        result = runner().invoke(main, ["--database", url, *arguments])
+    assert result.exit_code == 1
+    assert f"metrics at port {port} of {address}: " in result.stderr
+    assert reason in result.stderr
 
 
 def test_without_the_extra_run_says_how_to_get_it(outbox: Outbox, url: str, monkeypatch) -> None:

@@ -351,7 +351,7 @@ def test_a_store_that_can_not_be_opened_leaves_no_port_open(tmp_path):
 def test_a_taken_port_is_an_error(server):
     port = int(server.url.rpartition(":")[2])
 
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match=f"port {port} of 127.0.0.1: .*in use"):
         IngestServer(port=port).start()
 
 
