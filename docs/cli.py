@@ -19,7 +19,7 @@ Some settings come from the environment only:
 
 | variable | |
 | --- | --- |
-| `OUTBOX_TOKEN` | the token of the service |
+| `OUTBOX_TOKEN` | the token of the service; it goes before `OUTBOX_TOKEN_FILE` |
 | `OUTBOX_TOKEN_FILE` | a file that holds it, which is read before each request |
 | `OUTBOX_CAPTURE` | with `false` nothing is recorded and nothing is sent: [the opt-out](privacy.md#the-opt-out) |
 """

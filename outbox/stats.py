@@ -88,6 +88,8 @@ _MEANINGS = (
         "the payload can't be read: whoever sent it does not know its type; name its module in OUTBOX_TYPES",
     ),
     ("permanent: decode observation event: ", "the payload can't be read"),
+    ("permanent: 404", "the server takes no events at this URL; check it"),
+    ("permanent: 405", "the server takes no events at this URL; check it"),
     ("permanent: ", "the server rejected this event"),
     ("aged-out", "too old for another try"),
     ("401", "the token was rejected"),

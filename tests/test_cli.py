@@ -1087,6 +1087,8 @@ def test_demo_runs_the_demonstration_and_takes_its_exit_code(run, monkeypatch):
             "the payload can't be read: whoever sent it does not know its type; name its module in OUTBOX_TYPES",
         ),
         ("permanent: decode observation event: x", "the payload can't be read"),
+        ("permanent: 404 Not Found", "the server takes no events at this URL; check it"),
+        ("permanent: 405 Method Not Allowed", "the server takes no events at this URL; check it"),
         ("permanent: 422 no", "the server rejected this event"),
         ("aged-out (rate-limited): 429", "too old for another try"),
         ("401 Unauthorized", "the token was rejected"),
