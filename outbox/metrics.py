@@ -143,9 +143,7 @@ def _families() -> dict[str, _Family]:
         "oldest": GaugeMetricFamily(
             "outbox_oldest_pending_age_seconds", "The age of the oldest event that is pending or being sent."
         ),
-        "overdue": GaugeMetricFamily(
-            "outbox_overdue_seconds", "For how long the next pending event has been due."
-        ),
+        "overdue": GaugeMetricFamily("outbox_overdue_seconds", "For how long the next event has been due."),
         "paused": GaugeMetricFamily(
             "outbox_paused_destinations", "Services that failed and are left alone by all hosts."
         ),

@@ -252,7 +252,10 @@ class Outbox:
         )
 
     def overdue_ms(self) -> int:
-        """Return for how long the next pending event has been due; 0 if none is. Far cheaper than `stats`."""
+        """Return for how long the next event has been due; 0 if none is. Far cheaper than `stats`.
+
+        It is pending, or a flusher that died was sending it.
+        """
         due_ms = self._store.next_due_ms()
         return 0 if due_ms is None else max(0, self._store.now_ms() - due_ms)
 

@@ -24,7 +24,7 @@ class Stats:
     oldest_pending_age_ms: int | None
     """The age of the oldest event that is pending or being sent."""
     next_due_at_ms: int | None
-    """When the next pending event is due."""
+    """When the next event is due: one that is pending, or one that is being sent, when its flusher has died."""
     overdue_ms: int
     """For how long that one has been due; 0 if it is not."""
     deleted: list[Deleted]

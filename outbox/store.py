@@ -371,7 +371,7 @@ class Store:
             return connection.scalar(sql.PENDING_COUNT) or 0
 
     def next_due_ms(self) -> int | None:
-        """Return when the next pending row is due."""
+        """Return when the next row is due: one that is pending, or one whose flusher lets its lease run out."""
         with reading(self.engine) as connection:
             due_ms: int | None = connection.scalar(sql.NEXT_DUE)
             return due_ms

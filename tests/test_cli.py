@@ -1326,6 +1326,16 @@ def test_health_says_that_nobody_delivers(outbox, run, options):
     assert "an event has been due for 31 minutes" in result.stderr
 
 
+def test_health_tells_of_events_that_a_dead_flusher_held(outbox, run):
+    # Its lease ended at noon, and nobody has taken the event since.
+    add_row(outbox, status="sending")
+    with freeze_time(NOON + timedelta(minutes=31)):
+        assert "next due      2026-11-24 12:00:00 UTC (31 minutes ago)" in run("status").stdout
+        assert run("health", "--max-overdue", "30m").exit_code == 3
+    with freeze_time(NOON - timedelta(minutes=1)):
+        assert run("health", "--max-overdue", "0s").exit_code == 0
+
+
 def test_liveness_does_not_ask_for_deliveries(outbox, run):
     add_row(outbox)
     assert run("health", "--live").exit_code == 0
