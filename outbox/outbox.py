@@ -256,8 +256,9 @@ class Outbox:
 
         It is pending, or a flusher that died was sending it.
         """
-        due_ms = self._store.next_due_ms()
-        return 0 if due_ms is None else max(0, self._store.now_ms() - due_ms)
+        now = self._store.now_ms()
+        due_ms = self._store.next_due_ms(now_ms=now)
+        return 0 if due_ms is None else max(0, now - due_ms)
 
     def close(self) -> None:
         """Close the connections. An engine of the host's stays as it is."""

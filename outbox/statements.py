@@ -496,8 +496,12 @@ OLDEST_PENDING = select(func.min(_c.created_at_ms)).where(_undelivered)
 # By one look-up for each state: over both at once the index would not be in the order of the times.
 _due_by_state = union_all(
     *(
-        select(func.min(_c.next_attempt_at_ms).label("due")).where(_in(_c.status, status))
-        for status in (Status.PENDING, Status.SENDING)
+        select(func.min(_c.next_attempt_at_ms).label("due")).where(condition)
+        for condition in (
+            _in(_c.status, Status.PENDING),
+            # Whoever holds it has died, or will come late.
+            and_(_in(_c.status, Status.SENDING), _c.next_attempt_at_ms <= _now),
+        )
     )
 ).subquery()
 NEXT_DUE = select(func.min(_due_by_state.c.due))

@@ -24,7 +24,7 @@ class Stats:
     oldest_pending_age_ms: int | None
     """The age of the oldest event that is pending or being sent."""
     next_due_at_ms: int | None
-    """When the next event is due: one that is pending, or one that is being sent, when its flusher has died."""
+    """When the next event is due: one that is pending, or one whose flusher let its lease run out."""
     overdue_ms: int
     """For how long that one has been due; 0 if it is not."""
     deleted: list[Deleted]
@@ -39,7 +39,7 @@ class Stats:
 
 def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
     """Look at the queue as it is now."""
-    seen = store.overview()
+    seen = store.overview(now_ms=now_ms)
     counts = dict.fromkeys((status.value for status in Status), 0)
     by_type: dict[str, dict[str, int]] = {}
     for event_type, status, count in seen.counts:

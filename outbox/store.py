@@ -370,13 +370,13 @@ class Store:
         with reading(self.engine) as connection:
             return connection.scalar(sql.PENDING_COUNT) or 0
 
-    def next_due_ms(self) -> int | None:
-        """Return when the next row is due: one that is pending, or one whose flusher lets its lease run out."""
+    def next_due_ms(self, *, now_ms: int) -> int | None:
+        """Return when the next row is due: one that is pending, or one whose flusher let its lease run out."""
         with reading(self.engine) as connection:
-            due_ms: int | None = connection.scalar(sql.NEXT_DUE)
+            due_ms: int | None = connection.scalar(sql.NEXT_DUE, {"now": now_ms})
             return due_ms
 
-    def overview(self) -> Overview:
+    def overview(self, *, now_ms: int) -> Overview:
         """Count the rows and find what keeps them back."""
         with reading(self.engine) as connection:
             parked = connection.execute(sql.LAST_PARKED).first()
@@ -384,7 +384,7 @@ class Store:
             return Overview(
                 counts=[(row[0], row[1], row[2]) for row in connection.execute(sql.COUNTS)],
                 oldest_pending_ms=connection.scalar(sql.OLDEST_PENDING),
-                next_due_at_ms=connection.scalar(sql.NEXT_DUE),
+                next_due_at_ms=connection.scalar(sql.NEXT_DUE, {"now": now_ms}),
                 parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),
                 waiting=None if waiting is None else Trouble(*waiting),
                 deleted=[Deleted(*row) for row in connection.execute(sql.DELETED)],
