@@ -79,7 +79,8 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
         raise ConfigurationError(
             "the database URL names a host or an option that can't be used; expected one such as sqlite:///outbox.db"
         ) from None
-    _own_engines.add(engine)
+    with use.inside():  # a fork goes through them
+        _own_engines.add(engine)
     return engine
 
 
@@ -205,7 +206,8 @@ def keep(engine: Engine) -> KeptConnection | None:
     if engine not in _own_engines or path is None:
         return None
     kept = KeptConnection(engine, path)
-    _kept_connections.add(kept)
+    with use.inside():  # a fork opens those that it shut, and no others
+        _kept_connections.add(kept)
     return kept
 
 

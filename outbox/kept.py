@@ -32,36 +32,42 @@ class KeptConnection:
     def __init__(self, engine: Engine, path: Path) -> None:
         self.turn = threading.RLock()
         """To be held while the connection is used."""
+        self.is_in_use = False
+        """Whether who has the turn is using it."""
         self._engine = engine
         self._path = path
         self._is_stuck = False
         self._connection: Any = None
         self._identity: object = None
-        self._own_synchronous = self._synchronous = _NORMAL
+        self._own_synchronous = _NORMAL
+        self._synchronous: int | None = None
         event.listen(engine, "engine_disposed", self._close)
 
-    def get(self, *, survives_power_cut: bool) -> Any:
+    def get(self, *, is_nested: bool, survives_power_cut: bool) -> Any:
         """Return the driver's connection, outside of any transaction.
 
         What is committed survives a power cut if the engine's connections are set up for that, and only then.
-        Raises `StorageError` when this thread is in the middle of a transaction: it was interrupted there, by a
-        signal say, and what the handler does would become a part of that.
+        Raises `StorageError` for a use that `is_nested` in one amid a transaction: that was interrupted
+        there, by a signal say, and what the handler does would become a part of it.
         """
         if self._connection is None or identity(self._path) != self._identity:
             self._close()
             self._open()
         if self._connection.in_transaction:
-            raise StorageError(f"{self._path}: this thread itself holds the write lock, it is interrupted")
+            if is_nested:
+                raise StorageError(f"{self._path}: this thread itself holds the write lock, it is interrupted")
+            self._connection.rollback()  # left by one that was interrupted while it rolled back
         synchronous = self._own_synchronous if survives_power_cut else min(self._own_synchronous, _NORMAL)
         if synchronous != self._synchronous:
+            self._synchronous = None  # should an interrupt strike, it is not known
             self._connection.execute(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
         return self._connection
 
     def _open(self) -> None:
+        self._identity = identity(self._path)  # should it be replaced just now, the next use notices
         pooled = self._engine.raw_connection()
         connection: Any = pooled.driver_connection
-        self._identity = identity(self._path)
         self._own_synchronous = self._synchronous = connection.execute("PRAGMA synchronous").fetchone()[0]
         pooled.detach()
         self._connection = connection

@@ -6,9 +6,10 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import Engine, Select, TwoPhaseTransaction
 from sqlalchemy.exc import UnboundExecutionError
@@ -22,7 +23,7 @@ from outbox.group_commit import GroupCommit
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome, Policy
 from outbox.statements import ClaimedRow, Pause
-from outbox.transaction import Result, Transaction, Writer, without_nul
+from outbox.transaction import NotBegunError, Result, Transaction, Writer, without_nul
 
 log = logging.getLogger("outbox")
 
@@ -96,6 +97,9 @@ class _Insertion(NamedTuple):
     now_ms: int
 
 
+_Inserted: TypeAlias = tuple[list[int], bool]
+
+
 class _Counted(NamedTuple):
     """How many rows there were when the last id was this one."""
 
@@ -117,7 +121,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._writer = Writer(engine)
-        self._insertions = GroupCommit(self._insert_all) if self._writer.kept else None
+        self._insertions = GroupCommit(self._insert_all, everyones=NotBegunError) if self._writer.kept else None
         self._counted = _Counted(0, 0)
         self._is_mysql = is_mysql(engine)
         self._is_postgresql = engine.dialect.name == "postgresql"
@@ -179,7 +183,7 @@ class Store:
         # A single statement is repeatable: should it have landed unseen, its rows are due again when their lease
         # has run out.
         is_single = self._is_postgresql
-        how = {"repeatable": is_single, "is_single": is_single, "survives_power_cut": False}
+        how: dict[str, Any] = {"repeatable": is_single, "is_single": is_single, "survives_power_cut": False}
         if not self.is_shared or destination is None:
             return Claim(self._writer.run(lambda transaction: self._claim(transaction, **due), **how))
         if self._is_postgresql:
@@ -457,27 +461,32 @@ class Store:
             transaction.change(sql.END_PROBE, **this)
         return Claim(rows, pause)
 
-    def _insert_all(self, insertions: Sequence[_Insertion]) -> list[tuple[list[int], bool]]:
-        """Insert what several calls want, and trim once; return the ids of each, and whether that is not over."""
+    def _insert_all(
+        self, insertions: Sequence[_Insertion], committed: Callable[[list[_Inserted]], object] = list
+    ) -> list[_Inserted]:
+        """Insert what several calls want, and trim once; return the ids of each, and whether that is not over.
+
+        On the kept connection `committed` gets the same, as `Writer.run` tells.
+        """
         rows = [row for insertion in insertions for row in insertion.rows]
         _, policy, now_ms = insertions[-1]
         trimming = False
 
-        def insert(transaction: Transaction) -> list[int]:
-            _refuse_when_full(transaction.value, policy, own=len(rows))
-            return self._insert(transaction, rows)
-
-        def insert_and_trim(transaction: Transaction) -> tuple[list[int], int]:
+        def insert(transaction: Transaction, *, trims: bool = False) -> list[_Inserted]:
             nonlocal trimming
             trimming = False
-            ids = insert(transaction)
-            trimming = True
-            deleted = self._trim(transaction, policy=policy, now_ms=now_ms, last_id=max(ids), own=len(rows))
-            trimming = False
-            return ids, deleted
+            _refuse_when_full(transaction.value, policy, own=len(rows))
+            ids = self._insert(transaction, rows)
+            deleted = 0
+            if trims:
+                trimming = True
+                deleted = self._trim(transaction, policy=policy, now_ms=now_ms, last_id=max(ids), own=len(rows))
+                trimming = False
+            these = iter(ids)
+            return [(list(islice(these, len(one.rows))), deleted == _TRIM_SLICE) for one in insertions]
 
         try:
-            ids, deleted = self._writer.run(insert_and_trim)
+            return self._writer.run(partial(insert, trims=True), committed=committed)
         except Exception as error:
             if not trimming:
                 raise
@@ -486,9 +495,7 @@ class Store:
                 error,
                 extra={"event_name": "outbox.cap_failed"},
             )
-            ids, deleted = self._writer.run(insert), 0
-        these = iter(ids)
-        return [(list(islice(these, len(one.rows))), deleted == _TRIM_SLICE) for one in insertions]
+            return self._writer.run(insert, committed=committed)
 
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         """Insert rows, and return their ids in the order of the rows."""

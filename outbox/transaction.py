@@ -35,6 +35,10 @@ _as_it_is = nullcontext()
 _ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
 
 
+class NotBegunError(StorageError):
+    """The kept connection could not begin a transaction, through no fault of what was to be done in it."""
+
+
 class _UndoneError(StorageError):
     """The transaction did not happen, through no fault of its own."""
 
@@ -45,6 +49,10 @@ class _UnknownError(StorageError):
 
 class _UnreachableError(StorageError):
     """There was no connection to be had."""
+
+
+def _ignore(_result: object) -> None:
+    pass
 
 
 class Transaction:
@@ -158,6 +166,7 @@ class Writer:
         repeatable: bool = False,
         is_single: bool = False,
         survives_power_cut: bool = True,
+        committed: Callable[[Result], object] = _ignore,
     ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
 
@@ -169,9 +178,18 @@ class Writer:
         or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
         during the commit nobody knows whether that was done, so then only if the operation is `repeatable`. Raises
         `StorageError`, and at once where there is no server to begin with.
+
+        On the kept connection `committed` is called with the result once that is a fact, even where an exception
+        that has another source, such as a signal, strikes right then.
         """
         if self.kept is not None:
-            return self._in_turn(self.kept, operation, is_single=is_single, survives_power_cut=survives_power_cut)
+            return self._in_turn(
+                self.kept,
+                operation,
+                is_single=is_single,
+                survives_power_cut=survives_power_cut,
+                committed=committed,
+            )
         began = False
         with use.inside(), translated(self._engine):
             for pause_s in _PAUSES_S:
@@ -200,22 +218,34 @@ class Writer:
         *,
         is_single: bool,
         survives_power_cut: bool,
+        committed: Callable[[Result], object],
     ) -> Result:
+        has_begun = is_committing = False
         # It keeps a fork waiting, too, like `use.inside`.
         with kept.turn:
+            outer, kept.is_in_use = kept.is_in_use, True
             try:
-                connection = kept.get(survives_power_cut=survives_power_cut)
+                connection = kept.get(is_nested=outer, survives_power_cut=survives_power_cut)
                 cursor = connection.cursor()
                 try:
                     if not is_single:
                         cursor.execute("BEGIN IMMEDIATE")
+                    has_begun = True
                     result = operation(Transaction(cursor, self._engine.dialect, self._compiled, is_own=True))
+                    is_committing = True
                     connection.commit()
-                except BaseException:
+                    committed(result)
+                except BaseException as error:
+                    if is_committing and not connection.in_transaction and not isinstance(error, self._refusals):
+                        committed(result)
+                    cursor.close()  # one that still returns rows would let no later transaction commit
                     connection.rollback()
                     raise
             except self._refusals as error:
-                raise StorageError(in_words(self._engine, error)) from error
+                kind = StorageError if has_begun else NotBegunError
+                raise kind(in_words(self._engine, error)) from error
+            finally:
+                kept.is_in_use = outer
             return result
 
     def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:

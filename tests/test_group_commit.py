@@ -1,14 +1,23 @@
+import ctypes
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import pytest
 
-from builders import rule_fired, statuses
-from outbox import Outbox, Policy, QueueFull, StorageError, group_commit
+from builders import OK, ScriptedClient, rule_fired, statuses
+from outbox import Outbox, Policy, QueueFull, StorageError, database, group_commit, sqlite
 from outbox.group_commit import GroupCommit
+from outbox.transaction import NotBegunError
 from test_processes import Child, beside_threads, can_fork
+
+
+class Grief(BaseException):
+    """What another thread, or a signal, raises in one."""
 
 
 class Busy:
@@ -17,9 +26,10 @@ class Busy:
     def __init__(self, commit: Callable[[list[str]], list[str]]) -> None:
         self._commit = commit
         self._goes_on = threading.Event()
-        self.group = GroupCommit(self._wait_and_commit)
+        self.group = GroupCommit(self._wait_and_commit, everyones=NotBegunError)
         self.returned: dict[str, object] = {}
-        self._threads: list[threading.Thread] = []
+        self.strikes: type[BaseException] = Grief
+        self.threads: dict[str, threading.Thread] = {}
         self._start("first")
         while not self.group._is_led or self.group._waiting:
             pass
@@ -34,14 +44,15 @@ class Busy:
     def end(self) -> dict[str, object]:
         """Let all go on; return what each work but the first one came to."""
         self._goes_on.set()
-        for thread in self._threads:
-            thread.join()
+        for thread in self.threads.values():
+            thread.join(20)
+            assert not thread.is_alive()
         assert self.returned.pop("first") == "FIRST"
         return self.returned
 
     def _start(self, work: str) -> None:
-        self._threads.append(threading.Thread(target=self._run, args=(work,)))
-        self._threads[-1].start()
+        self.threads[work] = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self.threads[work].start()
 
     def _run(self, work: str) -> None:
         try:
@@ -49,12 +60,14 @@ class Busy:
         except BaseException as error:
             self.returned[work] = error
 
-    def _wait_and_commit(self, works: list[str]) -> list[str]:
+    def _wait_and_commit(self, works: list[str], committed: Callable[[list[str]], None]) -> None:
         if works == ["first"]:
             self._goes_on.wait()
         else:
             works = self._commit(works)
-        return [work.upper() for work in works]
+        committed([work.upper() for work in works])
+        if "struck after the commit" in works:
+            raise self.strikes
 
 
 def test_who_waits_is_committed_together_and_gets_an_own_result() -> None:
@@ -97,10 +110,104 @@ def test_a_group_that_fails_is_done_one_by_one_and_only_who_is_to_blame_is_told(
     assert returned == {"a": "A", "c": "C"}
 
 
-def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_others() -> None:
-    class Grief(BaseException):
-        pass
+def test_where_the_transaction_could_not_begin_none_is_tried_by_itself() -> None:
+    groups: list[list[str]] = []
 
+    def commit(works: list[str]) -> list[str]:
+        groups.append(works)
+        raise NotBegunError("locked")
+
+    busy = Busy(commit)
+    busy.wait("a", "b", "c")
+    assert [type(error) for error in busy.end().values()] == [NotBegunError] * 3
+    assert groups == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("strikes", [Grief, TimeoutError])
+def test_what_is_committed_is_done_though_its_leader_was_struck_right_then(strikes: type[BaseException]) -> None:
+    groups: list[list[str]] = []
+
+    def commit(works: list[str]) -> list[str]:
+        groups.append(works)
+        return works
+
+    busy = Busy(commit)
+    busy.strikes = strikes
+    busy.wait("struck after the commit", "b", "c")
+    returned = busy.end()
+    assert isinstance(returned.pop("struck after the commit"), strikes)
+    assert returned == {"b": "B", "c": "C"}
+    assert groups == [["struck after the commit", "b", "c"]]
+
+
+@pytest.mark.parametrize("struck", "abcd")
+def test_a_thread_that_is_struck_while_it_waits_holds_up_nobody(struck: str) -> None:
+    busy = Busy(lambda works: works)
+    busy.wait(*"abcd")
+    ident = ctypes.c_ulong(busy.threads[struck].ident or 0)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Grief)) == 1
+    returned = busy.end()
+    assert isinstance(returned.pop(struck), Grief)
+    assert returned == {work: work.upper() for work in "abcd" if work != struck}
+    assert not busy.group._is_led
+
+
+def test_a_thread_that_is_struck_before_its_turn_begins_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = GroupCommit[str, str](lambda works, committed: committed(works), everyones=NotBegunError)
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            group.run("struck")
+        except BaseException as error:
+            raised.append(error)
+
+    class Striking:
+        def __enter__(self) -> None:
+            raise Grief
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    lock = group._lock
+    monkeypatch.setattr(group, "_lock", Striking())
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(group, "_lock", lock)
+    assert [type(error) for error in raised] == [Grief]
+    assert together(lambda: group.run("a")) == ["a"]
+
+
+def test_who_is_struck_while_still_waiting_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[str]] = []
+
+    def commit(works: list[str]) -> list[str]:
+        groups.append(works)
+        return works
+
+    def sleep(call: group_commit._Call[str, str]) -> None:
+        if call.work == "b" and "b" not in busy.returned:
+            raise Grief
+        unstruck(call)
+
+    unstruck = group_commit._Call.sleep
+    monkeypatch.setattr(group_commit._Call, "sleep", sleep)
+    busy = Busy(commit)
+    busy.wait("a")
+    busy._start("b")
+    while "b" not in busy.returned:
+        pass
+    busy.wait("c")
+    returned = busy.end()
+    assert isinstance(returned.pop("b"), Grief)
+    assert returned == {"a": "A", "c": "C"}
+    assert groups == [["a", "c"]]
+
+
+def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_others() -> None:
     came: list[list[str]] = []
 
     def commit(works: list[str]) -> list[str]:
@@ -145,6 +252,9 @@ def test_who_waits_in_the_parent_is_not_committed_in_a_child() -> None:
     busy.wait("parents")
 
     def run_in_a_thread_of_the_child() -> None:
+        # Before any thread of the child comes: of several at once, each would begin anew.
+        assert not busy.group._waiting
+        assert not busy.group._is_led
         thread = threading.Thread(target=busy.group.run, args=("childs",))
         thread.start()
         thread.join()
@@ -208,7 +318,7 @@ def test_a_signal_handler_that_enqueues_in_the_middle_of_an_insert_is_told(outbo
             os.kill(os.getpid(), signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, handle)
-    connection = outbox._store._writer.kept.get(survives_power_cut=True)
+    connection = outbox._store._writer.kept.get(is_nested=False, survives_power_cut=True)
     connection.set_trace_callback(interrupt)
     try:
         outbox.enqueue(rule_fired())
@@ -218,3 +328,84 @@ def test_a_signal_handler_that_enqueues_in_the_middle_of_an_insert_is_told(outbo
     assert len(told) == 1
     assert "this thread itself holds the write lock" in told[0]
     assert statuses(outbox) == ["pending"]
+
+
+# Interrupts in the main thread
+
+
+@contextmanager
+def interrupting_after(function: str, called: str) -> Iterator[list[BaseException]]:
+    """Interrupt a function of ours right after it called one of the driver's; what it raised is in the list then."""
+    failed: list[BaseException] = []
+
+    def profile(frame: FrameType, what: str, returning: object) -> None:
+        if (what, frame.f_code.co_name, getattr(returning, "__name__", "")) == ("c_return", function, called):
+            raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(profile)
+        yield failed
+    except KeyboardInterrupt as interrupt:
+        failed.append(interrupt)
+    finally:
+        sys.setprofile(None)
+    assert failed, f"{function} never called {called}"
+
+
+def test_what_is_committed_is_told_though_an_interrupt_strikes_right_then(outbox: Outbox) -> None:
+    told: list[str] = []
+    with interrupting_after("_in_turn", "commit"):
+        outbox._store._writer.run(lambda _: "done", committed=told.append)
+    assert told == ["done"]
+
+
+def test_an_interrupt_while_ids_are_read_leaves_nothing_that_hinders_later_commits(outbox: Outbox) -> None:
+    with interrupting_after("rows", "execute") as failed:
+        outbox.enqueue_many([rule_fired()] * 4)
+    assert outbox.enqueue(rule_fired()) == 1
+    assert failed[0].__traceback__  # who handles it has that, and so the cursor
+
+
+def test_a_transaction_that_was_interrupted_as_it_was_rolled_back_is_ended_by_the_next(
+    outbox: Outbox, url: str
+) -> None:
+    outbox._store._writer.kept.get(is_nested=False, survives_power_cut=True).execute("BEGIN IMMEDIATE")
+    assert outbox.enqueue(rule_fired()) == 1
+    with Outbox(url) as another:
+        assert another.enqueue(rule_fired()) == 2
+
+
+def test_after_an_interrupted_flush_events_are_still_synced(outbox: Outbox, url: str) -> None:
+    with Outbox(url, synchronous="FULL") as synced:
+        synced.enqueue(rule_fired())
+        with interrupting_after("get", "execute"):
+            synced.flush(ScriptedClient(OK))
+        synced.enqueue(rule_fired())
+        connection = synced._store._writer.kept._connection
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+# The kept connection
+
+
+def test_a_locked_file_is_nobodys_own_failure(outbox: Outbox, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_MS", 1)
+    locked = pytest.raises(NotBegunError, match="another program holds the write lock")
+    with Outbox(url) as impatient, database.writing(outbox.engine), locked:
+        impatient.enqueue(rule_fired())
+
+
+@can_fork
+def test_an_outbox_that_is_opened_during_a_fork_waits_for_its_end(outbox: Outbox, url: str) -> None:
+    opened: list[Outbox] = []
+    thread = threading.Thread(target=lambda: opened.append(Outbox(url)))
+    database._close_files()
+    try:
+        thread.start()
+        while thread.is_alive() and sys._current_frames()[thread.ident or 0].f_code.co_name != "inside":
+            pass
+    finally:
+        database._go_on()
+    thread.join()
+    with opened[0] as another:
+        assert together(lambda: another.enqueue(rule_fired()), outbox.pending_count)[0] == 1
