@@ -1,4 +1,3 @@
-import ctypes
 import os
 import signal
 import sys
@@ -141,11 +140,16 @@ def test_what_is_committed_is_done_though_its_leader_was_struck_right_then(strik
 
 
 @pytest.mark.parametrize("struck", "abcd")
-def test_a_thread_that_is_struck_while_it_waits_holds_up_nobody(struck: str) -> None:
+def test_a_thread_that_is_struck_as_it_wakes_holds_up_nobody(monkeypatch: pytest.MonkeyPatch, struck: str) -> None:
+    def sleep(call: group_commit._Call[str, str]) -> None:
+        unstruck(call)
+        if call.work == struck:
+            raise Grief
+
+    unstruck = group_commit._Call.sleep
+    monkeypatch.setattr(group_commit._Call, "sleep", sleep)
     busy = Busy(lambda works: works)
     busy.wait(*"abcd")
-    ident = ctypes.c_ulong(busy.threads[struck].ident or 0)
-    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Grief)) == 1
     returned = busy.end()
     assert isinstance(returned.pop(struck), Grief)
     assert returned == {work: work.upper() for work in "abcd" if work != struck}
@@ -205,6 +209,32 @@ def test_who_is_struck_while_still_waiting_is_not_committed(monkeypatch: pytest.
     assert isinstance(returned.pop("b"), Grief)
     assert returned == {"a": "A", "c": "C"}
     assert groups == [["a", "c"]]
+
+
+def test_who_is_struck_while_another_thread_commits_its_work_wakes_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    committing, struck = threading.Event(), threading.Event()
+
+    def commit(works: list[str]) -> list[str]:
+        committing.set()
+        struck.wait()
+        return works
+
+    def sleep(call: group_commit._Call[str, str]) -> None:
+        if call.work == "b" and not struck.is_set():
+            committing.wait()
+            struck.set()
+            raise Grief
+        unstruck(call)
+
+    unstruck = group_commit._Call.sleep
+    monkeypatch.setattr(group_commit._Call, "sleep", sleep)
+    busy = Busy(commit)
+    busy.wait("a", "b", "c")
+    returned = busy.end()
+    assert isinstance(returned.pop("b"), Grief)
+    assert returned == {"a": "A", "c": "C"}
 
 
 def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_others() -> None:
