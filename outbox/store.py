@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, scoped_session
 from outbox import statements as sql
 from outbox.clock import SharedClock, now_ms
 from outbox.database import is_mysql, reading, translated
-from outbox.failures import QueueFull
+from outbox.failures import QueueFull, StorageError
 from outbox.group_commit import GroupCommit
 from outbox.models import ObservationEvent
 from outbox.policy import Outcome, Policy
@@ -512,6 +512,8 @@ class Store:
                 values = [row[name] for row in several for name in sql.INSERTED]
                 named = dict(zip(sql.inserted_names(number), values, strict=True))
                 returned = transaction.rows(sql.insert_rows(number, notify=self._is_postgresql), **named)
+                if len(returned) < number:
+                    raise StorageError(f"a trigger of the database left out some of {number} events")
                 # In whatever order they are returned, they were given in that of the rows.
                 ids += sorted(row_id for row_id, *_ in returned)
         return ids

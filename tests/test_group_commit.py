@@ -439,3 +439,14 @@ def test_an_outbox_that_is_opened_during_a_fork_waits_for_its_end(outbox: Outbox
     thread.join()
     with opened[0] as another:
         assert together(lambda: another.enqueue(rule_fired()), outbox.pending_count)[0] == 1
+
+
+def test_events_that_a_trigger_leaves_out_are_not_mixed_up_with_others(outbox: Outbox) -> None:
+    with database.writing(outbox.engine) as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER left_out BEFORE INSERT ON observation_events WHEN new.session_id = 'b'"
+            " BEGIN SELECT RAISE(IGNORE); END"
+        )
+    with pytest.raises(StorageError, match="a trigger of the database left out some of 4 events"):
+        outbox.enqueue_many([rule_fired(session_id=name) for name in "abcd"])
+    assert statuses(outbox) == []
