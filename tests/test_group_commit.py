@@ -1,12 +1,15 @@
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import pytest
+from sqlalchemy import event
 
 from builders import OK, ScriptedClient, rule_fired, statuses
 from outbox import Outbox, Policy, QueueFull, StorageError, database, group_commit, sqlite
@@ -450,3 +453,22 @@ def test_events_that_a_trigger_leaves_out_are_not_mixed_up_with_others(outbox: O
     with pytest.raises(StorageError, match="a trigger of the database left out some of 4 events"):
         outbox.enqueue_many([rule_fired(session_id=name) for name in "abcd"])
     assert statuses(outbox) == []
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(outbox: Outbox, url: str, tmp_path: Path) -> None:
+    path = sqlite.sqlite_file(outbox.engine.url)
+    with Outbox.open(f"sqlite:///{tmp_path / 'new.db'}"):
+        pass  # its log is gone when it is closed
+    outbox.close()
+
+    @event.listens_for(outbox.engine, "checkout", once=True)
+    def replace(*_: object) -> None:
+        for log in path.parent.glob(f"{path.name}-*"):
+            log.unlink()
+        (tmp_path / "new.db").replace(path)
+
+    with contextlib.suppress(StorageError):
+        outbox.enqueue(rule_fired())  # it may come too late for this one
+    row_id = outbox.enqueue(rule_fired())
+    with Outbox(url) as another:
+        assert another.get(row_id) is not None
