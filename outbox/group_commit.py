@@ -49,11 +49,12 @@ class GroupCommit(Generic[Work, Result]):
 
     def run(self, work: Work) -> Result:
         """Return the result of the work, or raise why it was not done."""
-        call = _Call[Work, Result](work)
         if threading.current_thread() is threading.main_thread():
             # Signals interrupt this thread, and must not strike the work of others.
-            self._commit([work], call.returned.extend)
-            return call.returned[0]
+            returned: list[Result] = []
+            self._commit([work], returned.extend)
+            return returned[0]
+        call = _Call[Work, Result](work)
         try:
             with self._lock:
                 # Without any call, at whose end it could be struck.

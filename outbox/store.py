@@ -500,11 +500,12 @@ class Store:
     def _insert(self, transaction: Transaction, rows: Sequence[dict[str, Any]]) -> list[int]:
         """Insert rows, and return their ids in the order of the rows."""
         single = sql.INSERT_AND_NOTIFY if self._is_postgresql else sql.INSERT
+        if len(rows) == 1 or self._is_mysql:  # which tells the id of a single row only
+            return transaction.insert(single, rows)
         ids: list[int] = []
         while len(ids) < len(rows):
             left = len(rows) - len(ids)
-            # MySQL tells the id of a single row only.
-            number = 1 if self._is_mysql else next(size for size in _INSERTED_AT_ONCE if size <= left)
+            number = next(size for size in _INSERTED_AT_ONCE if size <= left)
             several = rows[len(ids) : len(ids) + number]
             if number == 1:
                 ids += transaction.insert(single, several)
