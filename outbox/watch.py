@@ -45,13 +45,13 @@ def watch(outbox: Outbox, database: str, *, interval_s: int, in_json: bool) -> N
     """Show the queue every so many seconds until an interrupt: drawn on a terminal, else one line each."""
     looks = _look_again_and_again(outbox, interval_s)
     if in_json:
-        for look in looks:
+        for look in looks:  # pragma: no branch - only an interrupt ends it
             rates = {"recorded_per_s": look.recorded_per_s, "sent_per_s": look.sent_per_s}
             say(as_json({**status_as_dict(look.stats, database), **rates}))
     elif sys.stdout.isatty():
         _draw(looks, database, f"every {duration(interval_s * 1_000)}, Ctrl-C ends it")
     else:
-        for look in looks:
+        for look in looks:  # pragma: no branch - only an interrupt ends it
             say(_line(look))
 
 
@@ -85,7 +85,7 @@ def _draw(looks: Iterator[Look], database: str, caption: str) -> None:
     console = Console()
     curves: Curves = {name: deque(maxlen=_MOST_LOOKS) for name in ("depth", "recorded", "sent")}
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        for look in looks:
+        for look in looks:  # pragma: no branch - only an interrupt ends it
             values = (look.depth, look.recorded_per_s or 0, look.sent_per_s or 0)
             for curve, value in zip(curves.values(), values, strict=True):
                 curve.append(value)

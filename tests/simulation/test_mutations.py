@@ -128,8 +128,8 @@ MUTATIONS = {
     ),
     "an insert that is tried again after a lost commit": Mutation(
         "store.py",
-        "ids, deleted = self._writer.run(insert_and_trim)",
-        "ids, deleted = self._writer.run(insert_and_trim, repeatable=True)",
+        "return self._writer.run(partial(insert, trims=True), committed=committed)",
+        "return self._writer.run(partial(insert, trims=True), committed=committed, repeatable=True)",
         (LOSS,),
     ),
 }
