@@ -31,12 +31,12 @@ from outbox.maintenance import PurgeReport, RequeueReport
 from outbox.models import ObservationEvent
 from outbox.outbox import Outbox
 from outbox.policy import Policy
-from outbox.statements import Pause
 
 if TYPE_CHECKING:
     from outbox.client import HttpClient
     from outbox.flusher import BatchItem, FlushReport, UploadClient
     from outbox.hooks import Hooks, Settled, SettledEvent, Upload
+    from outbox.statements import Pause
     from outbox.stats import Stats
     from outbox.worker import Worker
 
@@ -78,11 +78,12 @@ __all__ = [
 ]
 
 
-# What only programs that deliver or look need, loaded on use; the HTTP client brings requests along.
+# What only programs need that open an outbox, deliver or look, loaded on use; the client brings requests along.
 _ON_USE = {
     "outbox.client": ("HttpClient",),
     "outbox.flusher": ("BatchItem", "FlushReport", "UploadClient"),
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
+    "outbox.statements": ("Pause",),
     "outbox.stats": ("Stats",),
     "outbox.worker": ("Worker",),
 }

@@ -19,7 +19,6 @@ from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.policy import Policy
 from outbox.sqlite import Synchronous
-from outbox.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +60,9 @@ class Outbox:
         """Called when this object may have made events due: after the commit of an `enqueue`, and the like."""
         self.hooks: list[Hooks] = []
         """Told what became of events that this object, or a worker of it, flushed."""
+        # It builds all statements, and not every program that imports this opens an outbox.
+        from outbox.store import Store  # noqa: PLC0415 - as said
+
         self._store = Store(self.engine)
         self._redact = redact
         self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
