@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 
 project = "outbox"
 version = release = installed_version("observation-outbox")
-copyright = "the outbox developers"  # noqa: A001 - the name is Sphinx's
+project_copyright = "the outbox developers"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 # The links in the pages go to headings too, as they do where the repository is browsed.

@@ -60,8 +60,7 @@ class Outbox:
         """Called when this object may have made events due: after the commit of an `enqueue`, and the like."""
         self.hooks: list[Hooks] = []
         """Told what became of events that this object, or a worker of it, flushed."""
-        # It builds all statements, and not every program that imports this opens an outbox.
-        from outbox.store import Store  # noqa: PLC0415 - as said
+        from outbox.store import Store  # noqa: PLC0415 - it builds all statements, for who opens an outbox only
 
         self._store = Store(self.engine)
         self._redact = redact
@@ -170,7 +169,7 @@ class Outbox:
 
         `progress` is called with the report of each batch.
         """
-        from outbox import flusher  # noqa: PLC0415 - as above
+        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load what delivers
 
         return flusher.flush_all(self._store, self.policy, client, progress, hooks=self.hooks)
 
@@ -221,7 +220,7 @@ class Outbox:
 
     def stats(self) -> Stats:
         """Return what is queued, what is stuck, and the likely cause."""
-        from outbox import stats  # noqa: PLC0415 - as above
+        from outbox import stats  # noqa: PLC0415 - programs that only enqueue need not load what looks
 
         return stats.gather(self._store, now_ms=self._store.now_ms(), lease_ms=self.policy.lease_ms)
 

@@ -93,6 +93,12 @@ def on_statement(outbox: Outbox, seen: Callable[[str], object]) -> None:
     event.listen(outbox.engine, "connect", lambda connection, _: connection.set_trace_callback(seen))
 
 
+def run_code(code: str, name: str, namespace: dict[str, Any]) -> None:
+    """Run the code of a page in a namespace, where all that it defines stays, also when it fails."""
+    own = compile(code, name, "exec", dont_inherit=True)  # without the __future__ of this file
+    exec(own, namespace)  # noqa: S102 - to run what the pages show is the test
+
+
 def columns_of(found: ObservationEvent) -> dict[str, Any]:
     return {column.name: getattr(found, column.name) for column in ObservationEvent.__table__.columns}
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 import outbox
-from builders import DOWN, ScriptedClient, rule_fired
+from builders import DOWN, ScriptedClient, rule_fired, run_code
 from outbox import Event, HttpFailure, Outbox, SchemaError, events, metrics, schema, testing
 from outbox.cli import main
 from outbox.testing import ScriptedServer
@@ -110,7 +110,7 @@ def test_every_block_is_run_or_checked(page: str) -> None:
 def run_python(page: str, namespace: dict, *, url: str = EXAMPLE_SERVER) -> dict:
     """Run the blocks of a page one after the other, as one program."""
     for block in blocks(page, "python"):
-        exec(compile(block.replace(EXAMPLE_SERVER, url), page, "exec"), namespace)  # noqa: S102 - our own
+        run_code(block.replace(EXAMPLE_SERVER, url), page, namespace)
     return namespace
 
 
@@ -231,11 +231,11 @@ def test_a_table_of_ones_own_is_moved_over_once_and_in_order(folder: Path, capsy
         )
     namespace: dict = {}
     with pytest.raises(ValueError, match="no event type for 'lost'"):
-        exec(compile(copy, "move.md", "exec"), namespace)  # noqa: S102 - our own
+        run_code(copy, "move.md", namespace)
     namespace["engine"].dispose()
     with closing(sqlite3.connect("shop.db")) as connection, connection:
         connection.execute("DELETE FROM webhook_queue WHERE kind = 'lost'")
-    exec(compile(copy, "move.md", "exec"), namespace)  # noqa: S102 - our own
+    run_code(copy, "move.md", namespace)
     assert capsys.readouterr().out == "1200 events to deliver\n"
     moved = [row.event_type for row in namespace["outbox"].find(limit=2_000)]
     client = ScriptedClient()
@@ -280,9 +280,10 @@ class Shell:
             step for step in _steps(page) if not step[0].startswith(("pip ", "python -m pip ", "make ", *skip))
         ]
         lines = ["set -euo pipefail"]
-        for number, (command, _) in enumerate(steps):
+        for number, (shown, _) in enumerate(steps):
+            command = shown
             for old, new in (replaced or {}).items():
-                command = command.replace(old, new)  # noqa: PLW2901 - as it runs here
+                command = command.replace(old, new)
             lines.append(command)
             if command.startswith("kill "):
                 lines.append("wait || true")
@@ -410,14 +411,14 @@ def test_the_commands_to_upgrade_and_to_go_back_run(shell: Shell) -> None:
 @covers("docs/privacy.md", "console", "python")
 def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, capsys) -> None:
     namespace: dict[str, object] = {}
-    redacting, wiping = (compile(block, "privacy.md", "exec") for block in blocks("docs/privacy.md", "python"))
-    exec(redacting, namespace)  # noqa: S102 - our own
+    redacting, wiping = blocks("docs/privacy.md", "python")
+    run_code(redacting, "privacy.md", namespace)
     assert capsys.readouterr().out == "*.py\n"
     assert "shop" not in namespace["outbox"].get(1).payload_json
     said = "".join(shell.run("docs/privacy.md"))
     assert said.startswith("0 would be purged, 0 of them undelivered\n1 purged, 1 of them undelivered\n")
     assert "deleted so far, 1 of them undelivered:" in said
-    exec(wiping, namespace)  # noqa: S102 - our own
+    run_code(wiping, "privacy.md", namespace)
     left = [file.read_bytes() for file in shell.folder.glob("outbox.db*")]
     assert left
     assert not [data for data in left if b"no-float-money" in data]

@@ -25,8 +25,9 @@ class Grief(BaseException):
 class Busy:
     """Threads that want their work committed while one of them is at it, until `end`."""
 
-    def __init__(self, commit: Callable[[list[str]], list[str]]) -> None:
+    def __init__(self, commit: Callable[[list[str]], object] = list) -> None:
         self._commit = commit
+        self.groups: list[list[str]] = []
         self._goes_on = threading.Event()
         self.group = GroupCommit(self._wait_and_commit, everyones=NotBegunError)
         self.returned: dict[str, object] = {}
@@ -66,44 +67,32 @@ class Busy:
         if works == ["first"]:
             self._goes_on.wait()
         else:
-            works = self._commit(works)
+            self.groups.append(works)
+            self._commit(works)
         committed([work.upper() for work in works])
         if "struck after the commit" in works:
             raise self.strikes
 
 
 def test_who_waits_is_committed_together_and_gets_an_own_result() -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
-    busy = Busy(commit)
+    busy = Busy()
     busy.wait("a", "b", "c")
     assert busy.end() == {"a": "A", "b": "B", "c": "C"}
-    assert groups == [["a", "b", "c"]]
+    assert busy.groups == [["a", "b", "c"]]
 
 
 def test_a_group_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_commit, "_LARGEST_GROUP", 2)
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
-    busy = Busy(commit)
+    busy = Busy()
     busy.wait(*"abcde")
     assert busy.end() == {"a": "A", "b": "B", "c": "C", "d": "D", "e": "E"}
-    assert groups == [["a", "b"], ["c", "d"], ["e"]]
+    assert busy.groups == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_a_group_that_fails_is_done_one_by_one_and_only_who_is_to_blame_is_told() -> None:
-    def commit(works: list[str]) -> list[str]:
+    def commit(works: list[str]) -> None:
         if "bad" in works:
             raise ValueError("bad")
-        return works
 
     busy = Busy(commit)
     busy.wait("a", "bad", "c")
@@ -113,33 +102,24 @@ def test_a_group_that_fails_is_done_one_by_one_and_only_who_is_to_blame_is_told(
 
 
 def test_where_the_transaction_could_not_begin_none_is_tried_by_itself() -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
+    def commit(_: list[str]) -> None:
         raise NotBegunError("locked")
 
     busy = Busy(commit)
     busy.wait("a", "b", "c")
     assert [type(error) for error in busy.end().values()] == [NotBegunError] * 3
-    assert groups == [["a", "b", "c"]]
+    assert busy.groups == [["a", "b", "c"]]
 
 
 @pytest.mark.parametrize("strikes", [Grief, TimeoutError])
 def test_what_is_committed_is_done_though_its_leader_was_struck_right_then(strikes: type[BaseException]) -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
-    busy = Busy(commit)
+    busy = Busy()
     busy.strikes = strikes
     busy.wait("struck after the commit", "b", "c")
     returned = busy.end()
     assert isinstance(returned.pop("struck after the commit"), strikes)
     assert returned == {"b": "B", "c": "C"}
-    assert groups == [["struck after the commit", "b", "c"]]
+    assert busy.groups == [["struck after the commit", "b", "c"]]
 
 
 @pytest.mark.parametrize("struck", "abcd")
@@ -151,7 +131,7 @@ def test_a_thread_that_is_struck_as_it_wakes_holds_up_nobody(monkeypatch: pytest
 
     unstruck = group_commit._Call.sleep
     monkeypatch.setattr(group_commit._Call, "sleep", sleep)
-    busy = Busy(lambda works: works)
+    busy = Busy()
     busy.wait(*"abcd")
     returned = busy.end()
     assert isinstance(returned.pop(struck), Grief)
@@ -189,12 +169,6 @@ def test_a_thread_that_is_struck_before_its_turn_begins_leaves_nothing_behind(
 
 
 def test_who_is_struck_while_still_waiting_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
     def sleep(call: group_commit._Call[str, str]) -> None:
         if call.work == "b" and "b" not in busy.returned:
             raise Grief
@@ -202,7 +176,7 @@ def test_who_is_struck_while_still_waiting_is_not_committed(monkeypatch: pytest.
 
     unstruck = group_commit._Call.sleep
     monkeypatch.setattr(group_commit._Call, "sleep", sleep)
-    busy = Busy(commit)
+    busy = Busy()
     busy.wait("a")
     busy._start("b")
     while "b" not in busy.returned:
@@ -211,7 +185,7 @@ def test_who_is_struck_while_still_waiting_is_not_committed(monkeypatch: pytest.
     returned = busy.end()
     assert isinstance(returned.pop("b"), Grief)
     assert returned == {"a": "A", "c": "C"}
-    assert groups == [["a", "c"]]
+    assert busy.groups == [["a", "c"]]
 
 
 def test_who_is_struck_while_another_thread_commits_its_work_wakes_the_next(
@@ -219,10 +193,9 @@ def test_who_is_struck_while_another_thread_commits_its_work_wakes_the_next(
 ) -> None:
     committing, struck = threading.Event(), threading.Event()
 
-    def commit(works: list[str]) -> list[str]:
+    def commit(_: list[str]) -> None:
         committing.set()
         struck.wait()
-        return works
 
     def sleep(call: group_commit._Call[str, str]) -> None:
         if call.work == "b" and not struck.is_set():
@@ -241,47 +214,31 @@ def test_who_is_struck_while_another_thread_commits_its_work_wakes_the_next(
 
 
 def test_work_that_a_leader_took_on_and_came_to_grief_with_is_done_by_others() -> None:
-    came: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        came.append(works)
-        if len(came) == 1:
+    def commit(_: list[str]) -> None:
+        if len(busy.groups) == 1:
             raise Grief
-        return works
 
     busy = Busy(commit)
     busy.wait("a", "b", "c")
     returned = busy.end()
     assert isinstance(returned.pop("a"), Grief)
     assert returned == {"b": "B", "c": "C"}
-    assert came == [["a", "b", "c"], ["b", "c"]]
+    assert busy.groups == [["a", "b", "c"], ["b", "c"]]
 
 
 def test_the_main_thread_takes_on_no_work_of_others() -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
-    busy = Busy(commit)
+    busy = Busy()
     busy.wait("a", "b")
     assert busy.group.run("own") == "OWN"
-    assert groups == [["own"]]
+    assert busy.groups == [["own"]]
     busy.end()
-    assert groups == [["own"], ["a", "b"]]
+    assert busy.groups == [["own"], ["a", "b"]]
 
 
 @can_fork
 @beside_threads
 def test_who_waits_in_the_parent_is_not_committed_in_a_child() -> None:
-    groups: list[list[str]] = []
-
-    def commit(works: list[str]) -> list[str]:
-        groups.append(works)
-        return works
-
-    busy = Busy(commit)
+    busy = Busy()
     busy.wait("parents")
 
     def run_in_a_thread_of_the_child() -> None:
@@ -291,13 +248,13 @@ def test_who_waits_in_the_parent_is_not_committed_in_a_child() -> None:
         thread = threading.Thread(target=busy.group.run, args=("childs",))
         thread.start()
         thread.join()
-        assert groups == [["childs"]]
+        assert busy.groups == [["childs"]]
 
     child = Child(run_in_a_thread_of_the_child)
     child.act()
     child.end()
     busy.end()
-    assert groups == [["parents"]]
+    assert busy.groups == [["parents"]]
 
 
 # In an outbox

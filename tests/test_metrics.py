@@ -10,9 +10,9 @@ import sys
 import types
 from datetime import timedelta
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
+import requests
 from freezegun import freeze_time
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -247,8 +247,8 @@ def test_the_time_of_uploads_is_told_by_their_result(outbox: Outbox, registry: C
 
 def test_they_are_served_with_those_of_the_process(outbox: Outbox) -> None:
     outbox.enqueue(rule_fired())
-    with serve(outbox, port=0, address="127.0.0.1") as url, urlopen(url) as answer:  # noqa: S310 - our own
-        text = answer.read().decode()
+    with serve(outbox, port=0, address="127.0.0.1") as url:
+        text = requests.get(url, timeout=20).text
     assert 'outbox_events{event_type="rule_fired",state="pending"} 1.0' in text
     assert "python_info" in text
 
@@ -279,8 +279,7 @@ def test_run_serves_them(outbox: Outbox, url: str, monkeypatch) -> None:
         said = run.stderr.readline()
         assert said.startswith("outbox: metrics at http://127.0.0.1:")
         assert run.stderr.readline().startswith("outbox: delivering from ")
-        with urlopen(said.split()[-1]) as answer:  # noqa: S310 - our own
-            assert "outbox_up 1.0" in answer.read().decode()
+        assert "outbox_up 1.0" in requests.get(said.split()[-1], timeout=20).text
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=60)
     assert run.returncode == 0

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from builders import ScriptedClient, rule_fired, statuses
+from builders import ScriptedClient, rule_fired, run_code, statuses
 from outbox import HttpClient, HttpFailure, Outbox, Worker
 from outbox.hooks import OUTCOMES
 from outbox.metrics import OutboxMetrics
@@ -188,7 +188,7 @@ def test_the_code_that_exports_metrics_runs(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(OutboxMetrics.__init__, "__kwdefaults__", {"registry": registry})
     namespace: dict[str, object] = {}
     code = blocks(PAGE, "python")[1].replace("(9464,", "(0,")
-    exec(compile(code, PAGE, "exec"), namespace)  # noqa: S102 - our own
+    run_code(code, PAGE, namespace)
     assert registry.get_sample_value("outbox_up") == 1
     namespace["outbox"].close()
     namespace["server"].shutdown()
@@ -198,7 +198,7 @@ def test_the_code_that_exports_metrics_runs(tmp_path: Path, monkeypatch) -> None
 def test_the_hook_of_the_page_tells_what_is_given_up(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    exec(compile(blocks(PAGE, "python")[0], PAGE, "exec"), namespace)  # noqa: S102 - our own
+    run_code(blocks(PAGE, "python")[0], PAGE, namespace)
     with namespace["outbox"] as outbox, IngestServer() as server, HttpClient(server.url, token="t") as client:
         outbox.enqueue_many([rule_fired(), rule_fired(session_id="poison")])
         outbox.flush(client)
