@@ -342,10 +342,10 @@ def run(  # noqa: PLR0913 - click passes each option by its name
     ):
         worker = Worker(outbox, client, concurrency=concurrency)
         try:
-            worker.start()
             if not capture.is_off():  # else the worker says so
                 where = outbox.engine.url.render_as_string(hide_password=True)
                 say(f"outbox: delivering from {escape(where)} to {escape(url)}", err=True)
+            worker.start()
             while True:
                 time.sleep(_LONG_S)
         except KeyboardInterrupt:
