@@ -17,6 +17,8 @@ check: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The site, in build/docs/index.html. Nothing is fetched for it, and its pages fetch nothing.
 docs: $(VENV)/docs
@@ -27,6 +29,7 @@ simulate: $(VENV)/dev
 	$(BIN)/python -m tests.simulation $(or $(SEEDS),10000)
 
 kill: $(VENV)/dev
+	OUTBOX_KILL_EVERY_STEP=yes $(BIN)/python -m pytest -q tests/promises/test_kills.py
 	$(BIN)/python -m tests.kill 1000
 
 # Minutes. Prints tables, and keeps them in benchmarks/results.json, docs/performance.svg and docs/performance.md;
@@ -47,6 +50,7 @@ $(VENV)/project: pyproject.toml
 
 $(VENV)/dev: $(VENV)/project
 	$(BIN)/python -m pip install --quiet --group dev
+	if command -v mariadb_config >/dev/null; then $(BIN)/python -m pip install --quiet --group compiled-drivers; fi
 	touch $@
 
 $(VENV)/docs: $(VENV)/project

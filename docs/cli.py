@@ -12,16 +12,31 @@ PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """\
 # Command line
 
-What each command of `outbox` does, as `outbox COMMAND --help` says it. Ages are a number and a unit, as in
-`30s`, `10m`, `12h`, `7d`.
+This page lists all commands of `outbox` and their options, as `outbox COMMAND --help` shows them. An AGE is a
+number and a unit, such as `30s`, `10m`, `12h` or `7d`. The option `--older-than` also accepts a date and time with
+its zone, such as `2026-11-24T12:00:00Z`.
 
-Some settings come from the environment only:
+Every command also has the options `--config`, `--database`, `--types` and `--json`, which are listed once, under
+`outbox`. There are two exceptions: `run` has no `--json`, and `receive` and `demo` have none of the four.
 
-| variable | |
+The commands refuse a database in memory, such as `sqlite://`, because its events would end with the command. A
+relative path is resolved once, when the command starts. A closed standard output or standard error works like
+`/dev/null`.
+
+Bounds on the queue come from the options `--max-rows`, `--max-undelivered`, `--max-sent`, `--when-full` and
+`--keep-sent`, from the environment, or from [outbox.toml](outbox-toml.md). Without them, no command
+deletes an event to make room, or rejects one, because the application may want to keep more. If only the command
+line uses a database, set `OUTBOX_MAX_SENT` or `OUTBOX_KEEP_SENT`; otherwise delivered events stay for ever.
+
+These settings come only from environment variables:
+
+| variable | meaning |
 | --- | --- |
-| `OUTBOX_TOKEN` | the token of the service; it goes before `OUTBOX_TOKEN_FILE` |
-| `OUTBOX_TOKEN_FILE` | a file that holds it, which is read before each request |
-| `OUTBOX_CAPTURE` | with `false` nothing is recorded and nothing is sent: [the opt-out](privacy.md#the-opt-out) |
+| `OUTBOX_TOKEN` | the token for the service; it overrides `OUTBOX_TOKEN_FILE` |
+| `OUTBOX_TOKEN_FILE` | path of a file that holds the token; it is read before each request |
+| `OUTBOX_CAPTURE` | `false` turns capture off; see [the opt-out](privacy.md#the-opt-out) |
+
+Any command but `receive` and `demo` reads [outbox.toml](outbox-toml.md), if there is one.
 """
 
 
@@ -38,9 +53,12 @@ def _section(name: str, command: click.Command) -> str:
     )
     epilog = (command.epilog or "").removeprefix("Example: ")
     text = [f"## {name}{arguments}\n", inspect.cleandoc(command.help or "") + "\n"]
-    options = [_row(param) for param in command.params if isinstance(param, click.Option)]
+    shared = () if command is main else {param.name for param in main.params}
+    options = [
+        _row(param) for param in command.params if isinstance(param, click.Option) and param.name not in shared
+    ]
     if options:
-        text += ["| option | | |", "| --- | --- | --- |", *options, ""]
+        text += ["| option | meaning | values |", "| --- | --- | --- |", *options, ""]
     return "\n".join([*text, f"Example: `{epilog}`\n"])
 
 
@@ -51,11 +69,11 @@ def _row(option: click.Option) -> str:
     if isinstance(option.type, click.IntRange):
         notes.append(f"from {option.type.min} to {option.type.max}")
     if option.show_default:
-        notes.append(f"{option.default} if not said")
+        notes.append(f"default {option.default}")
     if option.required:
         notes.append("required")
     if option.envvar:
-        notes.append(f"or `{option.envvar}` in the environment")
+        notes.append(f"environment variable `{option.envvar}`")
     names = " ".join([", ".join(option.opts), option.metavar or ""]).strip()
     return f"| `{names}` | {option.help} | {'; '.join(notes)} |"
 

@@ -1,6 +1,7 @@
-"""How the pages in this folder become a site: `make docs`.
+"""Sphinx settings: `make docs` builds a site from the pages in this folder.
 
-Sphinx, for MkDocs has had no release since 2024, and Material for MkDocs is maintained until May 2027 only.
+Sphinx was chosen because MkDocs has had no release since 2024, and Material for MkDocs is maintained only until
+May 2027.
 """
 
 from importlib.metadata import version as installed_version
@@ -13,15 +14,15 @@ version = release = installed_version("observation-outbox")
 project_copyright = "the outbox developers"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-# The links in the pages go to headings too, as they do where the repository is browsed.
+# Links to headings work on the site as they do in the repository browser.
 myst_heading_anchors = 3
-# Every page of the site is a file that can be read without it.
+# The site needs no copies of the sources: each page is also readable in the repository.
 html_theme = "furo"
 html_title = "outbox"
 html_copy_source = False
 html_show_sphinx = False
 
-# The docstrings say `name` where they mean code, which is a link where it is a name of ours.
+# In docstrings, `name` means code; if it is one of our names, it becomes a link.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -31,7 +32,7 @@ python_maximum_signature_line_length = 80
 
 
 def setup(app: Sphinx) -> None:
-    """Let signatures be read that have a default which no source text stands for."""
+    """Replace `<factory>` in signatures, which is not valid Python, with `...`."""
 
     def readable(*told: Any) -> tuple[str, str | None] | None:
         signature, returned = told[-2:]

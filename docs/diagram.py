@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from outbox.lifecycle import TRANSITIONS, diagram
+from outbox.lifecycle import diagram, moves
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "lifecycle.svg"
 
-# The centres of the states, and how far the line between two of them bends aside.
-STATES = {
+# The centres of the statuses, and how far the line between two of them bends aside.
+STATUSES = {
     "pending": (100, 120),
     "sending": (370, 120),
     "sent": (640, 120),
@@ -32,10 +32,10 @@ HALF_WIDTH, HALF_HEIGHT = 52, 19
 
 def picture() -> str:
     """Return the moves as an SVG, which is shown where there is no Mermaid."""
-    moves: dict[tuple[str, str], list[str]] = {}
-    for move in TRANSITIONS:
+    triggers_of: dict[tuple[str, str], list[str]] = {}
+    for move in moves().values():
         for source in move.sources:
-            moves.setdefault((source.value, move.destination.value), []).append(move.trigger)
+            triggers_of.setdefault((source.value, move.target.value), []).append(move.trigger)
     lines = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 360" font-family="sans-serif" font-size="13">',
         "<defs>",
@@ -44,7 +44,7 @@ def picture() -> str:
         '<rect width="740" height="360" fill="#fff"/>',
     ]
     words = []
-    for (source, destination), triggers in moves.items():
+    for (source, destination), triggers in triggers_of.items():
         path, (x, y) = _line(source, destination)
         told = ", ".join(triggers)
         lines.append(f'<path d="{path}" fill="none" stroke="#555" marker-end="url(#tip)"/>')
@@ -54,7 +54,7 @@ def picture() -> str:
             f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" fill="#222">{told}</text>',
         ]
     lines += words
-    for name, (x, y) in STATES.items():
+    for name, (x, y) in STATUSES.items():
         box = f'x="{x - HALF_WIDTH}" y="{y - HALF_HEIGHT}" width="{2 * HALF_WIDTH}" height="{2 * HALF_HEIGHT}"'
         lines += [
             f'<rect {box} rx="9" fill="#e8eef7" stroke="#335"/>',
@@ -64,8 +64,8 @@ def picture() -> str:
 
 
 def _line(source: str, destination: str) -> tuple[str, tuple[float, float]]:
-    """Return a path between the edges of two states, and where its words stand."""
-    (x1, y1), (x2, y2) = STATES[source], STATES[destination]
+    """Return a path between the edges of two statuses, and where its words stand."""
+    (x1, y1), (x2, y2) = STATUSES[source], STATUSES[destination]
     if source == destination:
         top = y1 - HALF_HEIGHT
         return f"M{x1 - 18} {top}C{x1 - 40} {top - 55} {x1 + 40} {top - 55} {x1 + 18} {top}", (x1, top - 42)
@@ -77,9 +77,9 @@ def _line(source: str, destination: str) -> tuple[str, tuple[float, float]]:
     return f"M{start_x:.0f} {start_y:.0f}Q{turn_x:.0f} {turn_y:.0f} {end_x:.0f} {end_y:.0f}", middle
 
 
-def _edge(state: str, x: float, y: float) -> tuple[float, float]:
-    """Return where a line from the centre of a state towards this point leaves it."""
-    centre_x, centre_y = STATES[state]
+def _edge(status: str, x: float, y: float) -> tuple[float, float]:
+    """Return where a line from the centre of a status towards this point leaves it."""
+    centre_x, centre_y = STATUSES[status]
     part = 1 / max(abs(x - centre_x) / HALF_WIDTH, abs(y - centre_y) / HALF_HEIGHT)
     return centre_x + (x - centre_x) * part, centre_y + (y - centre_y) * part
 

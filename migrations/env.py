@@ -3,18 +3,20 @@
 import os
 
 from alembic import context
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Index
 from sqlalchemy.schema import SchemaItem
 
-from outbox.database import default_url, migrating, open_engine
-from outbox.models import VERSION_TABLE, Base
 from outbox.schema import include_name
-from outbox.sqlite import create_file
+from outbox.storage.dialects import dialect_of
+from outbox.storage.engines import default_url, migrating, open_engine
+from outbox.storage.tables import VERSION_TABLE, Base, ObservationEvent
 
 
 def run(connection: Connection) -> None:
     def is_meant_for_it(item: SchemaItem, *_: object) -> bool:
-        return connection.dialect.name in item.info.get("on", (connection.dialect.name,))
+        if not isinstance(item, Index) or item.table is None or item.table.name != ObservationEvent.__tablename__:
+            return True
+        return item.name in dialect_of(connection).indexes
 
     context.configure(
         connection=connection,
@@ -45,7 +47,7 @@ elif (handed_over := context.config.attributes.get("connection")) is not None:
     run(handed_over)
 else:
     engine = open_engine(named_url())
-    create_file(engine.url)
+    dialect_of(engine).create_file(engine.url)
     with migrating(engine) as own:
         run(own)
     engine.dispose()

@@ -5,15 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from outbox.events import (
-    Event,
-    FixOutcome,
-    Instant,
-    McpRuleServed,
-    RuleActuallyCited,
-    RuleCitedInEdit,
-    RuleFired,
-)
+from outbox.event_types import FixOutcome, McpRuleServed, RuleActuallyCited, RuleCitedInEdit, RuleFired
+from outbox.events import Event, Instant
 from outbox.failures import (
     ConfigurationError,
     HttpFailure,
@@ -28,24 +21,32 @@ from outbox.failures import (
 )
 from outbox.lifecycle import Status
 from outbox.maintenance import PurgeReport, RequeueReport
-from outbox.models import ObservationEvent
 from outbox.outbox import Outbox
-from outbox.policy import Policy
+from outbox.policy import Policy, Verdict
+from outbox.storage.tables import ObservationEvent
 
 if TYPE_CHECKING:
-    from outbox.client import HttpClient
-    from outbox.flusher import BatchItem, FlushReport, UploadClient
     from outbox.hooks import Hooks, Settled, SettledEvent, Upload
-    from outbox.statements import Pause
+    from outbox.records import BatchItem, FlushReport, Pause, UploadClient
     from outbox.stats import Stats
+    from outbox.upload.auth import NO_AUTH, ApiKey
+    from outbox.upload.client import HttpClient
+    from outbox.upload.formats import CloudEvents, Format
+    from outbox.upload.oauth import ClientCredentials
+    from outbox.upload.signing import StandardWebhooks
     from outbox.worker import Worker
 
 __all__ = [
+    "NO_AUTH",
+    "ApiKey",
     "BatchItem",
+    "ClientCredentials",
+    "CloudEvents",
     "ConfigurationError",
     "Event",
     "FixOutcome",
     "FlushReport",
+    "Format",
     "Hooks",
     "HttpClient",
     "HttpFailure",
@@ -67,6 +68,7 @@ __all__ = [
     "SchemaError",
     "Settled",
     "SettledEvent",
+    "StandardWebhooks",
     "Stats",
     "Status",
     "StorageError",
@@ -74,16 +76,20 @@ __all__ = [
     "Upload",
     "UploadClient",
     "UploadFailure",
+    "Verdict",
     "Worker",
 ]
 
 
 # What only programs need that open an outbox, deliver or look, loaded on use; the client brings requests along.
 _ON_USE = {
-    "outbox.client": ("HttpClient",),
-    "outbox.flusher": ("BatchItem", "FlushReport", "UploadClient"),
+    "outbox.upload.auth": ("NO_AUTH", "ApiKey"),
+    "outbox.upload.client": ("HttpClient",),
+    "outbox.upload.formats": ("CloudEvents", "Format"),
+    "outbox.upload.oauth": ("ClientCredentials",),
+    "outbox.upload.signing": ("StandardWebhooks",),
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
-    "outbox.statements": ("Pause",),
+    "outbox.records": ("BatchItem", "FlushReport", "Pause", "UploadClient"),
     "outbox.stats": ("Stats",),
     "outbox.worker": ("Worker",),
 }

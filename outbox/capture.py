@@ -1,13 +1,13 @@
-"""The opt-out of whoever runs the program, in the environment."""
+"""The opt-out: an environment variable that turns capture off."""
 
 from __future__ import annotations
 
 import os
 
 IS_OFF = "capture is off (OUTBOX_CAPTURE=false)"
-PAUSED = f"delivery is paused, {IS_OFF}"
+"""Why nothing is enqueued and nothing is sent."""
 
 
 def is_off() -> bool:
-    """Tell whether nothing is to be recorded, and nothing that is queued to be sent; asked anew each time."""
+    """Return whether nothing may be enqueued or sent. The environment is read on each call."""
     return os.environ.get("OUTBOX_CAPTURE") == "false"

@@ -1,51 +1,73 @@
-"""The only place that reads the time."""
+"""All clocks: the time of day, which tests may move, and a monotonic clock, which nothing moves."""
 
+from __future__ import annotations
+
+import datetime as dt
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from importlib.util import module_from_spec
+from typing import Any
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_MILLISECOND = timedelta(milliseconds=1)
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
+_MILLISECOND = dt.timedelta(milliseconds=1)
 _REREAD_AFTER_S = 10.0
 
 
-def now_ms() -> int:
-    """Return the time now: Unix epoch milliseconds, UTC.
+def _time_module() -> Any:
+    """Return a fresh copy of the module `time`.
 
-    An operation reads it once and hands it down, so that all that one operation writes agrees.
+    Tools that freeze time replace the functions of `time`, perhaps before this module is loaded, and all names
+    that refer to these functions. They don't find the functions of a copy.
     """
-    return epoch_ms(datetime.now(timezone.utc))
+    spec: Any = time.__spec__
+    copy = module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
 
 
-def epoch_ms(when: datetime) -> int:
-    """Return a time that has a time zone as epoch milliseconds, rounded down. Exact: no float is involved."""
+_time = _time_module()
+
+monotonic_s: Callable[[], float] = _time.monotonic
+"""Return the seconds since an arbitrary moment. This clock continues while a test freezes the time. Use it for
+waits, deadlines and durations: with a frozen clock, no deadline would ever pass."""
+
+_system_ns: Callable[[], int] = _time.time_ns
+
+
+def now_ms() -> int:
+    """Return the current time in Unix epoch milliseconds, UTC.
+
+    Each operation reads the time once and passes it on, so that all its writes agree.
+    """
+    # Each call looks the class up in its module: a name that was bound in frozen time would stay frozen.
+    return epoch_ms(dt.datetime.now(dt.timezone.utc))
+
+
+def epoch_ms(when: dt.datetime) -> int:
+    """Convert a datetime with a time zone to epoch milliseconds, rounded down. Exact, because it uses no float."""
     return (when - _EPOCH) // _MILLISECOND
 
 
 class SharedClock:
-    """The clock of a database server, which all hosts share, however wrong their own may be.
+    """The clock of the database server, which all hosts share, so that wrong clocks of hosts don't matter.
 
-    It is read by `read_ms` at least every ten seconds; between, the time is carried on by a clock that nobody
-    sets. While a test moves the time of this process, that time counts instead.
+    `read_ms` reads it at least every ten seconds; in between, the monotonic clock continues it. While a test
+    freezes or moves the time of this process, the test's time applies instead.
     """
-
-    # Bound in the class: tools that freeze time replace the names in modules.
-    _monotonic = staticmethod(time.monotonic)
-    _system_ns = staticmethod(time.time_ns)
 
     def __init__(self, read_ms: Callable[[], int]) -> None:
         self._read_ms = read_ms
         self._reading: tuple[float, int] | None = None
 
     def now_ms(self) -> int:
-        """Return the time now, in ms."""
-        before_ms = self._system_ns() // 1_000_000
+        """Return the current time in epoch milliseconds."""
+        before_ms = _system_ns() // 1_000_000
         local_ms = now_ms()
-        if not before_ms <= local_ms <= self._system_ns() // 1_000_000:
+        if not before_ms <= local_ms <= _system_ns() // 1_000_000:
             return local_ms
         reading = self._reading
-        if reading is None or self._monotonic() - reading[0] > _REREAD_AFTER_S:
-            # The time before the question: a due time is then rather too early by the answer's way than too late.
-            reading = self._reading = (self._monotonic(), self._read_ms())
+        if reading is None or monotonic_s() - reading[0] > _REREAD_AFTER_S:
+            # Stamped before the query: latency makes rows due early, never late.
+            reading = self._reading = (monotonic_s(), self._read_ms())
         asked_at, then_ms = reading
-        return then_ms + int((self._monotonic() - asked_at) * 1_000)
+        return then_ms + int((monotonic_s() - asked_at) * 1_000)

@@ -1,26 +1,29 @@
-"""Examine a database and say in words what is found."""
+"""Check a database and report what is wrong in words."""
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from sqlalchemy import Engine
 
 from outbox import capture, schema
-from outbox.database import reading
 from outbox.failures import OutboxError
-from outbox.policy import RETRY_AFTER_MAX_MS, Policy, backoff
-from outbox.sqlite import damage, journal_mode, sqlite_file
+from outbox.policy import Policy, longest_wait_ms
 from outbox.stats import duration
-from outbox.store import Store
+from outbox.storage.counts import filling_in_words
+from outbox.storage.dialects import dialect_of
+from outbox.storage.store import Store
 
 _CLOCK_TOLERANCE_MS = 60_000
+# The other checks make no sense if one of these fails.
+_NEEDED = ("schema", "integrity")
+_INVALID_NUMBER = "another program wrote text, a fraction or a huge number to a number column"
 
 
 class Finding(NamedTuple):
-    """What one check found: whether all is well, and in words what is and what to do."""
+    """What one check found: `is_well`, and in words what is wrong and what to do."""
 
     check: str
     is_well: bool
@@ -28,89 +31,85 @@ class Finding(NamedTuple):
 
 
 def examine(engine: Engine, policy: Policy) -> list[Finding]:
-    """Run every check; change nothing. What keeps one check from running is a finding too.
+    """Run every check without changing anything. An error of a check is a finding, too.
 
-    Where the schema does not fit or the file is damaged, the checks that need it are left out.
+    If the schema does not fit this program, or the file is damaged, the checks after that are left out.
     """
     findings: list[Finding] = []
-    for check in (_capture, _schema, _integrity, _journal, _permissions, _times):
-        name = check.__name__.removeprefix("_")
+    checks: dict[str, Callable[[], Iterator[tuple[bool, str]]]] = {
+        "capture": _capture,
+        "schema": partial(_schema, engine),
+        **dialect_of(engine).checks(engine),
+        "identity": partial(_identity, engine),
+        "times": partial(_times, engine, policy),
+        "bounds": partial(_bounds, engine, policy),
+        "destinations": partial(_destinations, engine),
+    }
+    for name, check in checks.items():
         try:
-            findings += [Finding(name, *found) for found in check(engine, policy)]
+            findings += [Finding(name, *found) for found in check()]
         except OutboxError as error:
             findings.append(Finding(name, False, str(error)))
-            if check is _schema or check is _integrity:
+            if name in _NEEDED:
                 break
     return findings
 
 
-def _capture(_engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
+def _capture() -> Iterator[tuple[bool, str]]:
     if capture.is_off():
-        yield True, f"{capture.IS_OFF}: nothing is recorded, and what is queued is not sent"
+        yield True, f"{capture.IS_OFF}: no event is enqueued or sent"
 
 
-def _schema(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
+def _schema(engine: Engine) -> Iterator[tuple[bool, str]]:
     schema.check(engine)
-    yield True, f"the schema is {schema.REVISIONS[-1]}, as this program needs it"
+    yield True, f"the schema is {schema.REVISIONS[-1]}, which this program needs"
 
 
-def _integrity(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
-    if engine.dialect.name != "sqlite":
-        return
-    with reading(engine) as connection:
-        found = damage(connection)
-    if found:
-        yield False, f"the file is damaged, restore a backup or use .recover of sqlite3: {'; '.join(found)}"
-    else:
-        yield True, "the file is sound"
-
-
-def _journal(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
-    if sqlite_file(engine.url) is None:
-        return
-    with reading(engine) as connection:
-        mode = journal_mode(connection)
-    if mode == "wal":
-        yield True, "the journal is a write-ahead log"
-    else:
-        yield False, f"the journal is in mode {mode!r}, expected 'wal'; is the file on a local disk?"
-
-
-def _permissions(engine: Engine, _policy: Policy) -> Iterator[tuple[bool, str]]:
-    path = sqlite_file(engine.url)
-    if path is None:
-        return
-    open_to_others = [
-        f"{found} has the mode {mode:04o}, others than its owner may open it; `chmod 600` mends that"
-        for suffix in ("", "-wal", "-shm")
-        if (found := path.with_name(path.name + suffix)).exists()
-        and (mode := stat.S_IMODE(found.stat().st_mode)) & 0o077
-    ]
-    for words in open_to_others:
-        yield False, words
-    if not open_to_others:
-        yield True, "the files belong to their owner only"
+def _identity(engine: Engine) -> Iterator[tuple[bool, str]]:
+    words = "which begins the ids of events, unless the program gave its own"
+    advice = "a restored backup keeps it, so events that are sent again keep their ids"
+    yield True, f"the outbox id is {Store(engine).views.outbox_id()}, {words}; {advice}"
 
 
 def _times(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
     store = Store(engine)
     now = store.now_ms()
-    longest_wait_ms = max(backoff(99, policy.backoff_ms), policy.rate_limit_ms, RETRY_AFTER_MAX_MS) * 5 // 4
-    odd = store.oddities(
+    odd = store.views.oddities(
         now_ms=now,
-        longest_lease_ms=now + policy.lease_ms + _CLOCK_TOLERANCE_MS,
+        latest_lease_until_ms=now + policy.lease_ms + _CLOCK_TOLERANCE_MS,
         soon_ms=now + _CLOCK_TOLERANCE_MS,
-        latest_due_ms=now + longest_wait_ms + _CLOCK_TOLERANCE_MS,
+        latest_due_ms=now + longest_wait_ms(policy) + _CLOCK_TOLERANCE_MS,
     )
-    clock = "a clock was wrong, or still is"
+    clock = "a clock was or is wrong"
     problems = (
-        (odd.leases_run_out, "held under a lease that has run out: their flusher died, the next flush takes them"),
-        (odd.leases_too_long, f"held under a lease that ends later than in {duration(policy.lease_ms)}: {clock}"),
+        (odd.leases_run_out, "held under an expired lease: the flusher died; the next flush takes over"),
+        (odd.leases_too_long, f"held under a lease that ends in more than {duration(policy.lease_ms)}: {clock}"),
         (odd.created_in_future, f"created in the future: {clock}"),
-        (odd.due_too_late, f"due later than the longest wait: {clock}; `outbox retry` makes them due now"),
+        (odd.due_too_late, f"due later than the longest wait allows: {clock}; run `outbox retry`"),
+        (odd.invalid, f"invalid: {_INVALID_NUMBER}; the next flush abandons them"),
     )
     for events, words in problems:
         if events:
             yield False, f"{events} {'event is' if events == 1 else 'events are'} {words}"
     if not any(odd):
         yield True, "leases, creation and due times are plausible"
+
+
+def _bounds(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
+    if policy.max_undelivered:
+        undelivered = Store(engine).bounds.count_undelivered()
+        filling = filling_in_words(undelivered, policy.max_undelivered)
+        if filling is not None:
+            yield False, f"the queue is filling up: {filling}; `outbox status` shows why the events wait"
+        else:
+            yield True, f"{undelivered} undelivered events, less than half of max_undelivered"
+
+
+def _destinations(engine: Engine) -> Iterator[tuple[bool, str]]:
+    others = Store(engine).views.other_destinations()
+    if others:
+        events = f"undelivered events go to {others} {'destination' if others == 1 else 'destinations'}"
+        danger = "a program that knows no destinations, such as difflore or an older version, would send them to"
+        yield True, f"{events} beside the default one: {danger} the default one, so none may flush this database"
+    else:
+        yield True, "every undelivered event goes to the default destination"

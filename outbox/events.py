@@ -1,6 +1,6 @@
-"""Payload types, and the JSON that goes on the wire.
+"""The base of all event types, and their JSON on the wire.
 
-An application adds a type of its own by defining a subclass:
+To add an event type, define a subclass:
 
     class OrderShipped(Event, tag="order_shipped"):
         order_id: str
@@ -10,105 +10,46 @@ An application adds a type of its own by defining a subclass:
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import os
 import re
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import Annotated, Any, ClassVar, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
-from outbox.clock import epoch_ms
-from outbox.failures import ConfigurationError, InvalidEvent
+from outbox.failures import InvalidEvent
+from outbox.models import Model, mapping_of
+from outbox.registry import Registry
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_settings: object) -> Callable[[type], type]:
+        """Do nothing: only type checkers need the decorator, and Python 3.10 has none."""
+        return lambda decorated: decorated
+
 
 MAX_PAYLOAD_BYTES = 256 * 1024
-"""How large one event may be as JSON."""
+"""Maximum size of one event as JSON, in bytes."""
+
+MAX_TYPE_LENGTH = 191
+"""Maximum length of `event_type`, in characters."""
 
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
-"""A time with an offset. On the wire it is RFC 3339 in UTC."""
+"""A datetime with a UTC offset. On the wire it is RFC 3339 in UTC."""
 
 _INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:00Z"
 
-
-log = logging.getLogger("outbox")
-
 _AnyEvent = TypeVar("_AnyEvent", bound="Event")
+_Decoded = TypeVar("_Decoded")
+
+# `Raw` checks the values and builds no objects of them.
+_object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-class _Registry:
-    """The event types by tag, and the decoder of their union. Any thread may define a type while others decode."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._types: dict[str, type[Event]] = {}
-        self._decoder: msgspec.json.Decoder[Event] | None = None
-
-    def add(self, known: type[Event]) -> None:
-        tag = known.__struct_config__.tag
-        if not isinstance(tag, str) or not tag:
-            raise ConfigurationError(f"{known.__qualname__} has the tag {tag!r}, expected a text")
-        with self._lock:
-            other = self._types.get(tag)
-            if other is not None and other.__module__ == __name__:
-                raise ConfigurationError(
-                    f"{known.__qualname__} has the tag {tag!r} of {other.__qualname__}, expected one of its own"
-                )
-            if other is not None and not _is_redefined(known, other):
-                log.warning(
-                    "events with the tag %r are now of the type %r, no longer of %r",
-                    tag,
-                    known,
-                    other,
-                    extra={"event_name": "outbox.event_type_replaced", "event_type": tag},
-                )
-            self._types = {**self._types, tag: known}
-            self._decoder = None
-
-    def types(self) -> dict[str, type[Event]]:
-        return self._types
-
-    def decoder(self) -> msgspec.json.Decoder[Event]:
-        decoder = self._decoder
-        if decoder is None:
-            with self._lock:
-                decoder = self._decoder = _union_decoder(list(self._types.values()))
-        return decoder
-
-    def unlock(self) -> None:
-        """Forget who holds the lock: a thread that a fork has not copied would hold it for ever."""
-        self._lock = threading.Lock()
-
-
-def _is_redefined(known: type[Event], other: type[Event]) -> bool:
-    # In a notebook a type is defined again and again, and one inside a function whenever that is called.
-    same = (known.__module__, known.__qualname__) == (other.__module__, other.__qualname__)
-    return same or "<locals>" in other.__qualname__
-
-
-def _union_decoder(types: list[type[Event]]) -> msgspec.json.Decoder[Event]:
-    try:
-        return msgspec.json.Decoder(Union[tuple(types)])  # noqa: UP007 - of types known only at run time
-    except (TypeError, NameError) as error:
-        names = ", ".join(known.__qualname__ for known in types if not _is_decodable(known))
-        raise ConfigurationError(f"the event type {names} can't be decoded: {error}") from None
-
-
-def _is_decodable(known: type[Event]) -> bool:
-    try:
-        msgspec.json.Decoder(known)
-    except (TypeError, NameError):
-        return False
-    return True
-
-
-_registry = _Registry()
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_registry.unlock)
+_registry: Registry[Event] = Registry()
 
 
 class _EventMeta(msgspec.StructMeta):
@@ -119,113 +60,59 @@ class _EventMeta(msgspec.StructMeta):
         return defined
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class Event(msgspec.Struct, metaclass=_EventMeta, frozen=True, tag_field="event_type", tag=str.lower):
-    """The base of all payload types; a subclass is registered by being defined.
+    """The base of event types that are checked. Defining a subclass registers it.
 
-    `tag` names the type on the wire and in the table. Fields named `rule_id`, `rule_ids`, `session_id` and
-    `file_path` are also written to the columns of that name. `occurred_at_field` names the field that tells when
-    it happened; a type without that field happened when it was enqueued.
+    `tag` names the type on the wire and in the table. The fields `rule_id`, `rule_ids`, `session_id` and
+    `file_path` are also written to columns: `rule_ids_json` for `rule_ids`, otherwise the column of the same name.
+    `occurred_at_field` names the field with the time of the event. Without this field, the time of the enqueue is
+    used.
 
-    Defining a type raises `ConfigurationError` when one of the types below has its tag. Of an application's own
-    types with one tag the last one counts.
+    Defining a type with the tag of one of this package's types raises `ConfigurationError`. If several types of an
+    application have the same tag, the last one is used.
     """
 
     occurred_at_field: ClassVar[str] = "occurred_at"
 
 
-class RuleFired(Event, tag="rule_fired", frozen=True, kw_only=True, omit_defaults=True):
-    """Rules matched and were brought up."""
-
-    occurred_at_field = "fired_at"
-
-    rule_ids: list[str]
-    file_path: str | None = None
-    intent: str | None = None
-    session_id: str
-    fired_at: Instant
-
-
-class McpRuleServed(Event, tag="mcp_rule_served", frozen=True, kw_only=True, omit_defaults=True):
-    """Rules were served to a tool over MCP."""
-
-    occurred_at_field = "served_at"
-
-    tool: str
-    session_id: str
-    repo_full_name: str | None = None
-    file_path: str | None = None
-    query_hash: str
-    rule_ids: list[str]
-    top_k: int
-    was_empty: bool
-    strict_match_count: int
-    estimated_tokens: int
-    served_at: Instant
-
-
-class RuleCitedInEdit(Event, tag="rule_cited_in_edit", frozen=True, kw_only=True, omit_defaults=True):
-    """An edit cites a rule."""
-
-    occurred_at_field = "cited_at"
-
-    rule_id: str
-    session_id: str
-    file_path: str
-    diff_excerpt: str
-    cited_at: Instant
-
-
-class RuleActuallyCited(Event, tag="rule_actually_cited", frozen=True, kw_only=True, omit_defaults=True):
-    """An answer cites a rule."""
-
-    occurred_at_field = "cited_at"
-
-    rule_id: str
-    session_id: str
-    file_path: str | None = None
-    citation_excerpt: str
-    cited_at: Instant
-
-
-class FixOutcome(Event, tag="fix_outcome", frozen=True, kw_only=True, omit_defaults=True):
-    """A proposed fix was taken or turned down."""
-
-    rule_id: str
-    session_id: str
-    file_path: str | None = None
-    accepted: bool
-    occurred_at: Instant
-    mcp_serve_event_ids: list[str | int] = msgspec.field(default_factory=list)
+AnyEvent = Event | Mapping[str, Any] | Model
+"""What can be enqueued."""
 
 
 def event_types() -> dict[str, type[Event]]:
     """Return the registered types by tag."""
-    return dict(_registry.types())
+    return _registry.types()
 
 
 def check_types() -> None:
-    """Raise `ConfigurationError` when a registered type can't be decoded: the program is wrong, not its rows."""
+    """Raise `ConfigurationError` if a registered type can't be decoded: a bug of the program, not of a row."""
     _registry.decoder()
 
 
-def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
-    """Return the event, validated, and the JSON text that is stored and sent.
+def encode(event: AnyEvent, *, strict: bool = False) -> tuple[Event | dict[str, Any], str]:
+    """Validate the event. Return it, and the JSON text that is stored and sent.
 
-    A mapping names its type as `event_type`; keys that the type does not know are kept. Times are turned to UTC.
-    Raises `InvalidEvent`, naming the field and what it should be.
+    Any event but an `Event` names its type in the key or attribute `event_type`. If the type is registered, the
+    fields are checked; keys that are not fields of the type are kept, and times are converted to UTC. An event of
+    another type is refused with `strict`, and otherwise returned as a mapping. Raises `InvalidEvent`, which names
+    the field and what is accepted.
     """
-    known = _type_of(event)
-    name = known.__struct_config__.tag
+    given, name, known = _type_of(event, strict=strict)
     try:
-        raw = _encoder.encode(event)
+        raw = _encoder.encode(given)
         if b"null" in raw:
-            _refuse_not_finite(event)
-        typed = _in_utc(msgspec.json.decode(raw, type=known))
-        document: Any = typed
-        if isinstance(event, Mapping):
-            others = {key: event[key] for key in event if key not in known.__struct_fields__}
-            document = {**msgspec.to_builtins(typed), **others}
-        raw = _encoder.encode(document)
+            _refuse_not_finite(given)
+        typed: Event | dict[str, Any]
+        if known is None:
+            typed = msgspec.json.decode(raw)
+        else:
+            typed = _in_utc(msgspec.json.decode(raw, type=known))
+            document: Any = typed
+            if isinstance(given, Mapping):
+                others = {key: given[key] for key in given if key not in known.__struct_fields__}
+                document = {**msgspec.to_builtins(typed), **others}
+            raw = _encoder.encode(document)
         if len(raw) > MAX_PAYLOAD_BYTES:
             raise InvalidEvent(f"{len(raw)} bytes as JSON, at most {MAX_PAYLOAD_BYTES} are accepted")
         return typed, raw.decode()
@@ -235,88 +122,77 @@ def encode(event: Event | Mapping[str, Any]) -> tuple[Event, str]:
         raise InvalidEvent(f"{name}: {_in_words(str(error), known)}") from None
 
 
-Redact = Callable[[Event], Event | Mapping[str, Any]]
-"""Gets a validated event, and returns what is to be stored in its place."""
+def with_type(event: AnyEvent, event_type: str) -> Event | Mapping[str, Any]:
+    """Return the event with this type. Raises `InvalidEvent` if the event itself names another type."""
+    given = event if isinstance(event, (Event, Mapping)) else mapping_of(event)
+    named = given.__struct_config__.tag if isinstance(given, Event) else given.get("event_type", event_type)
+    if named != event_type:
+        raise InvalidEvent(f"event_type is {event_type!a}, but the event itself says {named!a}")
+    return given if isinstance(given, Event) else {"event_type": event_type, **given}
 
 
-def redacted(event: Event, redact: Redact) -> tuple[Event, str]:
-    """Return what `encode` does for that which is to be stored in place of a validated event.
+def name_of(event: Event | Mapping[str, Any]) -> Any:
+    """Return the name of the type: the `tag` of the class, or the key `event_type` of a mapping."""
+    return type(event).__struct_config__.tag if isinstance(event, Event) else event["event_type"]
 
-    Raises `InvalidEvent` where that is invalid, and where `redact` fails, whose own exception is the cause.
-    """
-    name = type(event).__struct_config__.tag
-    try:
-        found = redact(event)
-    except Exception as error:
-        # Without its text, which may quote what was to be redacted.
-        raise InvalidEvent(f"{name}: redact failed with {type(error).__name__}") from error
-    try:
-        return encode(found)
-    except InvalidEvent as error:
-        raise InvalidEvent(f"{name}: what redact returned is invalid: {error}") from None
+
+def check_payload(payload_json: str) -> None:
+    """Raise `InvalidEvent` unless a stored payload is one JSON object. Its event type need not be known."""
+    _decoded(payload_json, _object_decoder)
 
 
 def decode(payload_json: str) -> Event:
-    """Return the event that a stored payload holds; fields that its type does not know are left out.
+    """Decode a stored payload. Keys that are not fields of the event type are left out.
 
-    Raises `InvalidEvent` for anything that is not the JSON of a registered type, and `ConfigurationError` like
-    `check_types`.
+    Raises `InvalidEvent` unless the text is the JSON of a registered type, and `ConfigurationError` as
+    `check_types` does.
     """
-    decoder = _registry.decoder()
+    return _decoded(payload_json, _registry.decoder())
+
+
+def _decoded(payload_json: str, decoder: msgspec.json.Decoder[_Decoded]) -> _Decoded:
     if not isinstance(payload_json, str):
         raise InvalidEvent(f"the payload is {type(payload_json).__name__}, expected text")
     try:
         return decoder.decode(payload_json)
-    except Exception as error:  # noqa: BLE001 - a type's own checks raise what they like, and spoil their row only
+    except Exception as error:  # noqa: BLE001 - a type's checks may raise anything; only this row fails
         raise InvalidEvent(_in_words(str(error) or type(error).__name__)) from None
 
 
 def content_hash(payload_json: str) -> str:
-    """Return what the server tells events apart by: the first 16 hex digits of the payload's SHA-256."""
+    """Return the first 16 hex digits of the payload's SHA-256, by which the service recognises duplicates."""
     return hashlib.sha256(payload_json.encode()).hexdigest()[:16]
 
 
-def columns(event: Event, *, now_ms: int) -> dict[str, Any]:
-    """Return the columns that repeat parts of the payload, for look-ups."""
-    rule_id = _text_or_none(event, "rule_id")
-    rule_ids = getattr(event, "rule_ids", None)
-    if not isinstance(rule_ids, list):
-        rule_ids = [] if rule_id is None else [rule_id]
-    happened = getattr(event, type(event).occurred_at_field, None)
-    return {
-        "event_type": type(event).__struct_config__.tag,
-        "rule_id": rule_id,
-        "rule_ids_json": msgspec.json.encode(rule_ids).decode(),
-        "session_id": _text_or_none(event, "session_id") or "",
-        "file_path": _text_or_none(event, "file_path"),
-        "occurred_at_ms": epoch_ms(happened) if isinstance(happened, datetime) else now_ms,
-    }
-
-
-def _text_or_none(event: Event, name: str) -> str | None:
-    value = getattr(event, name, None)
-    return value if isinstance(value, str) else None
-
-
-def _type_of(event: object) -> type[Event]:
+def _type_of(event: AnyEvent, *, strict: bool) -> tuple[Event | Mapping[str, Any], Any, type[Event] | None]:
+    """Return the event, the name of its type, and the class of the type if it is registered."""
     if isinstance(event, Event):
-        return type(event)
-    if not isinstance(event, Mapping):
-        raise InvalidEvent(f"expected an Event or a mapping with event_type, got {type(event).__name__}")
-    strange = [key for key in event if not isinstance(key, str)]
+        return event, type(event).__struct_config__.tag, type(event)
+    given = event if isinstance(event, Mapping) else mapping_of(event)
+    strange = [key for key in given if not isinstance(key, str)]
     if strange:
         raise InvalidEvent(f"the key {strange[0]!a} is {type(strange[0]).__name__}, expected text")
-    tag = event.get("event_type")
-    known = _registry.types()
-    if not isinstance(tag, str) or tag not in known:
-        raise InvalidEvent(f"event_type is {tag!a}, expected one of {', '.join(sorted(known))}")
-    return known[tag]
+    name = given.get("event_type")
+    known = _registry.types().get(name) if isinstance(name, str) else None
+    if strict and known is None:
+        raise InvalidEvent(f"event_type is {name!a}, expected one of {', '.join(sorted(_registry.types()))}")
+    if known is None and not _is_name(name):
+        raise InvalidEvent(
+            f"event_type is {name!a}, expected a printable text of 1 to {MAX_TYPE_LENGTH} characters"
+        )
+    return given, name, known
 
 
-def _plain(value: object) -> str:
-    # The encoder knows no subclass of datetime, such as other libraries and frozen times bring along.
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_TYPE_LENGTH
+
+
+def _plain(value: object) -> str | dict[Any, Any]:
+    # The encoder does not handle subclasses of datetime, as other libraries and freezegun define them.
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(f"objects of type {type(value).__name__} can't be JSON")
 
 

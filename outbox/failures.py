@@ -1,18 +1,22 @@
 """Every error that this package raises on purpose.
 
 OutboxError
-├── ConfigurationError      a setting that can't work (also a ValueError)
-├── InvalidEvent            an event that can't be stored or decoded (also a ValueError)
-├── QueueFull               the queue is at its cap, and the policy is to reject
-├── IllegalTransition       a move that the lifecycle does not have
-├── SchemaError             the database's schema is missing, older or newer than this program
-├── StorageError            the database could not do what was asked
+├── ConfigurationError      a setting is invalid (also a ValueError)
+├── InvalidEvent            an event can't be stored or decoded (also a ValueError)
+├── QueueFull               the queue is at its cap, and the policy rejects new events
+├── IllegalTransition       the lifecycle does not allow a move
+├── SchemaError             the database's schema is missing, or older or newer than this program's
+├── StorageError            a database operation failed
 └── UploadFailure           one upload did not succeed
-    ├── HttpFailure         the server answered, but not with 2xx
-    └── TransportFailure    there was no complete answer
+    ├── HttpFailure         the service answered with another status than 2xx
+    ├── TransportFailure    there was no complete answer
+    └── ClientError         the client has a bug: it raised anything else
 """
 
 from __future__ import annotations
+
+TRANSPORT = "transport: "
+"""How the text of a `TransportFailure` begins."""
 
 
 class OutboxError(Exception):
@@ -20,39 +24,41 @@ class OutboxError(Exception):
 
 
 class ConfigurationError(OutboxError, ValueError):
-    """A setting can't work; the message names it, its value and what would be accepted."""
+    """A setting is invalid. The message names the setting, its value and what is accepted."""
 
 
 class InvalidEvent(OutboxError, ValueError):  # noqa: N818 - the name says what is invalid
-    """An event can't be stored or decoded; the message names the field and what it should be."""
+    """An event can't be stored or decoded. The message names the field and what is accepted."""
 
 
 class QueueFull(OutboxError):  # noqa: N818 - the field's own term
-    """The queue is at its cap and the policy is to reject; nothing was recorded. Flush, then try again."""
+    """The queue is at its cap and the policy rejects new events. No event was recorded. Flush, then try again."""
 
 
 class IllegalTransition(OutboxError):  # noqa: N818 - the field's own term
-    """A move that the lifecycle does not have, or a change of status that is no move."""
+    """The lifecycle does not allow this move, or `status` was changed without a move."""
 
 
 class SchemaError(OutboxError):
-    """The database's schema does not fit this program; the message says what to do."""
+    """The database's schema does not fit this program. The message says what to do."""
 
 
 class StorageError(OutboxError):
-    """The database could not do what was asked; the message says why and what to do."""
+    """A database operation failed. The message says why and what to do."""
 
 
 class UploadFailure(OutboxError):  # noqa: N818 - a failure is data that policy judges, not a bug
-    """One upload did not succeed. `str()` gives the text that is stored as `last_error`."""
+    """An upload failed. `str()` returns the text that is stored as `last_error`."""
 
 
 class HttpFailure(UploadFailure):
-    """The server answered with a status that is not 2xx.
+    """The service answered with a status that is not 2xx.
 
-    `body_snippet` is the start of the body, one line, free of credentials. `retry_after_ms` is the delay that
-    the answer asks for, where the client knows it better than the snippet tells: read from the whole body, or
-    from the Retry-After header.
+    `body_snippet` is the start of the body as one line without credentials. `retry_after_ms` is the delay that
+    the answer asks for in the Retry-After header or in the whole body; None means that it is read from the
+    snippet. It applies to 429 and 503, and is clamped to 1 000 … 300 000.
+
+    Raises `ConfigurationError` for a status or a delay that is not a whole number.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class HttpFailure(UploadFailure):
         self.reason_phrase = reason_phrase
         self.body_snippet = body_snippet
         self.retry_after_ms = retry_after_ms
+        _check_numbers(self)
 
     def __str__(self) -> str:
         answer = f"{self.status} {self.reason_phrase}".rstrip()
@@ -70,18 +77,40 @@ class HttpFailure(UploadFailure):
 
 
 class TransportFailure(UploadFailure):
-    """There was no complete answer: connection, DNS, TLS, time-out, or an unreadable response."""
+    """There was no complete answer: connection, DNS or TLS failure, time-out, or an invalid answer.
 
-    def __init__(self, message: str) -> None:
+    `is_timeout` tells that the service got a connection, but did not answer in time. One event may be the cause.
+    """
+
+    def __init__(self, message: str, *, is_timeout: bool = False) -> None:
         super().__init__(message)
         self.message = message
+        self.is_timeout = is_timeout
 
     def __str__(self) -> str:
-        return f"transport: {self.message}"
+        return f"{TRANSPORT}{self.message}"
 
 
-def without_answer(failure: str | None) -> str | None:
-    """Return a failure's text as the log may show it: a server's answer may repeat the payloads that it got."""
-    if failure is not None and failure[:1].isdigit():
-        return failure.partition(": ")[0]
-    return failure
+class ClientError(UploadFailure):
+    """The client raised an exception that is no `UploadFailure`. The rows are judged as after a status 500."""
+
+
+def check_failure(failure: UploadFailure) -> None:
+    """Raise an exception if the failure can't be judged, because a client's own class or assignment broke it."""
+    str(failure)
+    if isinstance(failure, HttpFailure):
+        _check_numbers(failure)
+
+
+def _check_numbers(failure: HttpFailure) -> None:
+    if not _is_whole(failure.status):
+        raise ConfigurationError(f"status is {failure.status!r}, expected a whole number")
+    delay_ms = failure.retry_after_ms
+    if delay_ms is not None and not _is_whole(delay_ms):
+        raise ConfigurationError(
+            f"retry_after_ms is {delay_ms!r}, expected a whole number, in milliseconds, or None"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,16 +1,18 @@
-"""Who is told what became of events: functions of the program, and the log."""
+"""Reports the outcomes of events to the program's hooks and to the log."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from outbox.failures import ConfigurationError
-from outbox.policy import Outcome, Verdict
-from outbox.statements import ClaimedRow
+from outbox.outcomes import Outcome
+from outbox.policy import Verdict
+from outbox.records import ClaimedRow
 
 log = logging.getLogger("outbox")
 
@@ -21,7 +23,9 @@ OUTCOMES = {
     "abandon": ("abandoned", logging.WARNING),
     "release": ("released", logging.INFO),
 }
-"""By trigger: how hooks, log and metrics name what became of an event, and how loud the log is."""
+"""By trigger: the name of the outcome in hooks, log and metrics, and its log level."""
+
+_LEVELS = dict(OUTCOMES.values())
 
 
 class SettledEvent(NamedTuple):
@@ -30,7 +34,9 @@ class SettledEvent(NamedTuple):
     id: int
     event_type: str
     error: str | None
-    """Why, as `last_error` tells it; None where it was sent or given back."""
+    """The text of `last_error`; None if the event was sent or released."""
+    event_id: str
+    """The id of the event, your own or the outbox's. `id` is that of the row."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +45,32 @@ class Settled:
 
     events: tuple[SettledEvent, ...]
     recorded: int
-    """For how many of them it was recorded. If that is fewer, the others have another owner, or were sent by one,
-    and it is not known which they are."""
+    """Number of these events whose outcome was written. If it is smaller than the number of `events`, other
+    flushers took over the rest; which events these are is not known."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One request that the client made, accepted or failed."""
+    """One request of the client, accepted or failed."""
 
     events: int
     duration_ms: float
     verdict: Verdict | None
-    """What the failure means; None where the request was accepted."""
+    """The meaning of the failure; None if the request was accepted."""
     failure: str | None
-    """The text of the failure."""
+    """The text of the failure; None if the request was accepted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Hooks:
-    """Functions that are told what became of events: `outbox.hooks.append(Hooks(on_abandoned=tell))`.
+    """Functions that are called with the outcomes of events: `outbox.hooks.append(Hooks(on_abandoned=tell))`.
 
-    They are called in the thread that flushed, several threads may call at once, and after all of a claim is
-    recorded, or given back after an error: no lease runs meanwhile, but the next batch waits. An `Exception` that
-    one raises is logged, with its traceback the first time, and changes nothing. A process that is killed has
-    recorded outcomes of which no hook was told; the database counts them all.
+    Hooks fire only for outcomes committed to the database, after the whole claim is settled. They run in the
+    thread that flushes, so several threads may call a hook at once. A slow hook delays the next batch but causes
+    no duplicates. An `Exception` of a hook is logged, the first time with its traceback, and changes nothing. If
+    the process is killed, hooks miss outcomes that were already committed; the database counts all of them.
 
-    Raises `ConfigurationError` for what can't be called.
+    Raises `ConfigurationError` for a hook that is not callable.
     """
 
     on_sent: Callable[[Settled], object] | None = None
@@ -72,9 +78,10 @@ class Hooks:
     on_parked: Callable[[Settled], object] | None = None
     on_abandoned: Callable[[Settled], object] | None = None
     on_released: Callable[[Settled], object] | None = None
-    """Given back untried, when a flush was ended."""
+    """Events that were given back untried: by an interrupted flush or a stopping worker, or because they did not
+    fit in the request."""
     on_lost: Callable[[int], object] | None = None
-    """So many events had another owner when their outcome was to be recorded, for their lease had run out."""
+    """Number of events that another flusher took over, after their lease ended, before an outcome was written."""
     on_upload: Callable[[Upload], object] | None = None
     _failing: set[str] = field(default_factory=set, init=False, repr=False)
 
@@ -85,7 +92,7 @@ class Hooks:
                 raise ConfigurationError(f"hooks: {hook.name} is {function!r}, expected a function")
 
     def call(self, name: str, news: object) -> None:
-        """Call one of the functions, if there is one. No `Exception` of it gets out."""
+        """Call the hook `name`, if it is set. Log its `Exception` instead of raising it."""
         function = getattr(self, name)
         if function is None:
             return
@@ -94,77 +101,89 @@ class Hooks:
         except Exception as error:
             is_first = name not in self._failing
             self._failing.add(name)
-            log.log(
-                logging.WARNING if is_first else logging.DEBUG,
-                "the hook %s failed, the events are as they were recorded: %s",
-                name,
-                type(error).__name__,
-                exc_info=is_first,
-                extra={"event_name": "outbox.hook_failed", "hook": name},
-            )
+            with suppress(
+                Exception
+            ):  # if a log filter of the application raises, the other hooks are called nevertheless
+                log.log(
+                    logging.WARNING if is_first else logging.DEBUG,
+                    "the hook %s failed; the recorded outcomes stay: %s",
+                    name,
+                    type(error).__name__,
+                    exc_info=is_first,
+                    extra={"event_name": "outbox.hook_failed", "hook": name},
+                )
         else:
             self._failing.discard(name)
 
 
 Settlement = tuple[list[tuple[int, Outcome]], Counter[str]]
-"""The outcomes of one transaction, and how many of them landed, by trigger."""
+"""The outcomes of one transaction, and how many of them were written, by trigger."""
 
 
 def tell(
     hooks: Sequence[Hooks], rows: Iterable[ClaimedRow], news: Iterable[Upload | Settlement], lost_leases: int
 ) -> None:
-    """Tell hooks and log what became of a claim, in the order in which it came about."""
-    types = {row.id: row.event_type for row in rows}
+    """Report the uploads and outcomes of a claim, in order: first to all hooks, then to the log."""
+    known = {row.id: row for row in rows}
     told = tuple(hooks)
+    found: list[tuple[str, Upload | Settled | int]] = []
     for item in news:
-        if isinstance(item, Upload):
-            log.debug(
-                "an upload of %d events took %d ms: %s",
-                item.events,
-                item.duration_ms,
-                "accepted" if item.verdict is None else item.verdict.value,
-                extra={"event_name": "outbox.upload", "events": item.events, "duration_ms": item.duration_ms},
-            )
-            _call(told, "on_upload", item)
-        else:
-            _tell_outcomes(told, types, *item)
+        found += [("upload", item)] if isinstance(item, Upload) else _settled(item, known, is_heard=bool(told))
     if lost_leases:
-        log.debug(
-            "%d events have another owner now, their outcome is dropped",
-            lost_leases,
-            extra={"event_name": "outbox.lost_leases", "events": lost_leases},
-        )
-        _call(told, "on_lost", lost_leases)
+        found.append(("lost", lost_leases))
+    for name, what in found:
+        for one in told:
+            one.call(f"on_{name}", what)
+    # After the hooks: an exception of the application's log filter or handler goes to the caller.
+    for name, what in found:
+        _log(name, what)
 
 
-def _tell_outcomes(
-    hooks: tuple[Hooks, ...], types: dict[int, str], outcomes: list[tuple[int, Outcome]], landed: Counter[str]
-) -> None:
+def _settled(
+    settlement: Settlement, known: dict[int, ClaimedRow], *, is_heard: bool
+) -> Iterator[tuple[str, Settled]]:
+    outcomes, landed = settlement
     for trigger, (word, level) in OUTCOMES.items():
-        # Most batches are sent and nobody listens: then it costs next to nothing.
-        if not landed[trigger] or not (hooks or log.isEnabledFor(level)):
-            continue
-        settled = Settled(
-            tuple(
-                SettledEvent(row_id, types[row_id], outcome.values.get("last_error"))
+        # Usually there are no hooks and the log level is higher; then nothing is built.
+        if landed[trigger] and (is_heard or log.isEnabledFor(level)):
+            events = (
+                SettledEvent(row.id, row.event_type, outcome.values.get("last_error"), row.event_id)
                 for row_id, outcome in outcomes
-                if outcome.trigger == trigger
-            ),
-            landed[trigger],
+                if outcome.trigger == trigger and (row := known[row_id])
+            )
+            yield word, Settled(tuple(events), landed[trigger])
+
+
+def _log(name: str, item: Upload | Settled | int) -> None:
+    if isinstance(item, Upload):
+        log.debug(
+            "upload of %d events took %d ms: %s",
+            item.events,
+            item.duration_ms,
+            "accepted" if item.verdict is None else item.verdict.value,
+            extra={"event_name": "outbox.upload", "events": item.events, "duration_ms": item.duration_ms},
         )
-        row_ids = [event.id for event in settled.events]
+    elif isinstance(item, Settled):
+        row_ids = [event.id for event in item.events]
+        event_ids = [event.event_id for event in item.events]
         log.log(
-            level,
-            "%d of %d events are %s: %s",
-            settled.recorded,
+            _LEVELS[name],
+            "%s: %d of %d events, rows %s, event ids %s",
+            name,
+            item.recorded,
             len(row_ids),
-            word,
             row_ids,
-            extra={"event_name": f"outbox.{word}", "events": settled.recorded, "event_ids": row_ids},
+            event_ids,
+            extra={
+                "event_name": f"outbox.{name}",
+                "events": item.recorded,
+                "row_ids": row_ids,
+                "event_ids": event_ids,
+            },
         )
-        _call(hooks, f"on_{word}", settled)
-
-
-def _call(hooks: tuple[Hooks, ...], name: str, news: object) -> None:
-    for one in hooks:
-        one.call(name, news)
+    else:
+        log.debug(
+            "another flusher took over %d events; their outcomes are dropped",
+            item,
+            extra={"event_name": "outbox.lost_leases", "events": item},
+        )

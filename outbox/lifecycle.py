@@ -1,15 +1,14 @@
-"""The states of an event and the moves between them, declared once.
+"""The statuses of an event and the moves between them.
 
-Everything that changes a status derives from `TRANSITIONS`: the methods of a row, the conditional UPDATEs of the
+`machine` declares them, once. All else reads that machine: the methods of a row, the conditional UPDATEs of the
 store, the CHECK constraint of the table and the diagram in the documentation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from outbox.failures import IllegalTransition
 
@@ -25,68 +24,97 @@ class Status(str, Enum):
     SENDING = "sending"
     """Held by a flusher under a lease; the flusher, or after the lease any other, moves it on."""
     SENT = "sent"
-    """Accepted by the server. Final."""
+    """Accepted by the service. Final."""
     PARKED = "parked"
     """Stopped by a rejected token; the next success, or an operator, moves it on."""
     ABANDONED = "abandoned"
     """Given up, with its reason; only an operator moves it on."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """One legal move. A fenced move lands only while the row is held under the mover's own lease."""
-
-    trigger: str
-    sources: tuple[Status, ...]
-    destination: Status
-    fenced: bool = False
-
-
-PENDING, SENDING, SENT, PARKED, ABANDONED = Status
-
-TRANSITIONS = (
-    Move("claim", (PENDING, SENDING), SENDING),
-    Move("deliver", (PENDING, SENDING, PARKED, ABANDONED), SENT),
-    Move("reschedule", (SENDING,), PENDING, fenced=True),
-    Move("park", (SENDING,), PARKED, fenced=True),
-    Move("abandon", (SENDING,), ABANDONED, fenced=True),
-    Move("release", (SENDING,), PENDING, fenced=True),
-    Move("unpark", (PARKED,), PENDING),
-    Move("retry_now", (PENDING, PARKED), PENDING),
-    Move("requeue", (ABANDONED,), PENDING),
-)
-
-MOVES = {move.trigger: move for move in TRANSITIONS}
-
-
 @cache
-def _machine() -> Machine:
-    # One machine for all rows, and no row is ever added to it: a bound row costs tens of microseconds and
-    # kilobytes, is kept alive by the machine, and has its status reset to `initial`.
-    from transitions import Machine  # noqa: PLC0415 - programs that only enqueue never need it
+def machine() -> Machine:
+    """Return the one machine, which is the only declaration of the moves.
 
+    Many threads share it. It needs no lock: nothing changes it, and it keeps nothing of the rows that it moves.
+    No row is ever added to it as a model. That costs tens of microseconds and kilobytes for each row, keeps the
+    row alive and resets its status.
+    """
+    from transitions import Machine  # noqa: PLC0415 - a program that only enqueues starts 3 to 6 % sooner without
+
+    pending, sending, sent, parked, abandoned = (status.value for status in Status)
     return Machine(
         model=None,
-        states=[status.value for status in Status],
+        states=[pending, sending, sent, parked, abandoned],
+        initial=pending,
         transitions=[
-            {"trigger": m.trigger, "source": [s.value for s in m.sources], "dest": m.destination.value}
-            for m in TRANSITIONS
+            # A claim takes rows in `sending` whose lease has run out.
+            {"trigger": "claim", "source": [pending, sending], "dest": sending},
+            # An acceptance is a fact, whoever owns the row by now.
+            {"trigger": "deliver", "source": [pending, sending, parked, abandoned], "dest": sent},
+            {"trigger": "reschedule", "source": sending, "dest": pending},
+            {"trigger": "park", "source": sending, "dest": parked},
+            {"trigger": "abandon", "source": sending, "dest": abandoned},
+            {"trigger": "release", "source": sending, "dest": pending},
+            {"trigger": "unpark", "source": parked, "dest": pending},
+            {"trigger": "retry_now", "source": [pending, parked], "dest": pending},
+            {"trigger": "requeue", "source": abandoned, "dest": pending},
+            {"trigger": "revive", "source": pending, "dest": pending},
         ],
-        initial=Status.PENDING.value,
         auto_transitions=False,
         model_attribute="_machine_status",
     )
 
 
-def fire(row: Any, trigger: str) -> None:
+class Move(NamedTuple):
+    """One move, as the machine declares it."""
+
+    trigger: str
+    sources: tuple[Status, ...]
+    target: Status
+
+
+@cache
+def moves() -> dict[str, Move]:
+    """Return the moves of the machine, by trigger."""
+    declared = {trigger: event.transitions for trigger, event in machine().events.items()}
+    return {
+        # One trigger has one target, so the first transition tells it.
+        trigger: Move(trigger, tuple(map(Status, by_source)), Status(next(iter(by_source.values()))[0].dest))
+        for trigger, by_source in declared.items()
+    }
+
+
+class HasStatus(Protocol):
+    """A row, or anything else with a status, that the machine can move."""
+
+    @property
+    def status(self) -> str:
+        """Where it stands."""
+
+    _machine_status: str
+
+
+class StatusOnly:
+    """The status of a row that is not loaded: what the machine moves in its place."""
+
+    def __init__(self, status: Status) -> None:
+        self._machine_status: str = status.value
+
+    @property
+    def status(self) -> str:
+        """Where the row stands."""
+        return self._machine_status
+
+
+def fire(row: HasStatus, trigger: str) -> None:
     """Move `row` by `trigger`; the shared machine reads and writes its `_machine_status`.
 
-    Raises `IllegalTransition` when the table has no such move from the row's status; the row stays as it is.
+    Raises `IllegalTransition` if the machine has no such move from the row's status; then the row stays as it is.
     """
     from transitions import MachineError  # noqa: PLC0415 - as above
 
     try:
-        _machine().events[trigger].trigger(row)
+        machine().events[trigger].trigger(row)
     except (MachineError, ValueError, KeyError):
         raise IllegalTransition(
             f"{trigger} is not a move of an event that is {row.status!r}; {_sources_in_words(trigger)}"
@@ -94,15 +122,17 @@ def fire(row: Any, trigger: str) -> None:
 
 
 def _sources_in_words(trigger: str) -> str:
-    if trigger not in MOVES:
-        return f"the moves are {', '.join(MOVES)}"
-    return f"it starts from {' or '.join(source.value for source in MOVES[trigger].sources)}"
+    if trigger not in moves():
+        return f"the moves are {', '.join(moves())}"
+    return f"it starts from {' or '.join(source.value for source in moves()[trigger].sources)}"
 
 
 def diagram() -> str:
     """Return the moves as a Mermaid state diagram, as the documentation shows it."""
-    lines = ["stateDiagram-v2", "    [*] --> pending: enqueue"]
-    for move in TRANSITIONS:
-        lines += [f"    {source.value} --> {move.destination.value}: {move.trigger}" for source in move.sources]
-    lines.append("    sent --> [*]")
+    lines = ["stateDiagram-v2", f"    [*] --> {machine().initial}: enqueue"]
+    for move in moves().values():
+        lines += [f"    {source.value} --> {move.target.value}: {move.trigger}" for source in move.sources]
+    lines += [
+        f"    {status} --> [*]" for status in machine().states if not machine().get_transitions(source=status)
+    ]
     return "\n".join(lines)

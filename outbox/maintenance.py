@@ -1,4 +1,4 @@
-"""What keeps the queue in order beside the flushing itself."""
+"""Maintenance of the queue: requeue, purge, unpark, and deletion of rows over the cap or past their time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
+from outbox.clock import epoch_ms
+from outbox.failures import ConfigurationError, OutboxError
 from outbox.lifecycle import Status
+from outbox.records import DEFAULT_DESTINATION, Chores
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
-    from outbox.store import Store
+    from outbox.storage.store import Store
 
 log = logging.getLogger("outbox")
 
@@ -21,7 +25,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RequeueReport:
-    """How many abandoned events were brought back, or would be; `per_type` by name, ascending."""
+    """Number of abandoned events that were requeued, or would be in a dry run. `per_type` is sorted by type."""
 
     total: int = 0
     per_type: dict[str, int] = field(default_factory=dict)
@@ -29,27 +33,27 @@ class RequeueReport:
 
 @dataclass(frozen=True)
 class PurgeReport:
-    """How many events were deleted, or would be; `per_type` by name, ascending."""
+    """Number of events that were deleted, or would be in a dry run. `per_type` is sorted by type."""
 
     total: int = 0
     undelivered: int = 0
-    """How many of them had not been delivered."""
+    """Number of these events that had not been delivered."""
     in_flight: int = 0
-    """How many fitted but were being sent, and were left alone."""
+    """Number of matching events that were being sent and were not deleted."""
     per_type: dict[str, int] = field(default_factory=dict)
 
 
 def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> RequeueReport:
-    """Bring back what was abandoned and was created before the cutoff."""
-    per_type = store.requeue(cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
+    """Requeue the abandoned events that were created before the cutoff."""
+    per_type = store.revival.requeue(cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
     return RequeueReport(sum(per_type.values()), per_type)
 
 
 def purge(
     store: Store, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
 ) -> PurgeReport:
-    """Delete what fits all that is given and is not being sent."""
-    purged, in_flight = store.purge(
+    """Delete the events that match all conditions, except events that are being sent."""
+    purged, in_flight = store.purge.purge(
         event_type=event_type, created_before_ms=created_before_ms, now_ms=now_ms, dry_run=dry_run
     )
     per_type: Counter[str] = Counter()
@@ -59,35 +63,65 @@ def purge(
     return PurgeReport(purged.total(), undelivered, in_flight, dict(sorted(per_type.items())))
 
 
-def tidy(store: Store, policy: Policy, *, now_ms: int, is_delivering: bool) -> None:
-    """Keep the queue in order: bring back parked rows after a success, delete what is too much or too old.
+def look(store: Store, policy: Policy, *, now_ms: int) -> Chores | None:
+    """Return what there is to do beside delivery, None if that can't be read."""
+    chores = attempt("looking after", lambda: store.views.chores(policy, DEFAULT_DESTINATION, now_ms=now_ms))
+    if chores is not None:
+        store.claims.take_turns(is_any_failed=chores.is_any_failed)
+    return chores
 
-    A failure is logged, for it must not undo what was sent; the next flush tries again.
+
+def bring_back(store: Store, policy: Policy, chores: Chores, *, now_ms: int, ended_failures: int) -> None:
+    """Make rows due that wait or are parked, because the service accepted a row.
+
+    `ended_failures` is how many failures in a row that ended.
     """
-    chores = attempt("looking after", lambda: store.chores(policy, now_ms=now_ms))
-    if chores is None:
-        return
-    if is_delivering and chores.is_any_parked:
+    if chores.is_any_failed and not policy.is_original:
+        attempt(
+            "reviving",
+            lambda: store.revival.revive(now_ms=now_ms, policy=policy, ended_failures=ended_failures),
+        )
+    if chores.is_any_parked:
         limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
-        attempt("unparking", lambda: store.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+        attempt("unparking", lambda: store.revival.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+
+
+def try_parked(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> None:
+    """Make one parked row due, at most once a minute: nothing else would show that the service works again."""
+    if chores.is_any_parked and not policy.is_original:
+        spread_ms = policy.unpark_spread_ms
+        attempt(
+            "unparking",
+            lambda: store.revival.unpark_one(DEFAULT_DESTINATION, now_ms=now_ms, spread_ms=spread_ms),
+        )
+
+
+def delete(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> None:
+    """Delete rows over the cap, and delivered rows that are old enough."""
     if chores.may_be_over_cap:
         cap(store, policy, now_ms=now_ms)
+    if chores.may_be_over_bounds:
+        attempt("trimming", lambda: store.bounds.trim(policy, now_ms=now_ms))
     if chores.is_any_expired:
-        attempt("expiring", lambda: store.expire(sent_before_ms=now_ms - (policy.keep_sent_ms or 0)))
+        attempt("expiring", lambda: store.deletion.expire(sent_before_ms=now_ms - (policy.keep_sent_ms or 0)))
 
 
 def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
-    """Delete what is over the cap. A failure is logged: the next enqueue or flush tries again."""
-    attempt("capping", lambda: store.trim(policy=policy, now_ms=now_ms))
+    """Delete the rows over the cap. A failure is only logged; the next enqueue or flush tries again."""
+    attempt("capping", lambda: store.deletion.trim(policy, now_ms=now_ms))
 
 
 def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
-    """Do what must not undo a flush when it fails; a failure is logged, and None returned."""
+    """Run a maintenance task. Log an `OutboxError` and return None, so that it does not fail the flush.
+
+    Any other exception is raised. It may come from another thread or a signal handler, such as the time limit of
+    a task queue. The outcomes of the flush are already written then.
+    """
     try:
         result = operation()
-    except Exception as error:  # noqa: BLE001 - whatever it is, what was sent is sent
+    except OutboxError as error:
         log.warning(
-            "%s the queue failed, the next one will try again: %s",
+            "%s the queue failed, the next flush tries again: %s",
             what,
             error,
             extra={"event_name": "outbox.maintenance_failed", "task": what},
@@ -101,3 +135,14 @@ def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
             extra={"event_name": "outbox.maintenance", "task": what, "events": result},
         )
     return result
+
+
+def cutoff_ms(older_than: datetime | int) -> int:
+    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` if it is none."""
+    if isinstance(older_than, datetime) and older_than.utcoffset() is not None:
+        return epoch_ms(older_than)
+    if isinstance(older_than, int) and abs(older_than) < 2**63:
+        return older_than
+    raise ConfigurationError(
+        f"older_than is {older_than!r}, expected a datetime with a time zone or epoch milliseconds"
+    )

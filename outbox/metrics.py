@@ -1,11 +1,10 @@
-"""Metrics for Prometheus; they need the extra `prometheus`."""
+"""Prometheus metrics. Requires the extra `prometheus`."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import threading
-import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,37 +21,36 @@ from prometheus_client import (
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from outbox.clock import monotonic_s
 from outbox.failures import OutboxError
 from outbox.hooks import OUTCOMES, Hooks, Settled, Upload
 from outbox.lifecycle import Status
 from outbox.outbox import Outbox
 from outbox.policy import Verdict
-from outbox.sqlite import sqlite_file
 from outbox.stats import Stats
+from outbox.storage.engines import file_of
 
 log = logging.getLogger("outbox")
 
 _Family = GaugeMetricFamily | CounterMetricFamily
 
 MOST_TYPES = 50
-"""So many event types, those with the most events, have series of their own; the others share one."""
+"""Number of event types with their own series: the types with the most events. All others share one series."""
 
 OTHER = "(other)"
 
-# A look is used again until ten times as long has gone by as it took: looking takes at most a tenth of the time.
+# Figures are reused for ten times as long as reading them took, so reading takes at most a tenth of the time.
 _REST = 10
 _UPLOAD_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 45)
 
 
 class OutboxMetrics(Collector):
-    """Exports an outbox to a registry: the state of the queue, and what is flushed through this `Outbox` object.
+    """Exports the queue in the database, and the outcomes of this `Outbox` object's flushes, to a registry.
 
-    The state is looked up in the database when it is asked for, at most a tenth of the time; while that fails,
-    `outbox_up` is 0 and the rest of the state is left out. A registry has room for one outbox.
+    A scrape reads the database, unless the last figures are recent enough: reading takes at most a tenth of the
+    time. While the database can't be read, `outbox_up` is 0 and its other figures are left out. A registry holds
+    one outbox.
     """
-
-    # Bound in the class: tools that freeze time replace the names in modules.
-    _clock = staticmethod(time.monotonic)
 
     def __init__(self, outbox: Outbox, *, registry: CollectorRegistry = REGISTRY) -> None:
         self._outbox = outbox
@@ -60,20 +58,20 @@ class OutboxMetrics(Collector):
         self._look_again_s = 0.0
         self._seen: Sequence[Metric] = ()
         self._is_up = True
-        outcomes = Counter("outbox_outcomes", "Events, by what became of them.", ["outcome"], registry=registry)
+        outcomes = Counter("outbox_outcomes", "Events by outcome.", ["outcome"], registry=registry)
         uploads = Histogram(
             "outbox_upload_duration_seconds",
-            "How long the requests to the service took, by what came of them.",
+            "Duration of the requests to the service, by result.",
             ["result"],
             buckets=_UPLOAD_BUCKETS_S,
             registry=registry,
         )
         lost = Counter(
             "outbox_lost_leases",
-            "Events that had another owner when their outcome was to be recorded.",
+            "Events that another flusher took over before their outcome was written.",
             registry=registry,
         )
-        # All series from the start: a rate of one that begins with its first event does not show that event.
+        # All series start at 0: the rate of a series that starts with its first event does not count that event.
         counted = {word: _counted(outcomes.labels(word)) for word, _ in OUTCOMES.values()}
         timed = {verdict: uploads.labels(_result(verdict)) for verdict in (None, *Verdict)}
 
@@ -86,16 +84,16 @@ class OutboxMetrics(Collector):
         )
 
     def describe(self) -> Sequence[Metric]:
-        """Return what can be collected, without a look into the database."""
+        """Return the metrics without values and without reading the database."""
         return list(_families().values())
 
     def collect(self) -> Sequence[Metric]:
-        """Return the state of the queue."""
+        """Return the metrics of the queue."""
         with self._lock:
-            begun_s = self._clock()
+            begun_s = monotonic_s()
             if begun_s >= self._look_again_s:
                 self._seen = self._look()
-                ended_s = self._clock()
+                ended_s = monotonic_s()
                 self._look_again_s = ended_s + (ended_s - begun_s) * _REST
             return self._seen
 
@@ -105,12 +103,17 @@ class OutboxMetrics(Collector):
             _fill(families, self._outbox.stats())
         except OutboxError as error:
             if self._is_up:
-                log.warning("the queue can't be measured: %s", error, extra={"event_name": "outbox.not_measured"})
+                log.warning(
+                    "the metrics can't read the database: %s", error, extra={"event_name": "outbox.not_measured"}
+                )
             self._is_up = False
         else:
             self._is_up = True
         families["up"].add_metric([], self._is_up)
-        path = sqlite_file(self._outbox.engine.url)
+        silent_ms = [age for silence in tuple(self._outbox.heartbeats) if (age := silence()) is not None]
+        if silent_ms:
+            families["silent"].add_metric([], max(silent_ms) / 1_000)
+        path = file_of(self._outbox.engine)
         if path is not None and path.parent.is_dir():
             families["disk_free"].add_metric([], shutil.disk_usage(path.parent).free)
         return list(families.values())
@@ -118,7 +121,7 @@ class OutboxMetrics(Collector):
 
 @contextmanager
 def serve(outbox: Outbox, *, port: int, address: str) -> Iterator[str]:
-    """Serve the metrics of the outbox and of this process over HTTP; give the URL. Port 0 takes a free one."""
+    """Serve the metrics of the outbox and of this process over HTTP; yield the URL. Port 0 picks a free port."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -138,36 +141,40 @@ def serve(outbox: Outbox, *, port: int, address: str) -> Iterator[str]:
 
 def _families() -> dict[str, _Family]:
     return {
-        "up": GaugeMetricFamily("outbox_up", "Whether the database could be looked into."),
-        "events": GaugeMetricFamily("outbox_events", "Events in the database.", labels=["state", "event_type"]),
+        "up": GaugeMetricFamily("outbox_up", "1 if the database can be read, else 0."),
+        "events": GaugeMetricFamily("outbox_events", "Events in the database.", labels=["status", "event_type"]),
         "oldest": GaugeMetricFamily(
-            "outbox_oldest_pending_age_seconds", "The age of the oldest event that is pending or being sent."
+            "outbox_oldest_pending_age_seconds", "Age of the oldest pending or sending event."
         ),
-        "overdue": GaugeMetricFamily("outbox_overdue_seconds", "For how long the next event has been due."),
-        "paused": GaugeMetricFamily(
-            "outbox_paused_destinations", "Services that failed and are left alone by all hosts."
+        "overdue": GaugeMetricFamily("outbox_overdue_seconds", "How long the next event has been due."),
+        "waiting": GaugeMetricFamily(
+            "outbox_waiting_events", "Pending events that failed, by what they wait for.", labels=["waits_for"]
         ),
-        "deleted": CounterMetricFamily(
-            "outbox_deleted_undelivered", "Events that were deleted and had not been delivered."
+        "paused": GaugeMetricFamily("outbox_paused_destinations", "Destinations that are paused for all hosts."),
+        "silent": GaugeMetricFamily(
+            "outbox_worker_silent_seconds", "Time since a worker of this process gave a sign of life."
         ),
-        "disk_free": GaugeMetricFamily("outbox_disk_free_bytes", "What is free where the SQLite file lies."),
+        "deleted": CounterMetricFamily("outbox_deleted_undelivered", "Undelivered events that were deleted."),
+        "disk_free": GaugeMetricFamily("outbox_disk_free_bytes", "Free disk space beside the SQLite file."),
     }
 
 
 def _fill(families: dict[str, _Family], stats: Stats) -> None:
-    states = [status.value for status in Status]
+    statuses = [status.value for status in Status]
     sizes = sorted(stats.by_type.items(), key=lambda item: (-sum(item[1].values()), item[0]))
     events: Tally[tuple[str, str]] = Tally()
     for rank, (event_type, counts) in enumerate(sizes):
-        # A file that another program also writes may hold types that are not Unicode.
+        # Another program that writes to the file may store types that are not Unicode.
         label = event_type.encode(errors="replace").decode() if rank < MOST_TYPES else OTHER
-        events.update({(state, label): 0 for state in states})
-        for state, count in counts.items():
-            events[state if state in states else OTHER, label] += count
+        events.update({(status, label): 0 for status in statuses})
+        for status, count in counts.items():
+            events[status if status in statuses else OTHER, label] += count
     for labels, count in events.items():
         families["events"].add_metric(labels, count)
     families["oldest"].add_metric([], (stats.oldest_pending_age_ms or 0) / 1_000)
     families["overdue"].add_metric([], stats.overdue_ms / 1_000)
+    for waits_for, count in stats.waits_for.items():
+        families["waiting"].add_metric([waits_for], count)
     families["paused"].add_metric([], len(stats.pauses))
     families["deleted"].add_metric([], stats.left_undelivered)
 

@@ -1,47 +1,56 @@
-"""The facade: what applications call."""
+"""The facade that applications use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Engine
-from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import Session, scoped_session
 
 from outbox import capture, maintenance, schema
-from outbox.clock import epoch_ms
-from outbox.database import default_url, open_engine
-from outbox.events import Event, Redact, columns, encode, redacted
+from outbox.event_ids import add_event_ids
+from outbox.events import AnyEvent, with_type
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
+from outbox.new_rows import Redact, new_row
 from outbox.policy import Policy
-from outbox.sqlite import Synchronous
+from outbox.storage.engines import Synchronous, default_url, engine_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from outbox.flusher import FlushReport, UploadClient
     from outbox.hooks import Hooks
-    from outbox.models import ObservationEvent
+    from outbox.records import FlushReport, UploadClient
     from outbox.stats import Stats
+    from outbox.storage.tables import ObservationEvent
 
 
 LARGEST_ID = 2**63 - 1
-"""No id, and no other number in a database, is larger."""
+"""The largest id, and the largest integer that the databases hold."""
 
 
 class Outbox:
-    """A durable outbox in one database. Safe to share between threads; a forked child may go on using it.
+    """A durable outbox in one database. Threads can share it, and a forked child can continue to use it.
 
-    `database` is an SQLAlchemy URL, or an `Engine` of the host's, whose settings are kept; before a fork the host
-    disposes of it, while ours need nothing. The schema is not touched: raises `SchemaError`, saying what to do,
-    where it is missing, older or newer than this program. `Outbox.open` upgrades it first. `synchronous` is
-    SQLite's: FULL keeps an event that `enqueue` accepted through a power cut, NORMAL only through a crash of the
-    program. `redact` gets each event, validated, before it is written, and returns the one to write instead, which
-    is validated too; what a mapping holds beside the fields of its type does not reach it, and is left out.
+    `database` is an SQLAlchemy URL or the application's own `Engine`, whose settings are kept. Before a fork, the
+    application must dispose of its engine; an engine that this class opens needs nothing. In a process that was
+    forked without Python's knowledge, as uWSGI does, calls on such an engine raise `StorageError`.
+
+    The schema is only checked: if it is missing, or older or newer than this program's, this raises `SchemaError`,
+    which says what to do. `Outbox.open` upgrades the schema first. An unsupported driver raises
+    `ConfigurationError`.
+
+    `synchronous` applies to SQLite. With FULL, an accepted event survives a power cut; with NORMAL, only a crash
+    of the program.
+
+    With `strict`, or the policy of the original, every event needs a registered type.
+
+    `redact` gets each validated event before it is written, and returns the event to write instead, which is
+    validated too. It gets an `Event` if the type is registered, without keys that are not fields of the type;
+    otherwise it gets a dict.
     """
 
     def __init__(
@@ -51,22 +60,29 @@ class Outbox:
         policy: Policy | None = None,
         synchronous: Synchronous = "FULL",
         redact: Redact | None = None,
+        strict: bool = False,
     ) -> None:
         if redact is not None and not callable(redact):
-            raise ConfigurationError(f"redact is {redact!r}, expected a function that gets and returns an event")
+            raise ConfigurationError(f"redact is {redact!r}, expected a function that takes and returns an event")
         self._owns_engine = not isinstance(database, Engine)
-        self.engine = database if isinstance(database, Engine) else open_engine(database, synchronous=synchronous)
+        self.engine = engine_of(database, synchronous=synchronous)
         self.wakers: set[Callable[[], object]] = set()
-        """Called when this object may have made events due: after the commit of an `enqueue`, and the like."""
+        """Functions that are called when this object may have made events due, such as after an `enqueue`."""
+        self.heartbeats: set[Callable[[], int | None]] = set()
+        """Functions that return the time since a worker's last sign of life, in ms, or None if it is off."""
         self.hooks: list[Hooks] = []
-        """Told what became of events that this object, or a worker of it, flushed."""
-        from outbox.store import Store  # noqa: PLC0415 - it builds all statements, for who opens an outbox only
+        """Called with the outcomes of events that this object, or a worker of it, flushes."""
+        from outbox.storage.store import Store  # noqa: PLC0415 - slow: it builds all statements, which only an open outbox needs
 
-        self._store = Store(self.engine)
+        self.store = Store(self.engine)
+        """The rows, for the other modules of this package. Programs use the methods of this class."""
         self._redact = redact
-        self.policy = (policy or Policy()).on(is_shared=self._store.is_shared)
+        self.policy = (policy or Policy()).on(is_shared=self.store.is_shared)
+        self._is_strict = strict or self.policy.is_original  # to the original, other events are undecodable
         try:
             schema.check(self.engine)
+            if self.policy.max_undelivered:
+                maintenance.attempt("counting", self.store.bounds.count_undelivered)
         except BaseException:
             self.close()
             raise
@@ -79,18 +95,16 @@ class Outbox:
         policy: Policy | None = None,
         synchronous: Synchronous = "FULL",
         redact: Redact | None = None,
+        strict: bool = False,
     ) -> Self:
-        """Open an outbox after creating or upgrading its schema; None is the per-user default file.
+        """Create or upgrade the schema, then open the outbox. None means the default file of the user.
 
-        A new SQLite file is readable by its owner only.
+        Only its owner can read a new SQLite file.
         """
-        if isinstance(database, Engine):
-            engine = database
-        else:
-            engine = open_engine(default_url() if database is None else database, synchronous=synchronous)
+        engine = engine_of(default_url() if database is None else database, synchronous=synchronous)
         try:
             schema.upgrade(engine)
-            opened = cls(engine, policy=policy, redact=redact)
+            opened = cls(engine, policy=policy, redact=redact, strict=strict)
         except BaseException:
             if engine is not database:
                 engine.dispose()
@@ -100,64 +114,87 @@ class Outbox:
 
     def enqueue(
         self,
-        event: Event | Mapping[str, Any],
+        event: AnyEvent,
         *,
         session: Session | scoped_session[Session] | None = None,
         connection: Any = None,
+        event_type: str | None = None,
+        event_id: str | None = None,
     ) -> int | None:
-        """Record one event; return its row id, or None when the environment says OUTBOX_CAPTURE=false.
+        """Record one event. Return its row id, or None if OUTBOX_CAPTURE=false is set in the environment.
 
-        It is durable when this returns. With `session`, the caller's own, it is one INSERT in the caller's
-        transaction instead: it comes with the commit and goes with the rollback, and nothing of the session is
-        flushed, expired or committed. `connection` does the same for a program without SQLAlchemy: it is the
-        connection of a driver (DBAPI) to this database, such as Django's `connection.connection`; without a
-        transaction it commits by itself. A mapping names its type as `event_type`.
+        The event is durable when this returns. With `session`, this is one INSERT in the session's transaction
+        instead: the event commits and rolls back with it. Nothing in the session is flushed, expired or committed.
+        `connection` does the same on an SQLAlchemy `Connection`, or on a driver's connection (DBAPI) to this
+        database, such as Django's `connection.connection`; on a driver's connection without an open transaction,
+        this commits. With an `AsyncSession`, call this in its `run_sync`.
 
-        Raises `InvalidEvent`, naming the field and what it should be, or that the outbox's `redact` failed,
-        `QueueFull` where the policy says so, and `StorageError`. Nothing is written then, unless it is the
-        connection to a server that broke, and that during the commit.
+        The event is an `Event`, a mapping, a Pydantic model, a dataclass or an attrs object. `event_type` names
+        its type if the event has no key or attribute of this name. The fields of a registered type are checked. In
+        an event of another type, a field `occurred_at` is the time of the event if it is RFC 3339 with an offset.
+
+        `event_id` is your own id of the event: 1 to 191 printable ASCII characters without blanks. If an event
+        with this id is there already, nothing is recorded, and the row id of that event is returned. If another
+        transaction is recording one, this waits for its end.
+
+        Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if the
+        session or connection can't be used, `QueueFull` if the policy rejects events at the cap, and
+        `StorageError`. Then nothing was recorded, with one exception: if the connection to a server breaks during
+        the commit, the result is unknown. It is also unknown after an exception from outside, such as
+        `KeyboardInterrupt` or the time limit of a task queue. With `event_id`, you can call this again.
         """
-        ids = self.enqueue_many([event], session=session, connection=connection)
+        # Lazy: while capture is off, nothing is converted.
+        events = [event] if event_type is None else map(with_type, [event], [event_type])
+        event_ids = None if event_id is None else [event_id]
+        ids = self.enqueue_many(events, session=session, connection=connection, event_ids=event_ids)
         return ids[0] if ids else None
 
     def enqueue_many(
         self,
-        events: Iterable[Event | Mapping[str, Any]],
+        events: Iterable[AnyEvent],
         *,
         session: Session | scoped_session[Session] | None = None,
         connection: Any = None,
+        event_ids: Iterable[str | None] | None = None,
     ) -> list[int]:
-        """Record events in one transaction, all or none; return their row ids in order.
+        """Record all events in one transaction, or none. Return their row ids in order.
 
-        Like `enqueue` in everything else. The list is empty when the environment says OUTBOX_CAPTURE=false.
+        `event_ids` holds an id for each event, or None for an event without an id of yours. Of events with equal
+        ids the first one is recorded. Otherwise it works like `enqueue`. The list is empty if OUTBOX_CAPTURE=false
+        is set in the environment.
         """
         if capture.is_off():
             return []
-        now = self._store.now_ms()
-        rows = [_row(event, now, self._redact) for event in events]
+        now = self.store.now_ms()
+        rows = [new_row(event, self._redact, strict=self._is_strict, now_ms=now) for event in events]
+        if event_ids is not None:
+            add_event_ids(rows, event_ids)
         if not rows:
             return []
+        if session is not None and connection is not None:
+            raise ConfigurationError("session and connection are both given, expected one of them")
         if session is not None:
-            ids = self._store.insert_in(session, rows, policy=self.policy)
-            self._wake_after_commit(session)
-            return ids
+            wake = self._wake if self.wakers else None
+            return self.store.intake.insert_in(session, rows, policy=self.policy, after_commit=wake)
         if connection is not None:
-            return self._store.insert_on(connection, rows, policy=self.policy)
-        ids, over_cap = self._store.insert(rows, policy=self.policy, now_ms=now)
+            return self.store.intake.insert_on(connection, rows, policy=self.policy)
+        ids, over_cap = self.store.intake.insert(rows, policy=self.policy, now_ms=now)
         if over_cap:
-            maintenance.cap(self._store, self.policy, now_ms=now)
+            maintenance.cap(self.store, self.policy, now_ms=now)
         self._wake()
         return ids
 
     def flush(self, client: UploadClient) -> FlushReport:
-        """Send one batch of due events; a failed upload is data in the report, it is not raised.
+        """Send one batch of due events. A failed upload is not raised; the report describes it.
 
-        Nothing is touched while the client is not logged in, or the environment says OUTBOX_CAPTURE=false.
-        Whatever else the client raises, and an interrupt, releases the events and reaches the caller.
+        If the client is not logged in, or OUTBOX_CAPTURE=false is set in the environment, nothing is changed and
+        the report's `skipped` says why. Any other `Exception` of the client is a bug and is raised; the events are
+        retried as after a failure of the service, with `client error: …` as `last_error`. An interrupt releases
+        the events and is raised.
         """
-        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load what delivers
+        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
 
-        return flusher.flush(self._store, self.policy, client, hooks=self.hooks)
+        return flusher.flush(self.store, self.policy, client, hooks=self.hooks)
 
     def flush_all(
         self,
@@ -165,68 +202,67 @@ class Outbox:
         *,
         progress: Callable[[FlushReport], object] | None = None,
     ) -> FlushReport:
-        """Send batch after batch until nothing is due, or a failure holds for all; return the sum.
+        """Send batches until nothing is due or the service itself fails; return the sum of the reports.
 
         `progress` is called with the report of each batch.
         """
-        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load what delivers
+        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
 
-        return flusher.flush_all(self._store, self.policy, client, progress, hooks=self.hooks)
+        return flusher.flush_all(self.store, self.policy, client, progress, hooks=self.hooks)
 
     def retry_now(self) -> int:
-        """Make everything due that is parked or waits, not what is being sent; return the number of rows."""
-        count = self._store.retry_now(now_ms=self._store.now_ms())
+        """Make all waiting and parked events due now; return how many. Events being sent are not changed."""
+        count = self.store.revival.retry_now(now_ms=self.store.now_ms())
         self._wake()
         return count
 
     def requeue_abandoned(self, *, older_than: datetime | int, dry_run: bool = False) -> maintenance.RequeueReport:
-        """Give abandoned events created before `older_than` a full new chance; a dry run only counts.
+        """Return abandoned events created before `older_than` to the queue and reset their failures and age.
 
+        With `dry_run`, they are only counted.
         `older_than` is a datetime with a time zone, or epoch milliseconds.
         """
         report = maintenance.requeue_abandoned(
-            self._store, cutoff_ms=_epoch_ms(older_than), now_ms=self._store.now_ms(), dry_run=dry_run
+            self.store, cutoff_ms=maintenance.cutoff_ms(older_than), now_ms=self.store.now_ms(), dry_run=dry_run
         )
         self._wake()
         return report
 
     def purge(
-        self, *, event_type: str | None = None, before: datetime | int | None = None, dry_run: bool = False
+        self, *, event_type: str | None = None, older_than: datetime | int | None = None, dry_run: bool = False
     ) -> maintenance.PurgeReport:
-        """Delete the events of a type, or created before a time, or both, for good; a dry run only counts.
+        """Delete events of any status for good; with `dry_run`, only count them.
 
-        `before` is a datetime with a time zone, or epoch milliseconds. Events in any state are deleted and counted
-        in the ledger, but those that are being sent are left alone. It looks at every row, and deletes a thousand
-        in a transaction: after an error the first of them are gone. Raises `ConfigurationError` where nothing says
-        what to delete.
+        `event_type` selects the events of a type, `older_than` those created before a datetime with a time zone or
+        epoch milliseconds. Give one or both, else it raises `ConfigurationError`. The ledger counts the deleted
+        events. Events that are being sent are not deleted. Every row is read, and each transaction deletes up
+        to a thousand rows, so after an error some events may already be deleted.
         """
-        if event_type is None and before is None:
-            raise ConfigurationError(
-                "nothing says what to purge, expected an event type, a time before which, or both"
-            )
+        if event_type is None and older_than is None:
+            raise ConfigurationError("purge has neither event_type nor older_than, expected one of them or both")
         if not isinstance(event_type, str | None):
             raise ConfigurationError(f"event_type is {event_type!r}, expected the name of a type, a text")
         return maintenance.purge(
-            self._store,
+            self.store,
             event_type=event_type,
-            created_before_ms=None if before is None else _epoch_ms(before, "before"),
-            now_ms=self._store.now_ms(),
+            created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
+            now_ms=self.store.now_ms(),
             dry_run=dry_run,
         )
 
     def pending_count(self) -> int:
-        """Return how many events are on their way: pending or being sent. Parked ones do not count."""
-        return self._store.pending_count()
+        """Return the number of pending and sending events. Parked events do not count."""
+        return self.store.views.pending_count()
 
     def stats(self) -> Stats:
         """Return what is queued, what is stuck, and the likely cause."""
-        from outbox import stats  # noqa: PLC0415 - programs that only enqueue need not load what looks
+        from outbox import stats  # noqa: PLC0415 - programs that only enqueue need not load the code that reads
 
-        return stats.gather(self._store, now_ms=self._store.now_ms(), lease_ms=self.policy.lease_ms)
+        return stats.gather(self.store, self.policy, now_ms=self.store.now_ms())
 
     def get(self, row_id: int) -> ObservationEvent | None:
         """Return one event, detached from the database, or None."""
-        return self._store.get(row_id) if 0 < row_id <= LARGEST_ID else None
+        return self.store.views.get(row_id) if 0 < row_id <= LARGEST_ID else None
 
     def find(
         self,
@@ -236,7 +272,7 @@ class Outbox:
         older_than: datetime | int | None = None,
         limit: int = 100,
     ) -> list[ObservationEvent]:
-        """Return the oldest events that fit all that is given, detached from the database.
+        """Return the oldest events that match all given conditions, detached from the database.
 
         Raises `ConfigurationError` for a status, time or limit that no event can have.
         """
@@ -245,24 +281,24 @@ class Outbox:
             raise ConfigurationError(f"status is {status!r}, expected one of {', '.join(known)}")
         if not 0 <= limit <= LARGEST_ID:
             raise ConfigurationError(f"limit is {limit!r}, expected a whole number from 0 to {LARGEST_ID}")
-        return self._store.find(
+        return self.store.views.find(
             status=None if status is None else Status(status).value,
             event_type=event_type,
-            created_before_ms=None if older_than is None else _epoch_ms(older_than),
+            created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
             limit=limit,
         )
 
     def overdue_ms(self) -> int:
-        """Return for how long the next event has been due; 0 if none is. Far cheaper than `stats`.
+        """Return how long, in ms, the next event has been due; 0 if no event is due. Far cheaper than `stats`.
 
-        It is pending, or a flusher that died was sending it.
+        The event is pending, or its flusher died while sending it.
         """
-        now = self._store.now_ms()
-        due_ms = self._store.next_due_ms(now_ms=now)
+        now = self.store.now_ms()
+        due_ms = self.store.views.next_due_ms(now_ms=now)
         return 0 if due_ms is None else max(0, now - due_ms)
 
     def close(self) -> None:
-        """Close the connections. An engine of the host's stays as it is."""
+        """Close the connections. An engine of the application is not changed."""
         if self._owns_engine:
             self.engine.dispose()
 
@@ -277,31 +313,3 @@ class Outbox:
     def _wake(self, _session: object = None) -> None:
         for wake in tuple(self.wakers):
             wake()
-
-    def _wake_after_commit(self, session: Session | scoped_session[Session]) -> None:
-        if not self.wakers:
-            return
-        this = session if isinstance(session, Session) else session()
-        # Once for a session: a listener can't be removed while it is called, and a wake too many is harmless.
-        if not sqlalchemy_event.contains(this, "after_commit", self._wake):
-            sqlalchemy_event.listen(this, "after_commit", self._wake)
-
-
-def _row(event: Event | Mapping[str, Any], now: int, redact: Redact | None) -> dict[str, Any]:
-    valid, payload_json = encode(event)
-    if redact is not None:
-        valid, payload_json = redacted(valid, redact)
-    return {
-        **columns(valid, now_ms=now),
-        "payload_json": payload_json,
-        "next_attempt_at_ms": now,
-        "created_at_ms": now,
-    }
-
-
-def _epoch_ms(when: datetime | int, name: str = "older_than") -> int:
-    if isinstance(when, datetime) and when.utcoffset() is not None:
-        return epoch_ms(when)
-    if isinstance(when, int) and abs(when) < 2**63:
-        return when
-    raise ConfigurationError(f"{name} is {when!r}, expected a datetime with a time zone or epoch milliseconds")

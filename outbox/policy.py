@@ -1,88 +1,34 @@
-"""What a failed upload means for its rows: verdicts, back-off, jitter, Retry-After. Pure: no I/O, no clock."""
+"""The settings of an outbox, and what a failed upload means. No I/O, no clock."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal
 
-import msgspec
+from outbox import retry_after
+from outbox.delays import longest_backoff
+from outbox.failures import ClientError, ConfigurationError, HttpFailure, TransportFailure, UploadFailure
 
-from outbox.failures import ConfigurationError, HttpFailure, UploadFailure
+RECENT_MS = 60_000
+"""A destination works if it accepted a row at most this many ms ago."""
 
-MAX_ERROR_LENGTH = 2_048
-"""How many characters of a failure's text a row keeps."""
+_AUTHENTICATION = (401, 403)
+_MISSING_ROUTE = (404, 405, 410)
+_SHARED_4XX = (408, 425)
+_OFTEN = 4
+"""From this `retry_count` on, a row is suspected even if nothing is known of its destination."""
+_TWICE = 2
+"""From this `retry_count` on, a row is suspected if its destination works."""
 
-RETRY_AFTER_MIN_MS, RETRY_AFTER_MAX_MS = 1_000, 300_000
-"""A server's wish for a delay is clamped to these."""
-
-_MAX_DOUBLINGS = 5
-_MAX_PAUSE_DOUBLINGS = 6
 _DAY_MS = 24 * 60 * 60 * 1_000
-# Doubled five times and added to the time, it is a number that databases can hold.
+# A delay below this limit, doubled five times and added to the time, fits into 64 bits.
 _LIMIT = 2**53
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How much, how often and how long. Times are milliseconds.
-
-    Raises `ConfigurationError` for a value that is not a whole number above zero and below 2^53, but for what is
-    said to be another.
-    """
-
-    batch_size: int = 64
-    """Rows claimed and uploaded at once."""
-    lease_ms: int = 60_000
-    """How long a claim keeps other flushers away. An upload must end within three quarters of it."""
-    backoff_ms: int = 60_000
-    """The unit of the back-off: doubled for each transient failure of a row, at most five times."""
-    rate_limit_ms: int = 60_000
-    """The delay after a 429 that names none."""
-    pause_ms: int = 1_000
-    """How long, on servers, the flushers of all hosts leave a destination alone that failed; doubled for each
-    further failure, six times at most."""
-    max_age_ms: int = 7 * _DAY_MS
-    """A row older than this is abandoned at its next transient failure."""
-    max_rows: int | None = None
-    """The cap; 0 is none. By default 10 000 on SQLite, and none on servers."""
-    when_full: Literal["trim", "reject"] = "trim"
-    """At the cap: "trim" deletes delivered rows first, then abandoned ones, then the oldest; "reject" deletes only
-    delivered ones, and `enqueue` raises `QueueFull` where that does not make room."""
-    keep_sent_ms: int | None = None
-    """How long delivered rows stay; 0 is for ever. By default until the cap deletes them on SQLite, and 7 days on
-    servers."""
-    unpark_limit: int = 256
-    """How many parked rows one success brings back."""
-    unpark_spread_ms: int = 5_000
-    """They come back spread over this time, so that recovery is no stampede."""
-
-    def __post_init__(self) -> None:
-        if self.when_full not in ("trim", "reject"):
-            raise ConfigurationError(f"policy: when_full is {self.when_full!r}, expected 'trim' or 'reject'")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "when_full" or (field.default is None and value is None):
-                continue
-            at_least = 0 if field.default is None else 1
-            if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < _LIMIT:
-                raise ConfigurationError(
-                    f"policy: {field.name} is {value!r}, expected a whole number from {at_least} on and below 2^53"
-                )
-
-    def on(self, *, is_shared: bool) -> Policy:
-        """Return the policy with what suits a server, or SQLite, where it leaves that open."""
-        max_rows, keep_sent_ms = (0, 7 * _DAY_MS) if is_shared else (10_000, 0)
-        return replace(
-            self,
-            max_rows=max_rows if self.max_rows is None else self.max_rows,
-            keep_sent_ms=keep_sent_ms if self.keep_sent_ms is None else self.keep_sent_ms,
-        )
-
-
 class Verdict(Enum):
-    """What a failure means. All but `PERMANENT` are shared: they hold for every row of the claim."""
+    """The meaning of a failure. All but `PERMANENT` apply to every row of the claim."""
 
     TRANSIENT = "transient"
     RATE_LIMITED = "rate limited"
@@ -90,156 +36,214 @@ class Verdict(Enum):
     PERMANENT = "permanent"
 
 
-class Outcome(NamedTuple):
-    """What becomes of one row: the trigger of its move, and the columns that the move writes."""
+@dataclass(frozen=True)
+class Policy:
+    """Sizes, limits and times of an outbox. Times are in milliseconds.
 
-    trigger: str
-    values: dict[str, Any]
+    Integers from 1 to 2^53 - 1, unless the field says otherwise. Other values raise `ConfigurationError`.
+    """
+
+    batch_size: int = 64
+    """Number of rows in a claim and in its upload."""
+    lease_ms: int = 60_000
+    """How long a claim keeps other flushers away. An upload must end within three quarters of this time."""
+    backoff_ms: int | tuple[int, ...] = 60_000
+    """How long a row waits after a transient failure. A number is the unit of the backoff: doubled for each
+    failure of the row, at most five times. A tuple such as `(5_000, 300_000, 1_800_000)` holds the delays after
+    the first failure, the second, and so on; the last one repeats."""
+    rate_limit_ms: int = 60_000
+    """The delay after a 429 that asks for no delay."""
+    pause_ms: int = 1_000
+    """How long all flushers of the database pause a destination after a failure. Doubled for each further failure
+    in a row, up to 20 seconds."""
+    max_age_ms: int = 7 * _DAY_MS
+    """A row older than this is abandoned at its next transient failure or 429."""
+    max_sent: int | None = None
+    """Maximum number of delivered rows; 0: no bound. Flushers delete the oldest beyond it. Default: 10 000 on
+    SQLite, no bound on servers."""
+    max_undelivered: int | None = None
+    """Maximum number of pending, sending, parked and abandoned rows together; 0: no bound. Default: 1 000 000 on
+    SQLite, no bound on servers. Several processes that enqueue at once may exceed it by 1 000 rows each."""
+    max_rows: int | None = None
+    """Maximum number of rows in all; 0: no bound, which is the default. Beyond it, the oldest delivered rows are
+    deleted first."""
+    when_full: Literal["reject", "trim"] = "reject"
+    """What happens at `max_undelivered`, and at `max_rows` once no delivered row is left: "reject" lets `enqueue`
+    raise `QueueFull`. "trim" deletes abandoned rows, then the oldest, but none in flight."""
+    keep_sent_ms: int | None = None
+    """How long delivered rows stay; 0: until a bound deletes them. Default: 0 on SQLite, 7 days on servers."""
+    proof_ms: int = 600_000
+    """The shortest time between the first rejection of a row and its abandonment."""
+    revive_limit: int = 256
+    """Number of waiting rows of each kind that return to the queue after each success."""
+    unpark_limit: int = 256
+    """Number of parked rows that return to the queue after each success."""
+    unpark_spread_ms: int = 5_000
+    """Their due times are spread over this time, so that they do not all become due at once."""
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict, hash=False)
+    """What an answer with one of these HTTP statuses (100 to 599) means, instead of the default, such as
+    `{409: Verdict.TRANSIENT}`."""
+
+    is_original: ClassVar[bool] = False
+    """Whether the rules of the original uploader apply."""
+
+    @staticmethod
+    def original(**changes: Any) -> OriginalPolicy:
+        """Return the policy of the original uploader, with `changes`.
+
+        It abandons a rejected row at once if another row of its claim was accepted. It claims the oldest rows
+        first, never pauses, and never revives. Beyond 10 000 rows it deletes the oldest.
+        """
+        bounds = {"max_rows": 10_000, "when_full": "trim", "max_sent": 0, "max_undelivered": 0, "keep_sent_ms": 0}
+        return OriginalPolicy(**{**bounds, **changes})
+
+    def __post_init__(self) -> None:
+        if self.when_full not in ("trim", "reject"):
+            raise ConfigurationError(f"policy: when_full is {self.when_full!r}, expected 'trim' or 'reject'")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in ("when_full", "verdicts") or (setting.default is None and value is None):
+                continue
+            if setting.name == "backoff_ms" and isinstance(value, tuple):
+                if not value or not all(_is_whole(delay_ms, at_least=1) for delay_ms in value):
+                    raise ConfigurationError(
+                        f"policy: backoff_ms is {value!r}, expected one or more whole numbers from 1 to 2^53 - 1"
+                    )
+                continue
+            at_least = 0 if setting.default is None else 1
+            if not _is_whole(value, at_least=at_least):
+                or_more = ", or a tuple of them" if setting.name == "backoff_ms" else ""
+                raise ConfigurationError(
+                    f"policy: {setting.name} is {value!r},"
+                    f" expected a whole number from {at_least} to 2^53 - 1{or_more}"
+                )
+        # A copy, because the caller's mapping may change.
+        object.__setattr__(self, "verdicts", _checked_verdicts(self.verdicts))
+
+    def on(self, *, is_shared: bool) -> Policy:
+        """Return the policy with the defaults for a database server (`is_shared`) or SQLite filled in."""
+        defaults = {
+            "max_sent": 0 if is_shared else 10_000,
+            "max_undelivered": 0 if is_shared else 1_000_000,
+            "max_rows": 0,
+            "keep_sent_ms": 7 * _DAY_MS if is_shared else 0,
+        }
+        changes: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **changes)
 
 
-class Judged(Protocol):
-    """A row as far as `decide` has to know it."""
+@dataclass(frozen=True)
+class OriginalPolicy(Policy):
+    """What `Policy.original()` returns: the settings and the rules of the original uploader."""
 
-    @property
-    def id(self) -> int:
-        """Seeds the jitter."""
-
-    @property
-    def retry_count(self) -> int:
-        """Transient failures so far."""
-
-    @property
-    def created_at_ms(self) -> int:
-        """When it was enqueued."""
-
-    @property
-    def revived_at_ms(self) -> int | None:
-        """When it was last given a full new chance."""
+    is_original: ClassVar[bool] = True
 
 
-def verdict(failure: UploadFailure) -> Verdict:
-    """Judge a failure by its HTTP status; one without a status is transient."""
+def _is_whole(value: object, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and at_least <= value < _LIMIT
+
+
+def _checked_verdicts(given: object) -> dict[int, Verdict]:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"policy: verdicts is {given!r}, expected a mapping from HTTP status to Verdict")
+    for status, judged in given.items():
+        if not isinstance(status, int) or not 100 <= status <= 599:
+            raise ConfigurationError(
+                f"policy: verdicts has the key {status!r}, expected an HTTP status, 100 to 599"
+            )
+        if not isinstance(judged, Verdict):
+            known = ", ".join(str(one) for one in Verdict)
+            raise ConfigurationError(f"policy: verdicts[{status}] is {judged!r}, expected one of {known}")
+    return dict(given)
+
+
+def verdict(failure: UploadFailure, policy: Policy) -> Verdict:
+    """Return the verdict on a failure by its HTTP status; a failure without a status is transient.
+
+    `policy.verdicts` decides first. 404, 405 and 410 are transient: at a fixed URL they mean that the route is
+    missing. To the original they are permanent.
+    """
     if not isinstance(failure, HttpFailure):
         return Verdict.TRANSIENT
+    if failure.status in policy.verdicts:
+        return policy.verdicts[failure.status]
     if failure.status == 429:
         return Verdict.RATE_LIMITED
-    if failure.status in (401, 403):
+    if failure.status in _AUTHENTICATION:
         return Verdict.AUTH_BLOCKED
-    if failure.status in (408, 425):
+    if failure.status in _SHARED_4XX or (failure.status in _MISSING_ROUTE and not policy.is_original):
         return Verdict.TRANSIENT
     return Verdict.PERMANENT if 400 <= failure.status <= 499 else Verdict.TRANSIENT
 
 
-def decide(judged: Verdict, failure: UploadFailure, row: Judged, *, now_ms: int, policy: Policy) -> Outcome:
-    """Decide what a failure that was judged so does to one row."""
-    text = str(failure)
-    if judged is Verdict.AUTH_BLOCKED:
-        return Outcome("park", {"last_error": as_last_error(text)})
-    if judged is Verdict.PERMANENT:
-        return abandonment(f"permanent: {text}")
-    asked_delay_ms = _asked_delay_ms(failure)
-    aged_out = now_ms - max(row.created_at_ms, row.revived_at_ms or 0) > policy.max_age_ms
-    if judged is Verdict.RATE_LIMITED:
-        if aged_out:
-            return abandonment(f"aged-out (rate-limited): {text}")
-        delay_ms = asked_delay_ms or policy.rate_limit_ms
-        retry_count = row.retry_count
-    else:
-        if aged_out:
-            return abandonment(f"aged-out: {text}")
-        retry_count = row.retry_count + 1
-        delay_ms = max(backoff(retry_count, policy.backoff_ms), asked_delay_ms or 0)
-    return Outcome(
-        "reschedule",
-        {
-            "retry_count": retry_count,
-            "next_attempt_at_ms": now_ms + delay_ms + jitter(delay_ms, now_ms ^ row.id),
-            "last_error": as_last_error(text),
-        },
-    )
+def named_delay_ms(failure: UploadFailure, policy: Policy) -> int | None:
+    """Return the delay in ms that an answer names, clamped to 1 000 … 300 000, or None.
 
-
-def pause_ms(failure: UploadFailure, seen: int, policy: Policy) -> int | None:
-    """Return for how long, in ms, everybody leaves the destination alone, after so many pauses in a row.
-
-    None where the failure says nothing about the destination: it answered, if only to reject a token or a row.
+    Answers name one with status 429 or 503, for which HTTP defines Retry-After, or with the verdict rate limited.
     """
-    judged = verdict(failure)
-    asked_delay_ms = _asked_delay_ms(failure)
-    if judged is Verdict.RATE_LIMITED:
-        return asked_delay_ms or policy.rate_limit_ms
-    if judged is Verdict.TRANSIENT:
-        return max(policy.pause_ms << min(seen, _MAX_PAUSE_DOUBLINGS), asked_delay_ms or 0)
-    return None
-
-
-def abandonment(reason: str) -> Outcome:
-    """Give the row up, for this reason."""
-    return Outcome("abandon", {"last_error": as_last_error(reason)})
-
-
-def backoff(retry_count: int, unit_ms: int = Policy.backoff_ms) -> int:
-    """Return the delay in ms after so many transient failures: unit * 2^min(max(count, 0), 5).
-
-    With the default unit: 0 → 60 000, 1 → 120 000, 2 → 240 000, 3 → 480 000, 4 → 960 000, 5 and more → 1 920 000.
-    """
-    return int(unit_ms << min(max(retry_count, 0), _MAX_DOUBLINGS))
-
-
-def jitter(base_ms: int, seed: int) -> int:
-    """Return 0 to a quarter of `base_ms`, decided by the seed alone, so that rows spread and tests know."""
-    return seed % max(1, base_ms // 4)
-
-
-def retry_after(body: str) -> int | None:
-    """Return the delay in ms that a response body asks for, clamped to 1 000 … 300 000, or None.
-
-    A JSON body: the integer `retryAfterSec` of the outermost object that has one. Any other, one that was cut off
-    for example: the digits after the first `"retryAfterSec"` and a colon.
-    """
-    try:
-        seconds = _outermost_retry_after(msgspec.json.decode(body))
-    except (ValueError, RecursionError):
-        seconds = _textual_retry_after(body)
-    return None if seconds is None else clamp_retry_after(seconds * 1_000)
-
-
-def clamp_retry_after(delay_ms: int) -> int:
-    """Return the delay, but at least 1 000 and at most 300 000 ms."""
-    return min(max(delay_ms, RETRY_AFTER_MIN_MS), RETRY_AFTER_MAX_MS)
-
-
-def _outermost_retry_after(document: object) -> int | None:
-    level = [document]
-    while level:
-        for value in level:
-            if isinstance(value, dict) and type(value.get("retryAfterSec")) is int:
-                return int(value["retryAfterSec"])
-        level = [inner for value in level for inner in _children(value)]
-    return None
-
-
-def _children(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
-def _textual_retry_after(body: str) -> int | None:
-    _, found, rest = body.partition('"retryAfterSec"')
-    # Eighteen digits are more than the clamp lets through, and a number without end is not read.
-    digits = re.match(r"\s*:\s*([0-9]{1,18})", rest) if found else None
-    return int(digits.group(1)) if digits else None
-
-
-def _asked_delay_ms(failure: UploadFailure) -> int | None:
-    # The two statuses for which HTTP defines a wish to be left alone for a while.
-    if not isinstance(failure, HttpFailure) or failure.status not in (429, 503):
+    if not isinstance(failure, HttpFailure):
         return None
-    return retry_after(failure.body_snippet) if failure.retry_after_ms is None else failure.retry_after_ms
+    if failure.status not in (429, 503) and verdict(failure, policy) is not Verdict.RATE_LIMITED:
+        return None
+    if failure.retry_after_ms is None:
+        return retry_after.in_body(failure.body_snippet)
+    return retry_after.clamp(failure.retry_after_ms)
 
 
-def as_last_error(text: str) -> str:
-    """Return a failure's text as it is stored: cut, and with nothing in it that a database refuses."""
-    # Such a text would keep the row from ever being settled.
-    return text[:MAX_ERROR_LENGTH].replace("\0", "\ufffd").encode(errors="replace").decode()
+def asked_delay_ms(failure: UploadFailure, policy: Policy) -> int | None:
+    """Return for how many ms the service wants no request. A 429 that names no delay asks for `rate_limit_ms`."""
+    named_ms = named_delay_ms(failure, policy)
+    if named_ms is None and verdict(failure, policy) is Verdict.RATE_LIMITED:
+        return policy.rate_limit_ms
+    return named_ms
+
+
+def longest_wait_ms(policy: Policy) -> int:
+    """Return the longest delay in ms after a failure, including the jitter."""
+    longest_ms = max(longest_backoff(policy.backoff_ms), policy.rate_limit_ms, retry_after.MAX_MS)
+    return longest_ms * 5 // 4
+
+
+def is_recent(accepted_at_ms: int | None, now_ms: int) -> bool:
+    """Return whether the destination works: it accepted a row at most 60 000 ms ago."""
+    return accepted_at_ms is not None and now_ms - accepted_at_ms <= RECENT_MS
+
+
+def may_be_one_rows(failure: UploadFailure, *, rows: int, retry_count: int, works: bool, policy: Policy) -> bool:
+    """Return whether one row may have caused a shared failure.
+
+    `rows` is the size of the claim, `retry_count` that of its oldest row; `works` tells whether the destination
+    accepted a row at most 60 000 ms ago.
+
+    - The answer names a delay, or its verdict is rate limited: never.
+    - Auth blocked (401 and 403): always if the destination works, else for claims of several rows with
+      `retry_count` >= 4.
+    - Transient with a 4xx (404, 405, 410, 408 and 425) or 5xx, and no answer before the deadline: with
+      `retry_count` >= 2 if the destination works, else for claims of several rows with `retry_count` >= 4.
+    - Any other failure, and any failure to the original: never.
+    """
+    if policy.is_original or asked_delay_ms(failure, policy) is not None:
+        return False
+    failed_often = rows > 1 and retry_count >= _OFTEN
+    judged = verdict(failure, policy)
+    if judged is Verdict.AUTH_BLOCKED:
+        return works or failed_often
+    if judged is Verdict.TRANSIENT and (is_timeout(failure) or 400 <= _status(failure) <= 599):
+        return failed_often or (works and retry_count >= _TWICE)
+    return False
+
+
+def is_timeout(failure: UploadFailure) -> bool:
+    """Return whether there was no answer before the deadline; an event may take the service too long."""
+    return isinstance(failure, TransportFailure) and failure.is_timeout
+
+
+def is_too_large(failure: UploadFailure) -> bool:
+    """Return whether the service refused the size of the request."""
+    return isinstance(failure, HttpFailure) and failure.status == 413
+
+
+def _status(failure: UploadFailure) -> int:
+    if isinstance(failure, ClientError):
+        return 500
+    return failure.status if isinstance(failure, HttpFailure) else 0

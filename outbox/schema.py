@@ -1,38 +1,40 @@
-"""The schema of the database: what it is, what this program needs, and how to get there. Alembic does the work."""
+"""Checks and upgrades the schema of the database. Only this module uses Alembic."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect
 
-from outbox.database import migrating, reading
 from outbox.failures import SchemaError
-from outbox.models import VERSION_TABLE, Base
-from outbox.sqlite import create_file, is_there, sqlite_file
+from outbox.storage.dialects import dialect_of
+from outbox.storage.engines import migrating, reading
+from outbox.storage.tables import VERSION_TABLE, Base
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = ("outbox_0001", "outbox_0002", "outbox_0003", "outbox_0004", "outbox_0005")
-"""The revisions that this program knows, oldest first. Kept here so that a look at them needs no Alembic."""
+REVISIONS = tuple(f"outbox_000{number}" for number in range(1, 8))
+"""The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
 
-# Alembic works through module globals, so two upgrades in one process would mix, even of different databases.
-# Held only inside of a transaction: no fork happens there, and so no child inherits it locked.
+# Alembic uses module globals, so two upgrades in one process would interfere, even on different databases.
+# The lock is held only inside a transaction. No fork happens there, so no child inherits the lock in use.
 _alembic_lock = threading.Lock()
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaError` unless the database has exactly the schema of this program; change nothing."""
+    """Raise `SchemaError` unless the database has exactly this program's schema. Changes nothing."""
     where = engine.url.render_as_string(hide_password=True)
-    path = sqlite_file(engine.url)
-    if path is not None and not is_there(path):
-        raise SchemaError(f"there is no database {path}; `outbox upgrade` or Outbox.open() creates it")
+    missing = dialect_of(engine).missing_file(engine.url)
+    if missing is not None:
+        raise SchemaError(f"there is no database {missing}; `outbox upgrade` or Outbox.open() creates it")
     with reading(engine) as connection:
         revision = current_revision(connection)
     if revision is None:
@@ -46,30 +48,57 @@ def check(engine: Engine) -> None:
 
 
 def upgrade(engine: Engine) -> str | None:
-    """Bring the schema to what this program needs; return the revision that it had before, None for a new one.
+    """Create or upgrade the schema. Return its revision before the upgrade, or None if there was no schema.
 
-    Safe when many threads and processes start at once: on SQLite all of it happens in one transaction that holds
-    the write lock. A failure leaves the database as it was. Raises `SchemaError` for one newer than this program.
+    Any number of threads and processes may call it at once: one upgrades, the others wait. On SQLite and
+    PostgreSQL a failed upgrade leaves the database as it was; on MariaDB and MySQL the next upgrade continues it.
+    Raises `SchemaError` if the schema is newer than this program, and `StorageError` if the database fails.
     """
-    create_file(engine.url)
+    dialect_of(engine).create_file(engine.url)
     with reading(engine) as connection:
         revision = current_revision(connection)
     if revision == REVISIONS[-1]:
         return revision
-    from alembic import command  # noqa: PLC0415 - only an upgrade pays for loading it
+    with _quiet_alembic():
+        from alembic import command  # noqa: PLC0415 - slow to load, and only an upgrade needs it
 
-    with migrating(engine) as connection, _alembic_lock:
-        revision = current_revision(connection)
-        if revision is not None:
-            _refuse_newer(revision, engine.url.render_as_string(hide_password=True))
-        config = alembic_config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        with migrating(engine) as connection, _alembic_lock:
+            revision = current_revision(connection)
+            if revision is not None:
+                _refuse_newer(revision, engine.url.render_as_string(hide_password=True))
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            if revision is None and dialect_of(engine).begins_at_head:
+                Base.metadata.create_all(connection)
+                command.stamp(config, "head")
+            else:
+                command.upgrade(config, "head")
     return revision
 
 
+@contextmanager
+def _quiet_alembic() -> Iterator[None]:
+    """Keep Alembic's messages about our migrations out of the application's log, except warnings.
+
+    Messages from other threads, where the application may run its own migrations, are kept.
+    """
+    here = threading.get_ident()
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.thread != here or record.levelno >= logging.WARNING
+
+    logs = [logging.getLogger(name) for name in ("alembic.runtime.plugins", "alembic.runtime.migration")]
+    for log in logs:
+        log.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.removeFilter(is_wanted)
+
+
 def current_revision(connection: Connection) -> str | None:
-    """Return the revision of the schema, or None where the database has no version of ours."""
+    """Return the revision of the outbox's schema, or None if the database has none."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
     revision: str | None = connection.exec_driver_sql("SELECT version_num FROM outbox_alembic_version").scalar()
@@ -77,7 +106,7 @@ def current_revision(connection: Connection) -> str | None:
 
 
 def alembic_config() -> Config:
-    """Return the Alembic configuration of this package's own migrations, without a file and without a URL."""
+    """Return the Alembic configuration of this package's migrations. It needs no file and has no URL."""
     from alembic.config import Config  # noqa: PLC0415 - as above
 
     here = Path(__file__).parent
@@ -90,12 +119,12 @@ def alembic_config() -> Config:
 
 
 def exclude_name(name: str | None, type_: str, parent_names: Mapping[Any, str | None]) -> bool:
-    """Keep the outbox's tables out of a host's autogenerate: `context.configure(include_name=exclude_name, …)`."""
+    """Hide the outbox's tables from another autogenerate: `context.configure(include_name=exclude_name, …)`."""
     return not _is_ours(name, type_, parent_names)
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[Any, str | None]) -> bool:
-    """Keep a host's tables out of our own `alembic check`."""
+    """Hide the application's tables from our own `alembic check`."""
     return type_ == "schema" or _is_ours(name, type_, parent_names)
 
 
@@ -106,6 +135,6 @@ def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, str | None
 def _refuse_newer(revision: str, where: str) -> None:
     if revision not in REVISIONS:
         raise SchemaError(
-            f"{where} has the schema {revision}, this program is too old for it: it knows {REVISIONS[-1]} at most;"
+            f"{where} has the schema {revision}, this program is too old for it: its newest is {REVISIONS[-1]};"
             " upgrade observation-outbox"
         )

@@ -7,39 +7,48 @@ from typing import TYPE_CHECKING
 
 from outbox import capture
 from outbox.lifecycle import Status
-from outbox.statements import Pause
+from outbox.outcomes import WaitsFor
+from outbox.reasons import in_words
+from outbox.records import Deleted, Overview, Pause
+from outbox.storage.counts import filling_in_words
 
 if TYPE_CHECKING:
-    from outbox.store import Deleted, Store, Trouble
+    from outbox.policy import Policy
+    from outbox.storage.store import Store
 
 
 @dataclass(frozen=True)
 class Stats:
-    """The state of the queue at one moment. Times are Unix epoch milliseconds."""
+    """The queue at one moment. Times are Unix epoch milliseconds."""
 
     counts: dict[str, int]
-    """Events by status; every status is there."""
+    """Number of events by status, including statuses without events."""
     by_type: dict[str, dict[str, int]]
-    """The same for each event type."""
+    """Number of events by event type and status, without zeros."""
     oldest_pending_age_ms: int | None
-    """The age of the oldest event that is pending or being sent."""
+    """Age of the oldest pending or sending event."""
     next_due_at_ms: int | None
-    """When the next event is due: one that is pending, or one whose flusher let its lease run out."""
+    """When the next event is due: a pending event, or one whose lease ended before it was settled."""
     overdue_ms: int
-    """For how long that one has been due; 0 if it is not."""
+    """How long that event has been due; 0 if no event is due."""
     deleted: list[Deleted]
-    """What was deleted over the life of the database, by status, event type and reason."""
+    """Number of events deleted over the life of the database, by status, event type and reason."""
     left_undelivered: int
-    """How many of those had not been delivered."""
+    """How many of the deleted events were undelivered."""
+    waits_for: dict[str, int]
+    """Number of pending events that failed, by what they wait for: `service`, `delay`, `proof` or `row`."""
     pauses: list[Pause]
-    """The services that failed, and are left alone by the flushers of all hosts; on servers only."""
+    """The destinations that failed and have accepted nothing since. A pause holds for all flushers of the database
+    until its `until_ms`."""
+    filling: str | None
+    """How full the queue is: None below half of the policy's `max_undelivered`."""
     likely_cause: str | None
-    """Why events are not delivered at present, and what to do, in words."""
+    """Why events are not being delivered, and what to do; None if nothing is known to be wrong."""
 
 
-def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
-    """Look at the queue as it is now."""
-    seen = store.overview(now_ms=now_ms)
+def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
+    """Read the database and return the queue as it is now."""
+    seen = store.views.overview(now_ms=now_ms)
     counts = dict.fromkeys((status.value for status in Status), 0)
     by_type: dict[str, dict[str, int]] = {}
     for event_type, status, count in seen.counts:
@@ -54,84 +63,81 @@ def gather(store: Store, *, now_ms: int, lease_ms: int) -> Stats:
         overdue_ms=0 if seen.next_due_at_ms is None else max(0, now_ms - seen.next_due_at_ms),
         deleted=seen.deleted,
         left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
+        waits_for={kind.value: seen.waiting[kind].events if kind in seen.waiting else 0 for kind in WaitsFor},
         pauses=seen.pauses,
-        likely_cause=_likely_cause(seen.parked, seen.waiting, counts, now_ms=now_ms, lease_ms=lease_ms),
+        filling=filling_in_words(sum(counts.values()) - counts[Status.SENT], policy.max_undelivered),
+        likely_cause=_likely_cause(seen, counts, store.login_problem, now_ms=now_ms, lease_ms=policy.lease_ms),
     )
 
 
 def duration(ms: int) -> str:
-    """Return a time span in words, in its largest whole unit: "12 minutes"."""
+    """Return a time span in its largest whole unit: "12 minutes"."""
     seconds = max(0, ms) // 1_000
     for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= size:
-            return _number(seconds // size, unit)
-    return _number(seconds, "second")
+            return counted(seconds // size, unit)
+    return counted(seconds, "second")
 
 
-def failure_in_words(last_error: str) -> str:
-    """Say what a stored failure means; its text follows in brackets."""
-    return f"{_meaning(last_error)} ({last_error})"
-
-
-def _meaning(last_error: str) -> str:
-    for start, meaning in _MEANINGS:
-        if last_error.startswith(start):
-            return meaning
-    return "the upload failed"
-
-
-# By the start of the text, the first that fits.
-_MEANINGS = (
-    ("transport: ", "the server can't be reached"),
-    (
-        "permanent: decode observation event: event_type: invalid value ",
-        "the payload can't be read: whoever sent it does not know its type; name its module in OUTBOX_TYPES",
-    ),
-    ("permanent: decode observation event: ", "the payload can't be read"),
-    ("permanent: 404", "the server takes no events at this URL; check it"),
-    ("permanent: 405", "the server takes no events at this URL; check it"),
-    ("permanent: ", "the server rejected this event"),
-    ("aged-out", "too old for another try"),
-    ("401", "the token was rejected"),
-    ("403", "the token was rejected"),
-    ("408", "the server was too slow"),
-    ("425", "the server was not ready"),
-    ("429", "the server asks to slow down"),
-    ("3", "the server redirects, which is not followed; check the URL"),
-    ("4", "the server rejects whatever is sent; check the URL, and what it accepts"),
-    ("5", "the server is in trouble"),
-)
+def counted(count: int, noun: str) -> str:
+    """Return "1 event" or "2 events"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _likely_cause(
-    parked: Trouble | None, waiting: Trouble | None, counts: dict[str, int], *, now_ms: int, lease_ms: int
+    seen: Overview, counts: dict[str, int], login_problem: str | None, *, now_ms: int, lease_ms: int
 ) -> str | None:
-    causes = [capture.PAUSED] if capture.is_off() else []
+    parked = seen.parked
+    causes = [capture.IS_OFF] if capture.is_off() else []
+    undelivered = counts["pending"] + counts["sending"] + counts["parked"]
+    if login_problem is not None and undelivered:
+        causes.append(f"{login_problem}; {_are(undelivered)} waiting")
+    if seen.without_policy:
+        causes.append(
+            "row-level security hides events from this database user: the table observation_events has no policy"
+            f" for {', '.join(seen.without_policy)}; add one with CREATE POLICY, or use a user with BYPASSRLS"
+        )
     if parked is not None:
-        # A parked row keeps the lease of its last claim, so that tells when it was tried.
+        # A parked row keeps the end of its last lease, which shows when it was tried.
         ago = duration(now_ms - (parked.next_attempt_at_ms - lease_ms))
         text = f" ({parked.last_error})" if parked.last_error else ""
         causes.append(
-            f"the token was rejected {ago} ago{text}; {_are(counts['parked'])} parked;"
-            " run `outbox retry` after logging in"
+            f"the service rejected the token {ago} ago{text}; {_are(counts['parked'])} parked;"
+            " set a new token, then run `outbox retry`"
         )
-    if waiting is not None:
-        due_in = waiting.next_attempt_at_ms - now_ms
-        next_try = f"in {duration(due_in)}" if due_in > 0 else "due now"
+    causes += [
+        _why_waiting(seen, waits_for, now_ms=now_ms)
+        for waits_for in (WaitsFor.SERVICE, None, WaitsFor.DELAY)
+        if waits_for in seen.waiting
+    ]
+    if WaitsFor.ROW in seen.waiting:
+        row = seen.waiting[WaitsFor.ROW]
         causes.append(
-            f"{failure_in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
+            f"{counted(row.events, 'event')} failed alone while the service accepted others ({row.last_error});"
+            " they are tried until they are too old; look for what the service can't handle in them"
         )
-    if not causes and counts["abandoned"]:
+    if WaitsFor.PROOF in seen.waiting:
+        suspects = seen.waiting[WaitsFor.PROOF]
+        alone = "alone" if suspects.events == 1 else "one by one"
         causes.append(
-            f"{_are(counts['abandoned'])} abandoned; `outbox list --state abandoned` shows why,"
-            " `outbox requeue --older-than 0s` brings them back"
+            f"the service rejected {counted(suspects.events, 'event')} {alone} ({suspects.last_error});"
+            " an event is abandoned if it is rejected again later, while the service accepts others;"
+            " `outbox show ID` says when"
+        )
+    if counts["abandoned"]:
+        causes.append(
+            f"{_are(counts['abandoned'])} abandoned; `outbox list --status abandoned` shows why,"
+            " and `outbox requeue --older-than 0s` returns them to the queue"
         )
     return ". Also: ".join(causes) or None
 
 
+def _why_waiting(seen: Overview, waits_for: WaitsFor | None, *, now_ms: int) -> str:
+    waiting = seen.waiting[waits_for]
+    next_try_ms = max([waiting.next_attempt_at_ms, *(pause.until_ms for pause in seen.pauses)])
+    next_try = f"in {duration(next_try_ms - now_ms)}" if next_try_ms > now_ms else "due now"
+    return f"{in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
+
+
 def _are(count: int) -> str:
-    return f"{_number(count, 'event')} {'is' if count == 1 else 'are'}"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{counted(count, 'event')} {'is' if count == 1 else 'are'}"

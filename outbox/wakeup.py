@@ -1,6 +1,6 @@
-"""What a worker sleeps on: a wake-up in this process and, on PostgreSQL, a notification from any.
+"""Wakes a sleeping worker: after an enqueue in this process and, on PostgreSQL, in any process.
 
-Beside `store`, because it is not a transaction: it waits on a connection of its own for hours.
+This is not part of `store`, because it runs no transaction: it listens on its own connection for hours.
 """
 
 from __future__ import annotations
@@ -13,106 +13,88 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from outbox.database import translated, use
 from outbox.failures import OutboxError
-from outbox.statements import CHANNEL
+from outbox.records import Listener
+from outbox.storage.dialects import dialect_of
 
 log = logging.getLogger("outbox")
 
 _PIECE_BYTES = 4096
 
-# Kept, for a driver may close a connection that is collected, or complain.
+# Prefer poll: the other selectors need a file descriptor, and the process may have none left.
+_Selector: Any = getattr(selectors, "PollSelector", selectors.DefaultSelector)
+
+# Keeps the parent's connections alive in a child: on collection a driver may close the connection, or warn.
 _of_parents: list[Any] = []
 
 
 class Wakeup:
-    """A bell that any thread rings and one at a time sleeps beside.
+    """Lets one thread sleep until any thread rings, the database notifies, or the time is over.
 
-    It belongs to the process that made it: after a fork the child makes one of its own and leaves this one alone.
+    It belongs to the process that created it. After a fork, the child calls `leave_to_parent` and creates its own.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # With other drivers and databases nobody tells; whoever sleeps looks from time to time.
-        self._can_listen = (engine.dialect.name, engine.dialect.driver) == ("postgresql", "psycopg")
-        self._listening: Any = None
+        # Other drivers and databases don't notify; there the worker polls.
+        self._can_listen = True
+        self._listener: Listener | None = None
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._is_rung = False
 
     def ring(self) -> None:
-        """End the sleep, or the next one, at once."""
+        """End the current sleep at once, or the next one if no thread sleeps."""
         if not self._is_rung:
             self._is_rung = True
-            with suppress(OSError):  # it is closed
+            with suppress(OSError):  # the socket is closed
                 self._sender.send(b"!")
 
     def sleep(self, longest_s: float) -> bool:
-        """Return True when it rings or PostgreSQL notifies, or may have; False after that many seconds."""
-        if self._can_listen and self._listening is None:
+        """Sleep at most `longest_s` seconds. Return True if woken, or if a notification may have been missed."""
+        if self._can_listen and self._listener is None:
             self._listen()
-            if self._listening is not None:
-                return True  # what was notified before is not told
-        with selectors.DefaultSelector() as selector:
+            if self._listener is not None:
+                return True  # notifications before LISTEN were missed
+        with _Selector() as selector:
             selector.register(self._receiver, selectors.EVENT_READ)
-            if self._listening is not None:
-                selector.register(self._listening, selectors.EVENT_READ)
+            if self._listener is not None:
+                selector.register(self._listener, selectors.EVENT_READ)
             rung = [key.fileobj for key, _ in selector.select(max(0.0, longest_s))]
         if self._receiver in rung:
             self._receiver.recv(_PIECE_BYTES)
-        # Before what is due is looked for: whoever rings from now on rings for the next sleep.
+        # Cleared before the caller looks for due events: a later ring must end the next sleep.
         self._is_rung = False
-        if self._listening in rung:
-            self._hear()
+        if self._listener is not None and self._listener in rung and not self._listener.hear():
+            self._stop_listening()
         return bool(rung)
 
     def close(self) -> None:
-        """Close the connection and all else."""
+        """Close the sockets and the listening connection."""
         self._receiver.close()
         self._sender.close()
         self._stop_listening()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: give up what was inherited, without a word on the connection of the parent."""
+        """In a forked child: drop the inherited sockets, and send nothing on the parent's connection."""
         self._receiver.close()
         self._sender.close()
-        _of_parents.append(self._listening)
+        _of_parents.append(self._listener)
 
     def _listen(self) -> None:
         try:
-            with use.inside(), translated(self._engine):
-                pooled = self._engine.raw_connection()
-                connection: Any = pooled.driver_connection
-                pooled.detach()  # it does not come back
-                try:
-                    connection.rollback()
-                    connection.autocommit = True
-                    connection.execute(f"LISTEN {CHANNEL}")
-                except BaseException:
-                    connection.close()
-                    raise
+            self._listener = dialect_of(self._engine).listen(self._engine)
         except OutboxError as error:
-            # Whoever sleeps here looks into the same database, and tells of what is wrong with it.
+            # Only debug: the worker polls the same database and reports its errors.
             log.debug(
-                "listening failed, the next sleep tries again: %s",
+                "listening for notifications failed, the next sleep tries again: %s",
                 error,
                 extra={"event_name": "outbox.listening_failed"},
             )
         else:
-            self._listening = connection
-
-    def _hear(self) -> None:
-        try:
-            self._listening.pgconn.consume_input()
-            while self._listening.pgconn.notifies():
-                pass
-        except self._engine.dialect.loaded_dbapi.Error as error:
-            log.debug(
-                "the connection that listened is broken: %s", error, extra={"event_name": "outbox.listening_ended"}
-            )
-            self._stop_listening()
+            self._can_listen = self._listener is not None
 
     def _stop_listening(self) -> None:
-        if self._listening is not None:
-            self._listening.close()
-            self._listening = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None

@@ -1,6 +1,6 @@
-"""What the pytest plugin gives to tests: a real server with scripted answers, and travel through time.
+"""Test helpers: a real server with scripted answers, and control of the clock.
 
-The fixtures themselves are in `pytest_outbox`, which is loaded in every run of pytest and so loads nothing.
+The fixtures are in `pytest_outbox`. Every run of pytest loads that module, so it imports nothing of this one.
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from reprlib import repr as short
 from typing import Any
 
 import msgspec
-from freezegun import freeze_time
 
 from outbox.clock import now_ms
-from outbox.events import Event, encode
-from outbox.failures import ConfigurationError
-from outbox.receiver import Answer, Drop, Hang, IngestServer, Request
+from outbox.events import AnyEvent, encode
+from outbox.failures import ConfigurationError, InvalidEvent
+from outbox.testing.answers import Answer, Drop, Hang, Request
+from outbox.testing.receiver import IngestServer
 
 __all__ = ["Answer", "Drop", "Hang", "Received", "Request", "ScriptedServer", "TimeMachine", "time_machine"]
 
 _SHOWN = 20
 _SHOWN_CHARACTERS = 200
 
-# What binds the clock when it is loaded, or can't be loaded while the time stands still.
-_LOADED_BEFORE = ("outbox.client", "outbox.worker", "psycopg")
-
 
 @dataclass(frozen=True)
 class Received:
-    """The answer to whether an event was received. It is true or false; its repr tells why."""
+    """Whether an event was received. It is true or false, and its repr says why."""
 
     answer: bool
     why: str
@@ -45,20 +42,20 @@ class Received:
 
 
 class ScriptedServer(IngestServer):
-    """A real ingest server on this machine, which accepts everything unless a script or a mode says otherwise."""
+    """A real HTTP server on this machine. It accepts every event unless a script or a mode says otherwise."""
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The different events that were accepted, as they came over the wire, in the order of arrival."""
+        """The accepted events as decoded JSON, each once, in the order of arrival."""
         return [msgspec.json.decode(text) for text in tuple(self.stored.values())]
 
-    def received(self, event: Event | Mapping[str, Any]) -> Received:
-        """Tell whether this event was accepted, or for a mapping, one that has all of these fields.
+    def received(self, event: AnyEvent) -> Received:
+        """Return whether this event was accepted. For a mapping: whether an event with all these fields was.
 
-        Compared is what goes over the wire. Raises `InvalidEvent` for an event that could not be enqueued.
+        Compares the JSON on the wire. Raises `InvalidEvent` if the event or a field can't be encoded.
         """
         if isinstance(event, Mapping):
-            wanted = {name: _plain(value) for name, value in event.items()}
+            wanted = {name: _plain(name, value) for name, value in event.items()}
         else:
             wanted = msgspec.json.decode(encode(event)[1])
         tag, events = wanted.get("event_type"), self.events
@@ -74,7 +71,7 @@ class ScriptedServer(IngestServer):
         return _not_received(f"of {len(alike)} {tag or 'in all'} the nearest has {nearest}")
 
     def transcript(self) -> str:
-        """Return the last requests and the last events accepted, a line each; pytest shows it after a failure."""
+        """Return the last requests and accepted events, one a line. Pytest shows this text after a failure."""
         requests = [
             f"POST {request.path}: {_count(request.events, 'event')}, answered {request.status or 'with nothing'}"
             for request in self.requests[-_SHOWN:]
@@ -87,14 +84,14 @@ class ScriptedServer(IngestServer):
 
 
 class TimeMachine:
-    """The time of this process, which stands still but for the moves that a test makes."""
+    """The frozen time of this process. Only the test moves it."""
 
     def __init__(self, frozen: Any) -> None:
         self._frozen = frozen
 
     @property
     def now(self) -> datetime:
-        """The time, in UTC."""
+        """The current frozen time, in UTC."""
         now: datetime = self._frozen().replace(tzinfo=timezone.utc)
         return now
 
@@ -107,13 +104,13 @@ class TimeMachine:
         seconds: float = 0,
         milliseconds: float = 0,
     ) -> None:
-        """Move the time by all of this together; what is below zero goes back."""
+        """Move the time by the sum of the arguments. A negative sum moves it back."""
         self._frozen.tick(
             timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds, milliseconds=milliseconds)
         )
 
     def move_to(self, when: datetime) -> None:
-        """Move the time to this one, which has a time zone. Raises `ConfigurationError` where it has none."""
+        """Move the time to `when`. Raises `ConfigurationError` if `when` has no time zone."""
         if when.utcoffset() is None:
             raise ConfigurationError(f"when is {when!r}, expected a datetime with a time zone")
         self._frozen.move_to(when)
@@ -121,10 +118,18 @@ class TimeMachine:
 
 @contextmanager
 def time_machine() -> Iterator[TimeMachine]:
-    """Let the time of this process stand still at the moment, and be moved."""
-    for name in _LOADED_BEFORE:
-        with suppress(ImportError):
-            importlib.import_module(name)
+    """Freeze the time of this process at the current moment, and let the test move it.
+
+    Raises `ConfigurationError` if freezegun is not installed.
+    """
+    try:
+        from freezegun import freeze_time  # noqa: PLC0415 - the server alone works without it
+    except ImportError as error:
+        raise ConfigurationError(
+            "time_machine needs freezegun: pip install 'observation-outbox[testing]'"
+        ) from error
+    with suppress(ImportError):
+        importlib.import_module("psycopg")  # its C part can't be imported in frozen time
     with freeze_time(datetime.fromtimestamp(now_ms() / 1_000, timezone.utc)) as frozen:
         yield TimeMachine(frozen)
 
@@ -133,11 +138,14 @@ def _not_received(why: str) -> Received:
     return Received(answer=False, why=f"not received: {why}")
 
 
-def _plain(value: object) -> Any:
-    """Return a field as it comes over the wire."""
-    if isinstance(value, datetime):
+def _plain(name: object, value: object) -> Any:
+    """Return a field's value in the form of the decoded JSON."""
+    if isinstance(value, datetime) and value.utcoffset() is not None:
         return value.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
-    return msgspec.to_builtins(value)
+    try:
+        return msgspec.to_builtins(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEvent(f"{name} is {short(value)}, expected a value that JSON can hold: {error}") from None
 
 
 def _differences(wanted: dict[str, Any], found: dict[str, Any], *, is_partial: bool) -> dict[str, str]:

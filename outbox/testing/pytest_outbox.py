@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures for tests of programs that use outbox.
 
-It is loaded in every run of pytest where it is installed, so each fixture imports what it needs when it is used.
-A module of its own, because to import one of the package `outbox` is to import SQLAlchemy.
+Every run of pytest loads this module, so each fixture imports what it needs only when it is used. The module is
+not part of the package `outbox`, because importing that package imports SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def _outbox_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Migrate one file; to copy it takes a tenth of the time."""
+    """Create one migrated file. Copying it takes a tenth of the time of a migration."""
     from outbox import Outbox
 
     file = tmp_path_factory.mktemp("outbox") / "outbox.db"
@@ -30,19 +30,19 @@ def _outbox_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _outbox_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record, also where the environment switches that off. A test may override either of the two that use it."""
+    """Turn capture on. Both `outbox` and `outbox_url` use this fixture, because a test may override either."""
     monkeypatch.delenv("OUTBOX_CAPTURE", raising=False)
 
 
 @pytest.fixture
 def outbox_url(_outbox_template: Path, _outbox_records: None, tmp_path: Path) -> str:
-    """The URL of the outbox's database: a new SQLite file in `tmp_path`, migrated. Override it for another."""
+    """The URL of the test's database: a new migrated SQLite file in `tmp_path`. Override it to use another one."""
     return f"sqlite:///{shutil.copy(_outbox_template, tmp_path / 'outbox.db')}"
 
 
 @pytest.fixture
 def outbox(outbox_url: str, _outbox_records: None) -> Iterator[Outbox]:
-    """An open outbox on `outbox_url`, which records whatever OUTBOX_CAPTURE says."""
+    """An open outbox on `outbox_url`. It records even if OUTBOX_CAPTURE=false."""
     from outbox import Outbox
 
     with Outbox.open(outbox_url, synchronous="NORMAL") as opened:
@@ -51,7 +51,7 @@ def outbox(outbox_url: str, _outbox_records: None) -> Iterator[Outbox]:
 
 @pytest.fixture
 def outbox_server(request: pytest.FixtureRequest) -> Iterator[ScriptedServer]:
-    """A real ingest server on this machine: `script(503, 200)` its answers, ask what it has `received(event)`."""
+    """A real HTTP server on this machine. `script(503, 200)` sets answers; `received(event)` checks an event."""
     from outbox.testing import ScriptedServer
 
     with ScriptedServer() as server:
@@ -70,7 +70,7 @@ def outbox_client(outbox_server: ScriptedServer) -> Iterator[HttpClient]:
 
 @pytest.fixture
 def outbox_time() -> Iterator[TimeMachine]:
-    """The time, which stands still until the test says `travel(minutes=5)`: due times and leases move along."""
+    """The frozen time. `travel(minutes=5)` moves it, and with it due times and leases."""
     from outbox.testing import time_machine
 
     with time_machine() as machine:

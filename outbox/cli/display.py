@@ -1,0 +1,243 @@
+"""What the command line prints, as text or JSON. It is escaped, so that no stored text steers a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from datetime import datetime, timedelta, timezone
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outbox.lifecycle import Status
+from outbox.outcomes import WaitsFor
+from outbox.pauses import PROBE_AFTER
+from outbox.reasons import in_words
+from outbox.stats import Stats, counted, duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from typing_extensions import Self
+
+    from outbox.records import Pause
+    from outbox.storage.tables import ObservationEvent
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_ERROR_WIDTH = 80
+
+_WAITS: dict[str, str] = {
+    WaitsFor.SERVICE: "for the service, which probably failed",
+    WaitsFor.DELAY: "because the service asked for a delay",
+    WaitsFor.PROOF: "for proof, after being rejected alone",
+    WaitsFor.ROW: "after failing alone while the service accepted others",
+}
+
+
+def escape(text: str) -> str:
+    """Return the text as one line, with non-printing characters as Python escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines; characters that the output's encoding lacks are escaped.
+
+    If standard error can't be written, the lines are lost: messages don't decide what a command does.
+    """
+    stream = sys.stderr if err else sys.stdout
+    with suppress(OSError) if err else nullcontext():
+        click.echo(encodable(text, stream.encoding or "utf-8"), err=err)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return the text with the characters that the encoding lacks escaped."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            say(f"outbox: {escape(line)}", err=True)
+
+
+def shown_log() -> AbstractContextManager[None]:
+    """Print this package's log on standard error."""
+    return _logging_to(_Log())
+
+
+def hidden_log() -> AbstractContextManager[None]:
+    """Keep this package's log off standard error, where Python prints unhandled warnings."""
+    return _logging_to(logging.NullHandler())
+
+
+@contextmanager
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
+    log = logging.getLogger("outbox")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def as_json(value: object) -> str:
+    """Return JSON in ASCII, so no text in it steers a terminal."""
+    return json.dumps(value, default=_plain).replace("\x7f", "\\u007f")
+
+
+def when(ms: int, *, now_ms: int) -> str:
+    """Return "2026-11-24 12:00:00 UTC (3 minutes ago)"; a stored value that is no number is shown as it is."""
+    if not _is_number(ms):
+        return repr(ms)
+    distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
+    return f"{utc(ms)} ({distance})"
+
+
+def utc(ms: int) -> str:
+    """Return "2026-11-24 12:00:00 UTC"; a stored value that is no date is shown as it is."""
+    if not _is_number(ms):
+        return repr(ms)
+    try:
+        return f"{_EPOCH + timedelta(milliseconds=ms):%Y-%m-%d %H:%M:%S} UTC"
+    except OverflowError:
+        return f"{ms} ms since 1970"
+
+
+def _is_number(stored: object) -> bool:
+    # SQLite stores any value in any column.
+    return isinstance(stored, int)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Return rows as aligned text, with numbers aligned right. The first row is the heading."""
+    texts = [[escape(str(cell)) for cell in row] for row in rows]
+    numeric = [all(isinstance(row[column], int) for row in rows[1:]) for column in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        for row in texts
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def status_as_dict(stats: Stats, database: str) -> dict[str, Any]:
+    """Return what `outbox status --json` prints."""
+    entries = {name: [entry._asdict() for entry in getattr(stats, name)] for name in ("deleted", "pauses")}
+    return {"database": database, **asdict(stats), **entries}
+
+
+def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
+    """Return what `outbox status` prints."""
+    # All known statuses are in the counts, and after them those that only another program knows.
+    rows: list[list[object]] = [["", *stats.counts]]
+    rows += [[kind, *(counts.get(status, 0) for status in stats.counts)] for kind, counts in stats.by_type.items()]
+    rows.append(["all", *stats.counts.values()])
+    facts = [("database", database)]
+    if stats.oldest_pending_age_ms is not None:
+        facts.append(("oldest", f"{duration(stats.oldest_pending_age_ms)} old (pending or sending)"))
+    if stats.next_due_at_ms is not None:
+        facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
+    facts += [("paused", _pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
+    facts += [("waiting", f"{_waiting(count)} {_WAITS[kind]}") for kind, count in stats.waits_for.items() if count]
+    if stats.filling is not None:
+        facts.append(("filling up", stats.filling))
+    if stats.likely_cause is not None:
+        facts.append(("likely cause", stats.likely_cause))
+    full = ("cap", "max_undelivered")
+    lost = sum(entry.events for entry in stats.deleted if entry.status != Status.SENT and entry.reason in full)
+    if lost:
+        facts.append(("lost", f"{counted(lost, 'undelivered event')} deleted because the queue was full"))
+    text = f"{facts_table(facts)}\n\n{table(rows)}"
+    if stats.deleted:
+        text += f"\n\nevents deleted so far, {stats.left_undelivered} of them undelivered:\n"
+        text += table([("status", "type", "reason", "events"), *stats.deleted])
+    return text
+
+
+def _pause_in_words(pause: Pause, *, now_ms: int) -> str:
+    why = in_words(pause.last_error)
+    if pause.failures:
+        why += f", {counted(pause.failures, 'failure')} in a row"
+    if pause.paused_until_ms > now_ms:
+        until = when(pause.paused_until_ms, now_ms=now_ms)
+        return f"nothing is sent until {until}: {why}; `outbox retry` ends the pause"
+    if pause.probe_until_ms > now_ms:
+        until = when(pause.probe_until_ms, now_ms=now_ms)
+        return (
+            f"one flusher sends one event as a probe; the others wait for its result, at most until {until}: {why}"
+        )
+    sends = "one event as a probe" if pause.failures >= PROBE_AFTER else "a batch"
+    return f"the pause is over, and the next flush sends {sends}: {why}"
+
+
+def _waiting(count: int) -> str:
+    return f"{counted(count, 'event')} {'waits' if count == 1 else 'wait'}"
+
+
+def list_in_words(rows: Sequence[ObservationEvent]) -> str:
+    """Return what `outbox list` prints."""
+    cells: list[list[object]] = [["id", "status", "type", "created", "failures", "last error"]]
+    for row in rows:
+        error = _cut(row.last_error or "")
+        cells.append([row.id, row.status, row.event_type, utc(row.created_at_ms), row.retry_count, error])
+    return table(cells)
+
+
+class Bar:
+    """A progress bar on a terminal. It is drawn, and Rich is loaded, once progress reaches `drawn_from`."""
+
+    def __init__(self, what: str, *, total: int | None, drawn_from: int = 0) -> None:
+        self._what = what
+        self._total = total
+        self._drawn_from = drawn_from
+        self._done = 0
+        self._is_terminal = sys.stderr.isatty()
+        self._bar: Progress | None = None
+
+    def advance(self, by: int) -> None:
+        """Add to the progress."""
+        self._done += by
+        if self._is_terminal and self._done >= self._drawn_from:
+            bar = self._bar = self._bar or self._start()
+            bar.update(bar.task_ids[0], completed=self._done)
+
+    def _start(self) -> Progress:
+        from rich.console import Console  # noqa: PLC0415 - only a drawn bar loads it
+        from rich.progress import Progress  # noqa: PLC0415 - as above
+
+        bar = Progress(console=Console(stderr=True), transient=True)
+        bar.add_task(self._what, total=self._total)
+        bar.start()
+        return bar
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def facts_table(facts: Sequence[tuple[str, str]]) -> str:
+    """Return a line for each fact: its name, and its text."""
+    return "\n".join(f"{name:<14}{escape(text)}".rstrip() for name, text in facts)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _ERROR_WIDTH else f"{text[: _ERROR_WIDTH - 3]}..."
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{type(value).__name__} has no JSON")

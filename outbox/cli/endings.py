@@ -1,0 +1,31 @@
+"""How a command ends: exit codes, errors and signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import click
+
+from outbox.cli.display import escape, say
+
+FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: failure; wrong usage, settings or input; not everything was delivered; Ctrl-C."""
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """Print the message on standard error and exit."""
+    say(f"outbox: {escape(message)}", err=True)
+    raise click.exceptions.Exit(exit_code)
+
+
+@contextmanager
+def sigterm_like_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM, so that an interrupted flush releases its events."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,164 @@
+"""What `outbox show` prints of one event: its columns, why it waits, and what happens to it next."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from outbox import capture
+from outbox.cli.display import escape, facts_table, utc, when
+from outbox.decisions import age_out_ms
+from outbox.events import check_payload, content_hash
+from outbox.failures import InvalidEvent
+from outbox.lifecycle import Status
+from outbox.outcomes import WaitsFor
+from outbox.pauses import PROBE_AFTER
+from outbox.policy import RECENT_MS, Policy
+from outbox.reasons import in_words
+from outbox.records import LOST_LEASES_ALONE, Pause
+from outbox.stats import duration
+from outbox.storage.column_types import invalid_column
+
+if TYPE_CHECKING:
+    from outbox.storage.tables import ObservationEvent
+
+_WAITS: dict[str, str] = {
+    WaitsFor.SERVICE: "the service probably failed, not this event; when it accepts another, this one is due",
+    WaitsFor.DELAY: "the service asked for a delay",
+    WaitsFor.PROOF: "the service rejected this event alone; it is a suspect until there is proof",
+    WaitsFor.ROW: (
+        "this event failed alone while the service accepted others; events that wait for something else are sent"
+        " first, and only its age abandons it"
+    ),
+}
+
+_IDLE: dict[str, str] = {
+    Status.SENT: "nothing: it is delivered, and may be deleted to make room",
+    Status.ABANDONED: (
+        "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all abandoned events to the queue"
+    ),
+    Status.PARKED: (
+        "it waits until the service accepts a token: set a new token, then run `outbox retry`. Until then, one"
+        " parked event is tried each minute in which nothing else is due"
+    ),
+}
+
+
+def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:
+    """Return what `outbox show` prints."""
+    facts = [
+        ("event", str(row.id)),
+        ("event id", str(row.event_id)),
+        ("type", row.event_type),
+        ("status", row.status),
+        ("next", what_next(row, now_ms=now_ms, policy=policy, pauses=pauses)),
+        *_why_it_waits(row, now_ms=now_ms, policy=policy),
+        ("created", when(row.created_at_ms, now_ms=now_ms)),
+        ("occurred", when(row.occurred_at_ms, now_ms=now_ms)),
+    ]
+    if row.revived_at_ms is not None:
+        facts.append(("revived", when(row.revived_at_ms, now_ms=now_ms)))
+    if row.sent_at_ms is not None:
+        facts.append(("sent", when(row.sent_at_ms, now_ms=now_ms)))
+    facts.append(("failures", str(row.retry_count)))
+    if row.last_error is not None:
+        waits_for = row.waits_for if row.status == Status.PENDING else None
+        facts.append(("last error", in_words(row.last_error, waits_for)))
+    if row.lost_leases != 0:
+        facts.append(("lost leases", _lost_leases(row.lost_leases)))
+    rules = "" if row.rule_ids_json == "[]" else row.rule_ids_json
+    facts += [
+        (name, value)
+        for name, value in (("rules", rules), ("session", row.session_id), ("file", row.file_path))
+        if value  # most events have no such field
+    ]
+    facts.append(("content hash", _content_hash(row.payload_json)))
+    return f"{facts_table(facts)}\n\n{_pretty(row.payload_json)}"
+
+
+def event_as_dict(row: ObservationEvent) -> dict[str, Any]:
+    """Return the columns of one event by name; a value that JSON can't hold becomes its `repr`."""
+    return {name: value if _is_json(value) else repr(value) for name, value in _columns(row)}
+
+
+def what_next(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:
+    """Return what happens to an event next, and what the operator can do about it."""
+    due_ms = row.next_attempt_at_ms
+    if row.status not in (Status.PENDING, Status.SENDING):
+        text = _IDLE.get(row.status, "unknown: this program does not know the status")
+    elif problem := invalid_column(_columns(row)):
+        text = f"the next flush abandons it: {problem}"
+    elif problem := _undecodable(row.payload_json):
+        text = f"the next flush abandons it, because its payload is no JSON object: {problem}"
+    elif row.status == Status.SENDING and due_ms > now_ms:
+        text = f"a flusher is sending it; if that flusher dies, it is due again at {when(due_ms, now_ms=now_ms)}"
+    else:
+        text = f"it {_when_tried(due_ms, now_ms=now_ms, pauses=pauses)}"
+        text += f". A failure after {utc(age_out_ms(row, policy.max_age_ms))} abandons it"
+        if capture.is_off():
+            text += f". But nothing is sent now: {capture.IS_OFF}"
+    return text
+
+
+def _when_tried(due_ms: int, *, now_ms: int, pauses: Sequence[Pause]) -> str:
+    is_due = due_ms <= now_ms
+    text = f"has been due since {utc(due_ms)}" if is_due else f"waits until {when(due_ms, now_ms=now_ms)}"
+    pause = max(pauses, key=lambda pause: pause.until_ms, default=None)
+    if pause is not None and pause.until_ms > max(due_ms, now_ms):
+        until = when(pause.until_ms, now_ms=now_ms)
+        text += f", but a pause of the service holds it until {until}: {in_words(pause.last_error)}"
+    if pause is not None and pause.failures >= PROBE_AFTER:
+        return f"{text}; then the service gets one event as a probe, and the others when it has accepted that"
+    return f"{text}; then the next flush sends it"
+
+
+def _why_it_waits(row: ObservationEvent, *, now_ms: int, policy: Policy) -> Iterator[tuple[str, str]]:
+    if row.waits_for is not None and row.status == Status.PENDING:
+        yield "waits for", f"{row.waits_for}: {_WAITS.get(row.waits_for, 'this program does not know why')}"
+    if row.suspected_at_ms is None:
+        return
+    yield "suspected", f"since {when(row.suspected_at_ms, now_ms=now_ms)}, when it was first rejected alone"
+    if row.status in (Status.PENDING, Status.SENDING) and not invalid_column(_columns(row)):
+        earliest = when(row.suspected_at_ms + policy.proof_ms, now_ms=now_ms)
+        text = f"the outbox abandons the event if the service rejects it alone again after {earliest}, and"
+        text += f" accepted another event since the first rejection, at most {duration(RECENT_MS)} earlier"
+        yield "proof", text
+
+
+def _lost_leases(count: int) -> str:
+    text = f"{count!r}: so often a flusher died, or lost its lease, while it held the event"
+    is_alone = isinstance(count, int) and count >= LOST_LEASES_ALONE
+    return f"{text}; it is sent alone now" if is_alone else text
+
+
+def _pretty(payload_json: str) -> str:
+    try:
+        lines = json.dumps(json.loads(payload_json), indent=2, ensure_ascii=False).split("\n")
+    except (ValueError, RecursionError):
+        lines = [payload_json]
+    return "\n".join(map(escape, lines))
+
+
+def _content_hash(payload_json: str) -> str:
+    try:
+        return content_hash(payload_json)
+    except UnicodeEncodeError:
+        return ""
+
+
+def _columns(row: ObservationEvent) -> Iterator[tuple[str, object]]:
+    return ((column.name, getattr(row, column.name)) for column in row.__table__.columns)
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, bytes) and not (isinstance(value, float) and math.isinf(value))
+
+
+def _undecodable(payload_json: str) -> str | None:
+    try:
+        check_payload(payload_json)
+    except InvalidEvent as error:
+        return str(error)
+    return None

@@ -1,0 +1,299 @@
+"""The rows of one claim, from the lease to their outcomes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from outbox import maintenance, outcomes, reasons
+from outbox.clock import monotonic_s
+from outbox.decisions import abandonment
+from outbox.events import check_payload, decode
+from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure, check_failure
+from outbox.hooks import Hooks, Settlement, Upload, tell
+from outbox.lifecycle import Status, StatusOnly, fire
+from outbox.outcomes import Outcome
+from outbox.pauses import ClaimResult, SharedPause
+from outbox.policy import Policy, verdict
+from outbox.records import DEFAULT_DESTINATION, BatchItem, Claim, ClaimedRow, FlushReport, UploadClient
+from outbox.search import Search
+from outbox.storage.pauses import Changed
+from outbox.storage.store import Store
+from outbox.upload.custom import requests_failure
+from outbox.upload.redaction import client_error
+
+log = logging.getLogger("outbox")
+
+
+class HeldClaim:
+    """The rows of one claim, from the lease to their outcomes.
+
+    It owns all that threads share of a flush. One thread flushes, and another may call `let_go` at any time.
+    The lock guards the lease, the rows without an outcome, and the counts. It is held while outcomes are written.
+    It is reentrant, because an exception from another thread may strike this one just before it would release the
+    lock. Only the flushing thread writes the other fields, each with a single assignment, so they need no lock. If
+    `let_go` reads `_accepted` too early, the flushing thread still records the delivery, because a delivery needs
+    no lease.
+    """
+
+    def __init__(
+        self, store: Store, policy: Policy, client: UploadClient, claimed: Claim, lease_until_ms: int
+    ) -> None:
+        self._store = store
+        self._policy = policy
+        self._client = client
+        self._rows, self._invalid = claimed.rows, claimed.invalid
+        self._created_at_ms = {row.id: row.created_at_ms for row in claimed.rows}
+        self._due_at_ms = claimed.due_at_ms
+        self._pause = claimed.pause
+        self._probe_lease_ms = lease_until_ms if claimed.is_probe else None
+        self._has_failed = False
+        self.ended_failures = 0
+        """How many failures in a row of the destination an acceptance of this claim ended."""
+        # The first exception of the client that is no `UploadFailure`.
+        self._bug: Exception | None = None
+        self._lock = threading.RLock()
+        self._lease_until_ms = lease_until_ms
+        # Rows without an outcome; and what the service took and the database does not know yet.
+        self._open = {row.id for row in claimed.rows}
+        self._accepted: list[int] = []
+        self._landed: Counter[str] = Counter()
+        self._sent = self._lost_leases = 0
+        self._news: list[Upload | Settlement] = []
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether the service accepted a row."""
+        return self._sent > 0
+
+    def take_batch(self, *, one_by_one: bool = False) -> list[BatchItem]:
+        """Return the rows of the first request. Abandon invalid rows, and release rows that do not fit in it.
+
+        With `one_by_one`, each row gets a request of its own, so all fit.
+        """
+        check = decode if self._policy.is_original else check_payload
+        batch = []
+        undecodable = dict(self._invalid)
+        for row in self._rows:
+            if row.id not in undecodable:
+                try:
+                    check(row.payload_json)
+                    batch.append(BatchItem(*row))
+                except InvalidEvent as error:
+                    undecodable[row.id] = str(error)
+        found = [(row_id, abandonment(reasons.undecodable(why))) for row_id, why in undecodable.items()]
+        size = len(batch) if one_by_one else self._fitting(batch)
+        found += [(row.id, outcomes.release(next_attempt_at_ms=self._due_at_ms[row.id])) for row in batch[size:]]
+        self.settle(found)
+        return batch[:size]
+
+    def _fitting(self, batch: list[BatchItem]) -> int:
+        """Return how many of the first rows fit in one request, by the client's `fit`. All, if it fails."""
+        fit = getattr(self._client, "fit", None)
+        if fit is None or len(batch) <= 1 or self._policy.is_original:
+            return len(batch)
+        try:
+            size = fit(tuple(batch))
+        except Exception as error:  # noqa: BLE001 - the flush raises it once the rows are settled
+            # If one event is the cause, its upload fails, too, and the search finds the event.
+            self._bug = error
+            return len(batch)
+        if not isinstance(size, int) or size < 1:
+            self._bug = ConfigurationError(f"fit() returned {size!r}, expected a whole number of at least 1")
+            return len(batch)
+        return size
+
+    def next_part(self, search: Search[BatchItem]) -> tuple[BatchItem, ...]:
+        """Return what to upload next; before that, renew the lease if an eighth of it is gone."""
+        now = self._store.now_ms()
+        with self._lock:
+            if self._lease_until_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
+                held, self._lease_until_ms = self._store.claims.renew(
+                    self._open, lease_until_ms=self._lease_until_ms, for_ms=self._policy.lease_ms
+                )
+                self._lost_leases += len(self._open) - len(held)
+                self._open = held
+            not_open = [row.id for row in self._rows if row.id not in self._open]
+        search.drop(not_open, now_ms=now)
+        return search.next_part()
+
+    def send(self, part: tuple[BatchItem, ...], search: Search[BatchItem]) -> None:
+        """Send one request, let the search judge the answer, and settle what it decides."""
+        begun_s = monotonic_s()
+        answer = self._upload(part)
+        failure = answer if isinstance(answer, UploadFailure) else None
+        duration_ms = (monotonic_s() - begun_s) * 1_000
+        now = self._store.now_ms()
+        judged = None if failure is None else verdict(failure, self._policy)
+        self._news.append(Upload(len(part), duration_ms, judged, None if failure is None else str(failure)))
+        if not answer:
+            search.accepted(part, now_ms=now)
+        else:
+            self._has_failed = True
+            accepted_at_ms = None if self._policy.is_original else self._store.views.last_accepted_ms()
+            if isinstance(answer, UploadFailure):
+                search.rejected(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
+            else:
+                search.answered(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
+        self.settle(search.take_outcomes())
+
+    def _upload(self, part: tuple[BatchItem, ...]) -> UploadFailure | dict[int, UploadFailure]:
+        """Return the failure of the part, or the failures of single rows by id, none if all were accepted."""
+        try:
+            try:
+                answered = self._client.upload(part)
+                failures = _failures(answered, part)
+                for named in failures.values():
+                    check_failure(named)  # one that can't be judged is a bug, too
+            except UploadFailure as failure:
+                check_failure(failure)  # as above
+                return failure
+        except Exception as error:  # noqa: BLE001 - the flush raises it once the rows are settled
+            known = requests_failure(error, self._client)
+            if known is not None:
+                return known
+            self._bug = self._bug or error
+            return client_error(error, self._client)
+        self._accepted = [item.id for item in part if item.id not in failures]
+        return failures
+
+    def settle(self, decided: list[tuple[int, Outcome]]) -> None:
+        """Write outcomes in one transaction. Those of rows with another owner are dropped, and counted."""
+        if not decided:
+            return
+        with self._lock:
+            # A delivery is a fact, also of a row that was let go meanwhile.
+            ours = [settled for settled in decided if settled[1].trigger == "deliver" or settled[0] in self._open]
+            landed = self._record(ours)
+            self._open -= {row_id for row_id, _ in ours}
+            self._landed += landed
+            self._news.append((ours, landed))
+            delivered = sum(outcome.trigger == "deliver" for _, outcome in ours)
+            self._lost_leases += len(ours) - delivered - (landed.total() - landed["deliver"])
+            self._sent += delivered
+        self._accepted = []
+        if delivered and (self._has_failed or self._pause.failures or self._pause.until_ms):
+            self.end_pause()
+
+    def raise_bug(self, later: BaseException | None = None) -> None:
+        """Raise the client's exception, if there was one, unless what came later is an interrupt."""
+        if self._bug is not None and (later is None or isinstance(later, OutboxError)):
+            raise self._bug
+
+    def end_pause(self) -> None:
+        """End the pause of the destination, because the service accepted a row."""
+        changed = None if self._policy.is_original else self._change_pause("resuming", self._rule_after_acceptance)
+        if changed is not None:
+            self.ended_failures = max(self.ended_failures, changed.before.failures)
+
+    def _rule_after_acceptance(self, pause: SharedPause) -> SharedPause:
+        return pause.when_accepted(seen=self._pause.number)
+
+    def end(self, result: ClaimResult) -> int | None:
+        """Let all flushers know how the destination does; return until when it is paused, None if it is not."""
+        if self._policy.is_original or (result.failure is None and self._probe_lease_ms is None):
+            return None
+        now = self._store.now_ms()
+
+        def rule(pause: SharedPause) -> SharedPause:
+            return pause.trusted(now).when_done(
+                result,
+                seen=self._pause.number,
+                probe_lease_ms=self._probe_lease_ms,
+                now_ms=now,
+                policy=self._policy,
+            )
+
+        changed = self._change_pause("pausing", rule)
+        until_ms = 0 if changed is None else changed.after.holds_until_ms
+        return until_ms if until_ms > now else None
+
+    def _change_pause(self, what: str, rule: Callable[[SharedPause], SharedPause]) -> Changed | None:
+        return maintenance.attempt(what, lambda: self._store.pauses.change(DEFAULT_DESTINATION, rule))
+
+    def report(self, search: Search[BatchItem], paused_until_ms: int | None, *, attempted: int) -> FlushReport:
+        """Return what became of the rows."""
+        result = search.result
+        is_over = search.verdict is not None if self._policy.is_original else result.is_failure
+        return FlushReport(
+            claimed=len(self._rows) - self._landed["release"],
+            attempted=attempted,
+            sent=self._sent,
+            rescheduled=self._landed["reschedule"],
+            parked=self._landed["park"],
+            abandoned=self._landed["abandon"],
+            lost_leases=self._lost_leases,
+            verdict=search.verdict,
+            failure=None if result.failure is None else str(result.failure),
+            paused_until_ms=paused_until_ms,
+            goes_on=paused_until_ms is None and (result.is_lone_failure or not is_over),
+        )
+
+    def let_go(self) -> None:
+        """Record what the service took, for that is a fact, and give back the rest.
+
+        The thread that flushes finds nothing left to send. What it is sending meanwhile is still recorded.
+        """
+        with self._lock:
+            given_back, self._open = self._open, set()
+            self._give_back(given_back)
+        if self._probe_lease_ms is not None:
+            self.end(ClaimResult(0, 0, None, is_lone_failure=False))
+
+    def _give_back(self, given_back: set[int]) -> None:
+        try:
+            now = self._store.now_ms()
+            decided = [(row.id, self._last_outcome(row, now)) for row in self._rows if row.id in given_back]
+            self._news.append((decided, self._record(decided)))
+        except OutboxError as error:
+            rows = [row for row in self._rows if row.id in given_back]
+            log.warning(
+                "releasing %d events failed, their lease will run out: %s",
+                len(rows),
+                error,
+                extra={
+                    "event_name": "outbox.release_failed",
+                    "events": len(rows),
+                    "row_ids": [row.id for row in rows],
+                    "event_ids": [row.event_id for row in rows],
+                },
+            )
+
+    def _last_outcome(self, row: ClaimedRow, now_ms: int) -> Outcome:
+        if row.id in self._accepted:
+            return outcomes.deliver(sent_at_ms=now_ms)
+        return outcomes.release(next_attempt_at_ms=now_ms)
+
+    def _record(self, decided: list[tuple[int, Outcome]]) -> Counter[str]:
+        for _, outcome in decided:
+            if outcome.trigger != "deliver":  # the delivered rows of a batch are one UPDATE
+                fire(StatusOnly(Status.SENDING), outcome.trigger)
+        return self._store.claims.settle(
+            decided, lease_until_ms=self._lease_until_ms, created_at_ms=self._created_at_ms
+        )
+
+    def tell(self, hooks: Sequence[Hooks]) -> None:
+        """Tell what became of the rows, when no lease runs any more that a slow hook could outlast."""
+        with self._lock:
+            news, lost_leases = tuple(self._news), self._lost_leases
+        tell(hooks, self._rows, news, lost_leases)
+
+
+def _failures(answered: object, part: Sequence[BatchItem]) -> dict[int, UploadFailure]:
+    """Return the failures that a client's answer names, by row id. Raises `ConfigurationError` for a bug."""
+    if answered is None:
+        return {}
+    if not isinstance(answered, Mapping):
+        raise ConfigurationError(f"upload() returned a {type(answered).__name__}, expected None or a mapping")
+    unknown = set(answered) - {item.id for item in part}
+    if unknown:
+        raise ConfigurationError(f"upload() returned the id {unknown.pop()!r}, which is not in the batch")
+    failures = {row_id: failure for row_id, failure in answered.items() if failure is not None}
+    for failure in failures.values():
+        if not isinstance(failure, UploadFailure):
+            raise ConfigurationError(
+                f"upload() returned a {type(failure).__name__} for an event, expected None or an UploadFailure"
+            )
+    return failures

@@ -1,0 +1,83 @@
+"""The row that records an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from outbox.clock import epoch_ms
+from outbox.events import AnyEvent, Event, Instant, encode, name_of
+from outbox.failures import InvalidEvent
+
+Redact = Callable[[Any], AnyEvent]
+"""A function that gets a validated event and returns the event to store instead.
+
+It gets an `Event` if the type is registered, otherwise a dict.
+"""
+
+
+def new_row(event: AnyEvent, redact: Redact | None, *, strict: bool, now_ms: int) -> dict[str, Any]:
+    """Return the columns of the row that records the event. Raises `InvalidEvent` like `encode` and `redacted`."""
+    valid, payload_json = encode(event, strict=strict)
+    if redact is not None:
+        valid, payload_json = redacted(valid, redact, strict=strict)
+    return {
+        **columns(valid, now_ms=now_ms),
+        "payload_json": payload_json,
+        "next_attempt_at_ms": now_ms,
+        "created_at_ms": now_ms,
+    }
+
+
+def redacted(event: Event | dict[str, Any], redact: Redact, *, strict: bool) -> tuple[Event | dict[str, Any], str]:
+    """Call `redact` with the event, and `encode` with its result.
+
+    Raises `InvalidEvent` if the result is invalid or `redact` fails. The exception of `redact` is the cause.
+    """
+    name = name_of(event)
+    try:
+        found = redact(event)
+    except Exception as error:
+        # Without the text of the exception, which may quote what `redact` should remove.
+        raise InvalidEvent(f"{name}: redact failed with {type(error).__name__}") from error
+    try:
+        return encode(found, strict=strict)
+    except InvalidEvent as error:
+        raise InvalidEvent(f"{name}: what redact returned is invalid: {error}") from None
+
+
+def columns(event: Event | Mapping[str, Any], *, now_ms: int) -> dict[str, Any]:
+    """Return the columns that repeat parts of the payload, so that queries can use them."""
+    fields: Any
+    if isinstance(event, Event):
+        fields, happened = event, getattr(event, type(event).occurred_at_field, None)
+    else:
+        fields, happened = SimpleNamespace(**event), _instant_or_none(event.get("occurred_at"))
+    rule_id = _text_or_none(fields, "rule_id")
+    rule_ids = getattr(fields, "rule_ids", None)
+    if not isinstance(rule_ids, list):
+        rule_ids = [] if rule_id is None else [rule_id]
+    return {
+        "event_type": name_of(event),
+        "rule_id": rule_id,
+        "rule_ids_json": msgspec.json.encode(rule_ids).decode(),
+        "session_id": _text_or_none(fields, "session_id") or "",
+        "file_path": _text_or_none(fields, "file_path"),
+        "occurred_at_ms": epoch_ms(happened) if isinstance(happened, datetime) else now_ms,
+    }
+
+
+def _text_or_none(fields: Any, name: str) -> str | None:
+    value = getattr(fields, name, None)
+    return value if isinstance(value, str) else None
+
+
+def _instant_or_none(value: object) -> datetime | None:
+    try:
+        return msgspec.convert(value, Instant)
+    except msgspec.ValidationError:
+        return None

@@ -1,0 +1,236 @@
+"""The small types that pass between storage, the flusher, its client and their callers.
+
+Times are Unix epoch milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from outbox.events import Event, decode
+from outbox.failures import InvalidEvent, UploadFailure
+from outbox.pauses import SharedPause
+from outbox.policy import Verdict
+
+DEFAULT_DESTINATION = ""
+"""The name in the database of the one service that events go to."""
+
+LOST_LEASES_ALONE = 2
+"""A row is claimed alone from this `lost_leases` on: it may have killed its senders."""
+
+
+class ClaimedRow(NamedTuple):
+    """What a flusher has to know of a row that it holds."""
+
+    id: int
+    event_type: str
+    payload_json: str
+    retry_count: int
+    created_at_ms: int
+    revived_at_ms: int | None
+    suspected_at_ms: int | None = None
+    waits_for: str | None = None
+    lost_leases: int = 0
+    occurred_at_ms: int = 0
+    event_id: str = ""
+    """The caller's id, or one that is derived when the row is claimed."""
+
+
+class Pause(NamedTuple):
+    """A service that failed, and is left alone."""
+
+    destination: str
+    failures: int
+    paused_until_ms: int
+    probe_until_ms: int
+    last_error: str
+
+    @property
+    def until_ms(self) -> int:
+        """When the next flusher may try, as a probe."""
+        return max(self.paused_until_ms, self.probe_until_ms)
+
+
+class Claim(NamedTuple):
+    """The rows that a flusher got, in the order of the claim, and what it knew of their destination.
+
+    Without rows, a pause that holds is the reason. `invalid` says, by row id, which column holds an invalid value;
+    such a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
+    """
+
+    rows: list[ClaimedRow]
+    pause: SharedPause = SharedPause()
+    is_probe: bool = False
+    invalid: Mapping[int, str] = MappingProxyType({})
+    due_at_ms: Mapping[int, int] = MappingProxyType({})
+
+    @property
+    def failed_before(self) -> bool:
+        """Whether these rows failed before, or have lost their senders."""
+        return self.rows[0].waits_for is not None or self.rows[0].lost_leases >= LOST_LEASES_ALONE
+
+
+class BatchItem(ClaimedRow):
+    """One event of an upload. `payload_json` is sent as it is stored. `id` is that of the row."""
+
+    @cached_property
+    def event(self) -> Event | Mapping[str, Any]:
+        """The event, decoded when this is first read.
+
+        A mapping if this process can't decode it to the class of its type: the class is not imported, or has
+        changed. Raises `ConfigurationError` if the definition of a registered class is wrong.
+        """
+        try:
+            return decode(self.payload_json)
+        except InvalidEvent:
+            document: dict[str, Any] = json.loads(self.payload_json)
+            return document
+
+
+class UploadClient(Protocol):
+    """What takes events to the service.
+
+    A client may have these attributes, too:
+
+    - `deadline_ms` bounds an upload. At most three quarters of the lease are accepted.
+    - `one_event_per_request`: if it is true, `upload` is called once for each event of a claim, in order. If the
+      service fails, the flush stops and releases the events that were not sent yet.
+    - `fit(batch)` returns how many of the first events fit in one request, at least 1. A flush sends these and
+      releases the others, which the next claim takes again. Without it, a request holds all events of a claim.
+    - `redact(text)` returns a text without the credentials that the client holds. It is applied to the text of an
+      exception that is no `UploadFailure` before that is stored.
+    """
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether it makes sense to try; a flush without leaves everything as it is."""
+        ...
+
+    def upload(self, batch: tuple[BatchItem, ...], /) -> Mapping[int, UploadFailure | None] | None:
+        """Deliver the batch, or raise an `UploadFailure` that holds for the whole batch.
+
+        A client that knows an outcome for each event returns the failures by row id. A row that is not in the
+        mapping, or has None there, is accepted.
+
+        An exception of `requests` is a failure with the status of its response. Any other `Exception` is taken for
+        a bug: the events wait as after a failure of the service, with `client error: …` as their `last_error`, and
+        the exception reaches the caller of `flush`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FlushReport:
+    """What one flush did, in numbers of events; reports add up."""
+
+    claimed: int = 0
+    """Without the events that were released because they did not fit in the request."""
+    attempted: int = 0
+    """Claimed, and their payload is a JSON object."""
+    sent: int = 0
+    rescheduled: int = 0
+    parked: int = 0
+    abandoned: int = 0
+    lost_leases: int = 0
+    """Rows that had another owner when their outcome was to be written; it was dropped."""
+    verdict: Verdict | None = None
+    """The verdict that held for the whole batch, where one did."""
+    failure: str | None = None
+    """The text of the last failure, or of the one that a pause is for."""
+    paused_until_ms: int | None = None
+    """Until then nothing is sent: the service failed, or asked to slow down. This holds for all flushers."""
+    skipped: str | None = None
+    """Why nothing was tried, in words: not logged in, capture is off, or the service is paused. None where events
+    were tried or nothing was due. In a sum: why the last flush tried nothing."""
+    goes_on: bool = False
+    """Whether to flush again at once: rows were claimed, and the service works or only one row failed."""
+
+    def __add__(self, other: FlushReport) -> FlushReport:
+        return FlushReport(
+            self.claimed + other.claimed,
+            self.attempted + other.attempted,
+            self.sent + other.sent,
+            self.rescheduled + other.rescheduled,
+            self.parked + other.parked,
+            self.abandoned + other.abandoned,
+            self.lost_leases + other.lost_leases,
+            other.verdict,
+            other.failure or self.failure,
+            other.paused_until_ms,
+            other.skipped,
+            other.goes_on,
+        )
+
+
+class Chores(NamedTuple):
+    """What there is to do beside delivery."""
+
+    is_any_parked: bool
+    is_any_expired: bool
+    is_any_failed: bool
+    """Whether any row waits because it failed."""
+    is_troubled: bool
+    """Whether the destination is paused, or failed last."""
+    may_be_over_cap: bool
+    may_be_over_bounds: bool
+
+
+class Trouble(NamedTuple):
+    """Rows that are kept back: their most frequent failure, a time that belongs to them, and how many they are."""
+
+    last_error: str
+    next_attempt_at_ms: int
+    events: int
+
+
+class Deleted(NamedTuple):
+    """How many events of one kind were deleted for one reason."""
+
+    status: str
+    event_type: str
+    reason: str
+    events: int
+
+
+class Overview(NamedTuple):
+    """What `Store.overview` sees, in one snapshot."""
+
+    counts: list[tuple[str, str, int]]
+    oldest_pending_ms: int | None
+    next_due_at_ms: int | None
+    parked: Trouble | None
+    waiting: dict[str | None, Trouble]
+    """The pending rows that failed, by what they wait for; the time is when the first of them is due. None stands
+    for rows that failed under an older version, or were parked."""
+    deleted: list[Deleted]
+    pauses: list[Pause]
+    without_policy: list[str]
+    """The commands for which PostgreSQL hides every row from this database user."""
+
+
+class Oddities(NamedTuple):
+    """How many rows have times or numbers that no healthy queue has."""
+
+    leases_run_out: int
+    leases_too_long: int
+    created_in_future: int
+    due_too_late: int
+    invalid: int
+
+
+class Listener(Protocol):
+    """A connection on which a database notifies of new events."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor that can be read when there is a notification."""
+
+    def hear(self) -> bool:
+        """Take what was notified; return False if the connection is broken."""
+
+    def close(self) -> None:
+        """Close the connection."""

@@ -1,0 +1,1 @@
+"""The database: how the outbox writes to it."""

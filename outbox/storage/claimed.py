@@ -1,0 +1,175 @@
+"""Claims and deliveries on every database: which rows a claim takes, what it returns, and shared statements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum, auto
+from types import NoneType
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, ColumnElement, Select, and_, bindparam, case, literal_column, or_, select
+
+from outbox import outcomes
+from outbox.lifecycle import Status
+from outbox.outcomes import WaitsFor
+from outbox.records import Claim, ClaimedRow
+from outbox.storage.column_types import INTEGERS, invalid_column
+from outbox.storage.sql import (
+    by_id,
+    columns,
+    did_not_fail,
+    has_due_time,
+    is_due,
+    is_one_of,
+    is_source,
+    lease_until,
+    literal,
+    move,
+    of_destination,
+    oldest_first,
+    these_events,
+    these_rows,
+    unindexed_status,
+)
+
+
+class Kind(Enum):
+    """Which rows a claim may take, in which order."""
+
+    FRESH = auto()
+    """Rows that did not fail before, oldest first."""
+    FAILED = auto()
+    """Rows that failed before, oldest first; those that wait for `row` come last. If a row's senders died twice,
+    it comes first, and alone: it may have killed them."""
+    ANY = auto()
+    """All rows, oldest first."""
+
+
+class Part(Enum):
+    """Rows that one query finds. A kind consists of these."""
+
+    FRESH = auto()
+    NEWEST = auto()
+    """The same as `FRESH`, newest first."""
+    ALONE = auto()
+    OTHERS = auto()
+    LAST = auto()
+    ANY = auto()
+
+
+class Wanted(NamedTuple):
+    """What a claim asks for, beside the kind."""
+
+    destination: str
+    now_ms: int
+    lease_until_ms: int
+    at_most: int
+    is_newest: bool = False
+    """Whether it asks for the newest rows of the kind `FRESH`."""
+    unless_paused: bool = False
+    """Where the dialect `checks_pause`: claim nothing while the destination is paused or probed."""
+
+    @property
+    def due(self) -> dict[str, Any]:
+        """The names that these have in queries for the rows that are due."""
+        return {"destination": self.destination, "now": self.now_ms, "batch_size": self.at_most}
+
+
+CLAIMED = (*ClaimedRow._fields, "sent_at_ms", "not_before_ms")
+"""The columns that a claim returns of each row."""
+claimed_columns = [columns[name] for name in CLAIMED]
+
+is_pending = is_one_of(unindexed_status, Status.PENDING)
+is_sending = is_one_of(columns.status, Status.SENDING)
+is_undelivered = is_source("claim", unindexed_status)
+waits_for_row = columns.waits_for == literal(WaitsFor.ROW)
+waits_for_other = columns.waits_for != literal(WaitsFor.ROW)
+lost_some = columns.lost_leases > literal_column("0")
+claims_alone = and_(is_sending, lost_some)
+"""Of a row that is due: a second lease ran out on it."""
+batch_size: Any = bindparam("batch_size", type_=BigInteger)
+newest_first = [column.desc() for column in oldest_first]
+
+_lost_leases = case((is_sending, columns.lost_leases + 1), else_=columns.lost_leases)
+CLAIM = outcomes.claim(lease_until_ms=lease_until, lost_leases=_lost_leases)
+CLAIM_ROWS = by_id(move(CLAIM).where(these_rows))
+# What is returned of rows that are read before they are claimed.
+to_claim = [_lost_leases.label(name) if name == "lost_leases" else columns[name] for name in CLAIMED]
+is_due_or_never = or_(is_due, ~has_due_time)
+
+CONDITIONS: dict[Part, ColumnElement[bool]] = {
+    Part.FRESH: and_(is_undelivered, did_not_fail, ~claims_alone),
+    Part.NEWEST: and_(is_undelivered, did_not_fail, ~claims_alone),
+    Part.ALONE: claims_alone,
+    Part.OTHERS: and_(is_undelivered, waits_for_other, ~claims_alone),
+    Part.LAST: and_(is_undelivered, waits_for_row, ~claims_alone),
+    Part.ANY: is_undelivered,
+}
+"""The rows of each part, apart from their destination and from when they are due."""
+
+
+def due(part: Part) -> Select[Any]:
+    """Return the query for the first rows of a part that are due, or whose due time is invalid."""
+    order = newest_first if part is Part.NEWEST else oldest_first
+    rows = select(*to_claim, columns.next_attempt_at_ms).where(of_destination, CONDITIONS[part], is_due_or_never)
+    return rows.order_by(*order).limit(batch_size)
+
+
+def lock_kind(
+    lock_part: Callable[[Part, Wanted], list[tuple[Any, ...]]], kind: Kind, wanted: Wanted
+) -> list[tuple[Any, ...]]:
+    """Lock the first rows of a kind, part after part."""
+    if kind is Kind.ANY:
+        return lock_part(Part.ANY, wanted)
+    if kind is Kind.FRESH:
+        return lock_part(Part.NEWEST if wanted.is_newest else Part.FRESH, wanted)
+    rows = lock_part(Part.ALONE, wanted._replace(at_most=1))
+    if not rows:
+        rows = lock_part(Part.OTHERS, wanted)
+        if room := wanted.at_most - len(rows):
+            rows += lock_part(Part.LAST, wanted._replace(at_most=room))
+    return rows
+
+
+MOVE_TO_SENT = move(outcomes.deliver(sent_at_ms=bindparam("new_sent_at_ms")))
+DELIVER = by_id(MOVE_TO_SENT.where(these_events))
+
+
+def claim_of_due(rows: Iterable[Sequence[Any]], kind: Kind) -> Claim:
+    """Return a claim of rows with the columns `CLAIMED`, then the time when each was due."""
+    several = list(rows)
+    return claim_of([row[:-1] for row in several], kind, due={row[0]: row[-1] for row in several})
+
+
+def claim_of(rows: Sequence[Sequence[Any]], kind: Kind, *, due: Mapping[int, Any]) -> Claim:
+    """Return a claim of rows with the columns `CLAIMED`; `due` is, by id, when each was due."""
+    if not rows:
+        return Claim([])
+    in_order = _age_order if kind is Kind.ANY else _claim_order
+    values = list(zip(*rows, strict=True))
+    found = list(map(ClaimedRow._make, zip(*values[: len(ClaimedRow._fields)], strict=True)))
+    # Checked by column, which is fast: nearly always all are valid.
+    numbers = dict(zip(CLAIMED, values, strict=True), next_attempt_at_ms=due.values())
+    if all(_are_valid(numbers[name], below) for name, below in INTEGERS.items()):
+        found.sort(key=in_order)
+        return Claim(found, due_at_ms=due)
+    invalid = {}
+    for row in rows:
+        this = dict(zip(CLAIMED, row, strict=True), next_attempt_at_ms=due[row[0]])
+        if why := invalid_column(this.items()):
+            invalid[row[0]] = why
+    # An invalid row may have no time to sort by.
+    found.sort(key=lambda row: (False, 0, row.id) if row.id in invalid else in_order(row))
+    return Claim(found, invalid=invalid, due_at_ms=due)
+
+
+def _age_order(row: ClaimedRow) -> tuple[bool, int, int]:
+    return False, row.created_at_ms, row.id
+
+
+def _claim_order(row: ClaimedRow) -> tuple[bool, int, int]:
+    return row.waits_for == WaitsFor.ROW, row.created_at_ms, row.id
+
+
+def _are_valid(numbers: Iterable[Any], below: int) -> bool:
+    return {int, NoneType}.issuperset(map(type, numbers)) and max(filter(None, numbers), default=0) < below

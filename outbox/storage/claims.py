@@ -1,0 +1,219 @@
+"""The life of a claim in the database: take rows under a lease, renew the lease, settle the outcomes."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import Engine, bindparam, update
+
+from outbox import outcomes
+from outbox.lifecycle import Status
+from outbox.outcomes import Outcome
+from outbox.pauses import SharedPause
+from outbox.records import DEFAULT_DESTINATION, Claim
+from outbox.storage.claimed import Kind, Wanted
+from outbox.storage.counts import Counts
+from outbox.storage.dialects import dialect_of
+from outbox.storage.identity import Identity, with_ids
+from outbox.storage.pauses import begin_probe, pause_of, write_pause
+from outbox.storage.sql import (
+    by_id,
+    events,
+    held,
+    is_one_of,
+    move_held,
+    this_row,
+    unindexed_status,
+)
+from outbox.storage.transactions import Transaction, Writer, look
+
+RENEW = by_id(
+    update(events)
+    .where(this_row, is_one_of(unindexed_status, Status.SENDING), held)
+    .values(next_attempt_at_ms=bindparam("new_lease_until"))
+)
+
+_new: dict[str, Any] = {
+    name: bindparam(f"new_{name}")
+    for name in ("retry_count", "next_attempt_at_ms", "last_error", "waits_for", "suspected_at_ms")
+}
+SETTLE = {
+    outcome.trigger: move_held(outcome)
+    for outcome in (
+        outcomes.reschedule(**_new),
+        outcomes.park(last_error=_new["last_error"]),
+        outcomes.abandon(last_error=_new["last_error"]),
+        outcomes.release(next_attempt_at_ms=_new["next_attempt_at_ms"]),
+    )
+}
+
+
+class _Turn:
+    """Whether the last claim of a destination took rows that failed before, and whether there are any."""
+
+    took_failed = True
+    is_any_failed = True
+
+
+class Claims:
+    """Takes rows for one flusher at a time, and writes what became of them.
+
+    On SQLite none of this waits for the disk: should a power cut undo a claim or an outcome, its events are sent
+    again, and no event is lost. Whatever later waits for the disk makes that last, too.
+
+    Whose turn it is in a destination, rows that failed before or others, is known to this process alone. Threads
+    share it without a lock: a race only makes two claims in a row of the same kind.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        writer: Writer,
+        now_ms: Callable[[], int],
+        counts: Mapping[str, Counts],
+        identity: Identity,
+    ) -> None:
+        self._writer = writer
+        self._counts = counts
+        self._identity = identity
+        self._now_ms = now_ms
+        self._dialect = dialect_of(engine)
+        self._turns: defaultdict[str, _Turn] = defaultdict(_Turn)
+
+    def claim(
+        self,
+        *,
+        now_ms: int,
+        lease_until_ms: int,
+        batch_size: int,
+        destination: str = DEFAULT_DESTINATION,
+        is_original: bool = False,
+    ) -> Claim:
+        """Move due rows to sending, under the lease. Claims alternate between rows that failed before and others.
+
+        While the destination is paused, the claim has no rows. After three failures in a row, one flusher gets one
+        row as a probe. The other flushers get no rows until the outcome of the probe is known or its lease ends.
+        The original's claims ignore pauses and do not alternate.
+        """
+        # Before the claim: if this fails, no row waits for the end of a lease.
+        outbox_id = self._identity.outbox_id(lambda query: look(self._writer, lambda found: found.value(query)))
+        wanted = Wanted(destination, now_ms, lease_until_ms, batch_size)
+        claimed = Claim([])
+        if is_original:
+            claimed = self._run(lambda transaction: self._dialect.claim(transaction, Kind.ANY, wanted))
+        elif self._dialect.checks_pause:
+            kind, unless_paused = self._kinds_in_turn(destination)[0], wanted._replace(unless_paused=True)
+            # A single statement is repeatable: should it have landed unseen, its rows are due again when their
+            # lease has run out.
+            claimed = look(self._writer, lambda found: self._dialect.claim(found, kind, unless_paused))
+        if not claimed.rows and not is_original:
+            claimed = self._run(lambda transaction: self._claim_unless_paused(transaction, wanted))
+        if not claimed.rows and claimed.pause.holds_until_ms <= now_ms:
+            claimed = self._run(lambda transaction: self._dialect.claim_never_due(transaction, wanted))
+        if claimed.rows and not claimed.is_probe:
+            self._turns[destination].took_failed = claimed.failed_before
+        return with_ids(claimed, outbox_id)
+
+    def take_turns(self, destination: str = DEFAULT_DESTINATION, *, is_any_failed: bool) -> None:
+        """Tell whether there are rows that failed before; without any, no claim looks for them first."""
+        self._turns[destination].is_any_failed = is_any_failed
+
+    def renew(self, row_ids: Iterable[int], *, lease_until_ms: int, for_ms: int) -> tuple[set[int], int]:
+        """Let a lease end `for_ms` from now; return the ids of the rows that were still held, and the new end.
+
+        Now is when the database is locked: until then this may have waited for another writer.
+        """
+
+        def renew(transaction: Transaction) -> tuple[set[int], int]:
+            new = self._now_ms() + for_ms
+            still_held = {
+                row_id
+                for row_id in sorted(row_ids)
+                if transaction.change(RENEW, row_id=row_id, lease_until=lease_until_ms, new_lease_until=new)
+            }
+            return still_held, new
+
+        return self._writer.run(renew, survives_power_cut=False)
+
+    def settle(
+        self,
+        decided: Iterable[tuple[int, Outcome]],
+        *,
+        lease_until_ms: int,
+        created_at_ms: Mapping[int, int],
+        destination: str = DEFAULT_DESTINATION,
+    ) -> Counter[str]:
+        """Make the move of each row of a destination, one statement a trigger; return how many landed, by trigger.
+
+        A fenced move that finds its row with another owner is left out. `deliver` needs no lease; it is left out
+        where the row's creation time is not the one in `created_at_ms`, by id: then another event has the id.
+        """
+        delivered: dict[int, list[int]] = defaultdict(list)
+        by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        # In the order of the ids, so that no two settlements wait for each other.
+        for row_id, outcome in sorted(decided, key=itemgetter(0)):
+            if outcome.trigger == "deliver":
+                delivered[outcome.values["sent_at_ms"]].append(row_id)
+            else:
+                values = {f"new_{name}": value for name, value in outcome.values.items()}
+                by_trigger[outcome.trigger].append({"row_id": row_id, "lease_until": lease_until_ms, **values})
+        if not delivered and not by_trigger:
+            return Counter()
+
+        def settle(transaction: Transaction) -> Counter[str]:
+            landed = Counter(
+                {trigger: transaction.change_many(SETTLE[trigger], rows) for trigger, rows in by_trigger.items()}
+            )
+            for sent_at_ms, row_ids in delivered.items():
+                created = [created_at_ms[row_id] for row_id in row_ids]
+                landed["deliver"] += self._dialect.deliver(transaction, row_ids, created, sent_at_ms=sent_at_ms)
+            return landed
+
+        is_single = self._dialect.delivers_at_once and not by_trigger and len(delivered) == 1
+        # Repeatable: the fence lets no outcome land twice, and a delivery is a fact.
+        landed = self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
+        self._counts[destination].delivered(landed["deliver"])
+        return landed
+
+    def _kinds_in_turn(self, destination: str) -> tuple[Kind, Kind]:
+        turn = self._turns[destination]
+        if turn.is_any_failed and not turn.took_failed:
+            return Kind.FAILED, Kind.FRESH
+        return Kind.FRESH, Kind.FAILED
+
+    def _claim_unless_paused(self, transaction: Transaction, wanted: Wanted) -> Claim:
+        destination, now_ms, lease_until_ms = wanted.destination, wanted.now_ms, wanted.lease_until_ms
+        while True:
+            pause = pause_of(transaction, destination).trusted(now_ms)
+            if pause.holds_until_ms > now_ms:
+                return Claim([], pause)
+            if not pause.needs_probe:
+                break
+            if begin_probe(
+                transaction, destination, seen=pause.number, now_ms=now_ms, lease_until_ms=lease_until_ms
+            ):
+                return self._probe(transaction, pause, wanted)
+            # Another flusher was faster, so look again.
+        for kind in self._kinds_in_turn(destination):
+            claimed = self._dialect.claim(transaction, kind, wanted)
+            if claimed.rows:
+                return claimed._replace(pause=pause)
+        return Claim([], pause)
+
+    def _probe(self, transaction: Transaction, pause: SharedPause, wanted: Wanted) -> Claim:
+        for failed_before in (pause.next_probe_failed_before, not pause.next_probe_failed_before):
+            kind = Kind.FAILED if failed_before else Kind.FRESH
+            one = wanted._replace(at_most=1, is_newest=not failed_before)
+            claimed = self._dialect.claim(transaction, kind, one)
+            if claimed.rows:
+                probed = pause.when_probed(lease_until_ms=wanted.lease_until_ms, failed_before=failed_before)
+                write_pause(transaction, wanted.destination, probed)
+                return claimed._replace(pause=pause, is_probe=True)
+        write_pause(transaction, wanted.destination, pause)
+        return Claim([], pause)
+
+    def _run(self, operation: Callable[[Transaction], Claim]) -> Claim:
+        return self._writer.run(operation, survives_power_cut=False)

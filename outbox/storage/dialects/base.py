@@ -1,0 +1,319 @@
+"""What a database may do differently, each with its default. A dialect overrides what its database needs.
+
+"Adding a database" in the documentation lists all of this in a table. SQLAlchemy adapts much of the SQL to the
+database by itself; a dialect holds only what SQLAlchemy leaves to the application.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    Engine,
+    Index,
+    Select,
+    Table,
+    create_engine,
+)
+from sqlalchemy import Dialect as SQLAlchemyDialect
+
+from outbox.lifecycle import Status
+from outbox.records import Claim, Listener
+from outbox.storage import forks
+from outbox.storage.claimed import CLAIM_ROWS, DELIVER, Kind, Part, Wanted, claim_of_due, due, lock_kind
+from outbox.storage.engines import Synchronous
+from outbox.storage.inserts import Rows, insert_or_add, insert_unknown, known
+from outbox.storage.pings import ping_after_idling
+from outbox.storage.sql import columns, is_one_of, lock, oldest
+from outbox.storage.transactions import Transaction, Writer
+
+_LOCK = {part: lock(due(part)) for part in Part}
+
+
+class Ending(NamedTuple):
+    """Which ends of a transaction a statement has to bring about, because the driver ignores the call."""
+
+    commit: bool = False
+    rollback: bool = False
+
+
+class Dialect:
+    """A database as the outbox uses it. The defaults are those of a server with standard SQL."""
+
+    # URLs and drivers
+
+    names: ClassVar[tuple[str, ...]]
+    """The names that URLs may begin with."""
+    drivers: ClassVar[tuple[str, ...]]
+    """The drivers that the tests run on, as SQLAlchemy names them; others are refused.
+
+    Each driver ends transactions, counts rows and tells errors in a way of its own.
+    """
+    default_drivers: ClassVar[Mapping[str, str]] = {}
+    """The driver of a URL that names none, by the name of the database: the one that our extras install."""
+    connection_classes: ClassVar[Mapping[str, str]] = {}
+    """The drivers whose own connections `enqueue` takes, by the classes of these connections."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """What these drivers are called, for error messages."""
+
+    def plain_cursor(self, connection: Any, driver: SQLAlchemyDialect) -> Any:
+        """Return a cursor on a caller's connection whose rows are tuples, whatever rows the connection makes."""
+        return connection.cursor()
+
+    def is_two_phase(self, connection: Any) -> bool:
+        """Tell whether a driver's connection is in a transaction of two phases, in which it can't notify."""
+        return False
+
+    # Engines
+
+    def create_engine(
+        self,
+        url: URL,
+        *,
+        synchronous: Synchronous,
+    ) -> Engine:
+        """Return an engine of our own. By default a pool of connections that are READ COMMITTED.
+
+        At other isolation levels a claim that waited for another one fails.
+        """
+        url, connect_args = self.driver_options(url)
+        engine = create_engine(
+            url,
+            hide_parameters=True,
+            isolation_level="READ COMMITTED",
+            poolclass=forks.OwnPool,
+            connect_args=connect_args,
+        )
+        ping_after_idling(engine, self.give_back)
+        return engine
+
+    def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Return the URL without the options that SQLAlchemy can't hand on, and these as the driver's arguments.
+
+        By default there are none. Raises `ConfigurationError` for a wrong value.
+        """
+        return url, {}
+
+    def give_back(self, connection: Any) -> None:
+        """Reset what the outbox changed on a driver's connection that returns to our pool."""
+
+    def writer(self, engine: Engine, *, is_own: bool) -> Writer:
+        """Return what runs the writing transactions. By default on the engine's pooled connections."""
+        return Writer(engine)
+
+    def unprepared(self, connection: Any) -> AbstractContextManager[None]:
+        """Let a host's driver prepare no statement meanwhile. By default drivers prepare none by themselves."""
+        return nullcontext()
+
+    # Files
+
+    def file_of(self, url: URL) -> Path | None:
+        """Return the file of the database: it has to be closed before a fork. Servers have none."""
+        return None
+
+    def absolute(self, url: URL) -> URL:
+        """Return the URL so that it names the same file after the program changes its directory.
+
+        Raises `OSError` if the path is relative and the current directory was deleted.
+        """
+        return url
+
+    def is_in_memory(self, url: URL) -> bool:
+        """Tell whether the database is in the memory of this process, so a fork copies it."""
+        return False
+
+    def missing_file(self, url: URL) -> Path | None:
+        """Return the file of the database if it is not there. Raises `StorageError` where that can't be told."""
+        return None
+
+    def create_file(self, url: URL) -> None:
+        """Create the file of the database if there is none. On a server the administrator creates the database."""
+
+    # The clock
+
+    clock: ClassVar[Any] = None
+    """The query for the clock, in ms. A database that several hosts share has one: they compare times by it."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several hosts share the database."""
+        return self.clock is not None
+
+    # Transactions
+
+    def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
+        """Begin what SQLAlchemy has not begun yet, and tell what `commit()` and `rollback()` will not do.
+
+        A transaction that `writes` is READ COMMITTED, another one reads a snapshot. The connection keeps the
+        host's settings.
+        """
+        if not (writes and is_own):  # our own are set up so
+            connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level(writes=writes)}")
+        return Ending()
+
+    @staticmethod
+    def isolation_level(*, writes: bool) -> str:
+        """Return the isolation level of a transaction."""
+        return "READ COMMITTED" if writes else "REPEATABLE READ"
+
+    def commits_each_statement(self, connection: Connection, *, is_own: bool) -> bool:
+        """Let each statement commit by itself until the connection is given back.
+
+        By default return False and change nothing: on most drivers this costs more than it saves.
+        """
+        return False
+
+    def migration_lock(self, connection: Connection) -> AbstractContextManager[None]:
+        """Hold off other migrations, here and on other hosts. By default the transaction's write lock does so."""
+        return nullcontext()
+
+    begins_at_head: ClassVar[bool] = True
+    """Whether an empty database gets the tables as they are declared, at the newest revision.
+
+    The released migrations know only the databases that there were when they were written.
+    """
+
+    # Errors
+
+    code_attributes: ClassVar[tuple[str, ...]] = ()
+    """The attributes in which drivers keep the code of an error, beside the first argument."""
+    given_up: ClassVar[frozenset[object]] = frozenset()
+    """The codes by which the database says that it undid a transaction, to end a deadlock or a conflict."""
+    read_only: ClassVar[frozenset[object]] = frozenset()
+    """The codes by which a server says that it takes no writes any more, as after a switchover."""
+    duplicate: ClassVar[frozenset[object]] = frozenset()
+    """The error codes that mean: there already is a row with this unique key."""
+    advice: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """What to do about an error, by a part of its text."""
+
+    def codes(self, error: Any) -> set[object]:
+        """Return the codes of a driver's error."""
+        return {next(iter(error.args), None), *(getattr(error, name, None) for name in self.code_attributes)}
+
+    def tolerant_text(self, connection: Any) -> AbstractContextManager[None]:
+        """Read texts with invalid characters, on a driver's connection. By default the database stores none."""
+        return nullcontext()
+
+    stores_nul: ClassVar[bool] = True
+    """Whether texts can hold the character NUL. If not, it is replaced."""
+
+    # Tables. What the types of the columns are called is a hook of SQLAlchemy's compiler in the dialect's module.
+
+    indexes: ClassVar[frozenset[str]]
+    """Which of the declared indexes the database has."""
+
+    def table_options(self, table: Table) -> dict[str, Any]:
+        """Return SQLAlchemy's options of a table."""
+        return {}
+
+    def index_options(self, index: Index) -> dict[str, Any]:
+        """Return SQLAlchemy's options of an index, such as the condition of the rows in it, `info["rows"]`."""
+        return {}
+
+    def adapted(self, statement: Any) -> Any:
+        """Return a statement as the database should run it. By default planners choose the indexes well."""
+        return statement
+
+    # Inserts
+
+    inserts_several: ClassVar[bool] = True
+    """Whether an INSERT of several rows returns all their ids."""
+    notification: ClassVar[ColumnElement[Any] | None] = None
+    """A column for INSERT to return, which notifies other processes of new events at the commit."""
+    last_insert_id: ClassVar[Select[Any] | None] = None
+    """The query for the id that was inserted last, for drivers that forget it."""
+
+    def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
+        """Insert a row; if there is one with its key, add to the column `adds`, or leave the row as it is.
+
+        By default in two statements, which suits a database with one writer at a time.
+        """
+        insert_or_add(transaction, table, adds, values)
+
+    def insert_new(
+        self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
+    ) -> dict[str, int]:
+        """Insert the rows whose event ids are not in the database yet; return their row ids by event id.
+
+        By default after a look, one by one. If another transaction inserts the same id meanwhile, the database
+        refuses the row as a duplicate, which must undo that statement alone.
+        """
+        return insert_unknown(
+            transaction, rows, is_duplicate=lambda error: not self.duplicate.isdisjoint(self.codes(error))
+        )
+
+    def known_now(self, transaction: Transaction, event_ids: Sequence[str]) -> dict[str, int]:
+        """Return the row ids of those events that are in the database now, by event id.
+
+        The default is for databases where each query sees everything that was committed before the query began.
+        """
+        return known(transaction, event_ids)
+
+    # Claims and outcomes
+
+    delivers_at_once: ClassVar[bool] = False
+    """Whether `deliver` is one statement for any number of rows."""
+
+    checks_pause: ClassVar[bool] = False
+    """Whether `claim` looks for a pause of `wanted.destination` in the same statement."""
+
+    def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
+        """Move the first due rows of a kind to sending; leave out rows that another transaction has locked.
+
+        By default the rows are locked first, and then moved.
+        """
+        locked = lock_kind(partial(self.lock_part, transaction), kind, wanted)
+        row_ids = [row[0] for row in locked]
+        transaction.change_rows(CLAIM_ROWS, row_ids, lease_until=wanted.lease_until_ms)
+        return claim_of_due(locked, kind)
+
+    def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
+        """Lock the first rows of a part that are due, or whose due time is invalid."""
+        return transaction.rows(_LOCK[part], **wanted.due)
+
+    def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
+        """Claim rows whose times are invalid, to abandon them. By default `claim` has found them."""
+        return Claim([])
+
+    def deliver(
+        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
+    ) -> int:
+        """Move rows to sent, by id and creation time; return how many were moved. By default in chunks."""
+        return transaction.change_events(DELIVER, row_ids, created_at_ms, new_sent_at_ms=sent_at_ms)
+
+    # Counts and deletion
+
+    pending: ClassVar[tuple[ColumnElement[bool], ...]] = (
+        is_one_of(columns.status, Status.PENDING, Status.SENDING),
+    )
+    """The conditions that together, and each row by one only, find the rows that are pending or sending."""
+
+    undelivered_to_trim: ClassVar[tuple[Select[Any] | CompoundSelect[Any], ...]] = tuple(
+        oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)
+    )
+    """The queries for the undelivered rows that the cap deletes, the oldest of all of them first.
+
+    Each walks one index in order and stops at the limit.
+    """
+
+    # What goes on
+
+    def listen(self, engine: Engine) -> Listener | None:
+        """Return a connection that is notified of new events; None where flushers have to poll."""
+        return None
+
+    def hidden_commands(self, connection: Connection) -> list[str]:
+        """Return the commands that find no rows because the database hides all of them from this user."""
+        return []
+
+    def checks(self, engine: Engine) -> Mapping[str, Callable[[], Iterator[tuple[bool, str]]]]:
+        """Return what `outbox doctor` checks on this database only: whether all is well, and in words."""
+        return {}

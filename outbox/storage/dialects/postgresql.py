@@ -1,0 +1,310 @@
+"""PostgreSQL, which many hosts share."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    Index,
+    Table,
+    and_,
+    bindparam,
+    event,
+    func,
+    literal_column,
+    select,
+    text,
+)
+from sqlalchemy import Dialect as SQLAlchemyDialect
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from outbox.failures import ConfigurationError
+from outbox.lifecycle import Status
+from outbox.records import Claim, Listener
+from outbox.storage import forks, postgresql_claims
+from outbox.storage.claimed import MOVE_TO_SENT, Kind, Wanted, waits_for_other, waits_for_row
+from outbox.storage.dialects.base import Dialect, Ending
+from outbox.storage.engines import MIGRATION_LOCK, Synchronous, translated
+from outbox.storage.inserts import Rows, insert_new
+from outbox.storage.sql import columns, did_not_fail, failed_before, oldest, upsert
+from outbox.storage.transactions import Transaction
+
+log = logging.getLogger("outbox")
+
+CHANNEL = "observation_events"
+"""What is notified at the commit of new events.
+
+Outboxes in other schemas of a database share it; a flusher that is woken for one of theirs finds nothing.
+"""
+
+
+_uploaded = (
+    func.unnest(bindparam("ids", type_=ARRAY(BigInteger)), bindparam("created_at_ms", type_=ARRAY(BigInteger)))
+    .table_valued("id", "created_at_ms")
+    .render_derived(name="uploaded")
+)
+# Parsing a condition for each row takes PostgreSQL longer than the update does.
+DELIVER = MOVE_TO_SENT.where(columns.id == _uploaded.c.id, columns.created_at_ms == _uploaded.c.created_at_ms)
+
+HIDDEN_COMMANDS = text(
+    """
+    SELECT command FROM (VALUES ('SELECT', 'r'), ('UPDATE', 'w'), ('DELETE', 'd')) AS commands (command, code)
+    WHERE row_security_active('observation_events') AND NOT EXISTS (
+        SELECT FROM pg_policy
+        WHERE polrelid = 'observation_events'::regclass AND polpermissive AND polcmd IN ('*', code)
+            AND EXISTS (SELECT FROM unnest(polroles) AS role WHERE role = 0 OR pg_has_role(role, 'USAGE'))
+    )
+    """
+)
+"""The commands for which row-level security of PostgreSQL hides every row from this user; 0 is every role."""
+
+
+class PostgreSQL(Dialect):
+    """PostgreSQL."""
+
+    names = ("postgresql", "postgres")
+    drivers = tuple(f"postgresql+{driver}" for driver in ("psycopg", "psycopg2", "pg8000"))
+    default_drivers = dict.fromkeys(names, "postgresql+psycopg")
+    connection_classes: ClassVar = {
+        "psycopg.Connection": "postgresql+psycopg",
+        "psycopg2.extensions.connection": "postgresql+psycopg2",
+        "pg8000.dbapi.Connection": "postgresql+pg8000",
+        "pg8000.legacy.Connection": "postgresql+pg8000",
+    }
+    libraries = ("psycopg", "psycopg2", "pg8000")
+    begins_at_head = False
+    clock = select(literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"))
+    # SQLSTATEs. `given_up`: serialization failure, deadlock. `read_only`: the server takes no writes any more.
+    code_attributes = ("sqlstate", "pgcode")
+    given_up = frozenset({"40001", "40P01"})
+    read_only = frozenset({"25006"})
+    stores_nul = False
+    indexes = frozenset(
+        f"observation_events_{name}_idx"
+        for name in ("event_id", "claim", "others", "later", "lost", "sent", "parked", "abandoned")
+    )
+    # In the INSERT itself it needs no further round trip. Equal ones of a transaction are sent once.
+    notification = literal_column(f"pg_notify('{CHANNEL}', '')")
+    checks_pause = True
+    delivers_at_once = True
+    # By the index of each.
+    pending = tuple(and_(*Dialect.pending, waits) for waits in (did_not_fail, failed_before))
+    undelivered_to_trim = (
+        *(
+            oldest(Status.PENDING, Status.SENDING, only=waits)
+            for waits in (did_not_fail, waits_for_other, waits_for_row)
+        ),
+        oldest(Status.PARKED),
+    )
+
+    def plain_cursor(self, connection: Any, driver: SQLAlchemyDialect) -> Any:
+        """Return a cursor without the caller's row factory or cursor class."""
+        if driver.driver == "psycopg":
+            psycopg = import_module("psycopg")
+            return psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
+        if driver.driver == "psycopg2":
+            return connection.cursor(cursor_factory=import_module("psycopg2.extensions").cursor)
+        return connection.cursor()
+
+    def is_two_phase(self, connection: Any) -> bool:
+        """Look where psycopg and pg8000 note it. psycopg2 shows it nowhere."""
+        return any(getattr(connection, name, None) is not None for name in ("_tpc", "_xid"))
+
+    def create_engine(self, url: URL, *, synchronous: Synchronous) -> Engine:
+        """Return an engine on which psycopg prepares nothing.
+
+        It does so only if the URL asks for it and no pooler stands in between.
+        """
+        engine = super().create_engine(url, synchronous=synchronous)
+        if self.driver_options(url)[1].get("prepare_threshold") is not None:
+            _prepare_nothing_behind_a_pooler(engine)
+        return engine
+
+    def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Take `prepare_threshold` for psycopg, which is no text."""
+        return _psycopgs_options(url)
+
+    def give_back(self, connection: Any) -> None:
+        """Undo what `commits_each_statement` set."""
+        connection.autocommit = False
+
+    @contextmanager
+    def unprepared(self, connection: Any) -> Iterator[None]:
+        """Let psycopg prepare nothing on a host's connection, in front of which a pooler may stand."""
+        threshold = getattr(connection, "prepare_threshold", None)
+        if threshold is None:
+            yield
+            return
+        connection.prepare_threshold = None
+        try:
+            yield
+        finally:
+            connection.prepare_threshold = threshold
+
+    def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
+        """Begin by a statement where the driver commits each statement: it then ignores `commit()`."""
+        if not (writes and is_own) and connection.connection.dbapi_connection.autocommit:  # type: ignore[union-attr]  # every driver of PostgreSQL has it
+            connection.exec_driver_sql(f"BEGIN ISOLATION LEVEL {self.isolation_level(writes=writes)}")
+            return Ending(commit=True, rollback=True)
+        return super().begin(connection, writes=writes, is_own=is_own)
+
+    def commits_each_statement(self, connection: Connection, *, is_own: bool) -> bool:
+        """Save two round trips of three. Engines of hosts have settings of their own."""
+        if is_own:
+            driver: Any = connection.connection.dbapi_connection
+            driver.autocommit = True
+        return is_own
+
+    @contextmanager
+    def migration_lock(self, connection: Connection) -> Iterator[None]:
+        """Hold an advisory lock until the end of the transaction."""
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+        yield
+
+    def codes(self, error: Any) -> set[object]:
+        """Return the codes of an error. pg8000 has the fields of PostgreSQL's answer in a dictionary."""
+        first = next(iter(error.args), None)
+        return {first["C"]} if isinstance(first, dict) else super().codes(error)
+
+    def index_options(self, index: Index) -> dict[str, Any]:
+        """Return the condition of the rows in the index."""
+        rows = index.info["rows"]
+        return {} if rows is None else {"postgresql_where": text(rows)}
+
+    def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
+        """Insert or add in one statement, so that no other transaction comes in between."""
+        transaction.change(upsert(postgresql.insert, table, adds), **values)
+
+    def insert_new(
+        self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
+    ) -> dict[str, int]:
+        """Insert several rows by one statement. It waits for a transaction that inserts one of their event ids."""
+        return insert_new(transaction, postgresql.insert, rows, notification)
+
+    def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
+        """Lock and move the rows, and look for a pause, by one statement."""
+        return postgresql_claims.take(transaction, kind, wanted)
+
+    def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
+        """Look for huge times. The other statements walk indexes that end before these."""
+        return postgresql_claims.take_never_due(transaction, wanted)
+
+    def deliver(
+        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
+    ) -> int:
+        """Move the rows by one statement, which gets the ids as an array."""
+        return transaction.change(
+            DELIVER, ids=list(row_ids), created_at_ms=list(created_at_ms), new_sent_at_ms=sent_at_ms
+        )
+
+    def listen(self, engine: Engine) -> Listener | None:
+        """Listen on a connection of its own. Only psycopg tells of notifications, and only without a pooler."""
+        return _listen(engine) if engine.dialect.driver == "psycopg" else None
+
+    def hidden_commands(self, connection: Connection) -> list[str]:
+        """Look for row-level security without a policy for this user."""
+        return list(connection.scalars(HIDDEN_COMMANDS))
+
+
+class _Listener:
+    """A connection that runs LISTEN."""
+
+    def __init__(self, connection: Any, error: type[Exception]) -> None:
+        self._connection = connection
+        self._error = error
+
+    def fileno(self) -> int:
+        return int(self._connection.fileno())
+
+    def hear(self) -> bool:
+        try:
+            self._connection.pgconn.consume_input()
+            while self._connection.pgconn.notifies():
+                pass
+        except self._error as error:
+            log.debug(
+                "the connection that listened is broken: %s", error, extra={"event_name": "outbox.listening_ended"}
+            )
+            return False
+        return True
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _listen(engine: Engine) -> _Listener | None:
+    with forks.held_back(), translated(engine):
+        pooled = engine.raw_connection()
+        connection: Any = pooled.driver_connection
+        pooled.detach()  # it is never returned to the pool
+        try:
+            connection.rollback()
+            connection.autocommit = True
+            if is_behind_pooler(connection):
+                # The pooler would deliver the notifications to any of its clients.
+                connection.close()
+                return None
+            connection.execute(f"LISTEN {CHANNEL}")
+        except BaseException:
+            connection.close()
+            raise
+    return _Listener(connection, engine.dialect.loaded_dbapi.Error)
+
+
+def is_behind_pooler(connection: Any) -> bool:
+    """Tell whether a pooler, such as PgBouncer, stands between psycopg's connection and PostgreSQL.
+
+    A pooler makes up the process id that it tells its clients, for it lends them processes of the server in turns.
+    """
+    ((process_id,),) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchall()
+    return bool(process_id != connection.info.backend_pid)
+
+
+def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
+    """Prepare no statement where a pooler shares connections between transactions.
+
+    Each client of the pooler gives its prepared statements the same names, so the server could run the statement
+    that another client prepared on the connection.
+    """
+
+    @event.listens_for(engine, "connect")
+    def _look(connection: Any, _record: ConnectionPoolEntry) -> None:
+        if is_behind_pooler(connection):
+            connection.prepare_threshold = None
+            log.warning(
+                "%s: prepare_threshold is ignored, because a pooler stands in between",
+                engine.url.render_as_string(hide_password=True),
+                extra={"event_name": "outbox.prepare_threshold_ignored"},
+            )
+        connection.rollback()
+
+
+def _psycopgs_options(url: URL) -> tuple[URL, dict[str, Any]]:
+    """Return the URL without the options of psycopg that are no texts, and what they mean."""
+    if url.get_driver_name() != "psycopg":
+        return url, {}
+    for name in ("autocommit", "context", "cursor_factory", "row_factory"):
+        if name in url.query:
+            raise ConfigurationError(f"the database URL sets {name}, which is not supported; leave it out")
+    given = str(url.query.get("prepare_threshold", "none"))
+    if given.lower() != "none" and not re.fullmatch("[0-9]{1,9}", given):
+        raise ConfigurationError(
+            f"the database URL's prepare_threshold is {given!r}, expected none or a whole number from 0"
+        )
+    threshold = None if given.lower() == "none" else int(given)
+    return url.difference_update_query(["prepare_threshold"]), {"prepare_threshold": threshold}
+
+
+DIALECT = PostgreSQL()

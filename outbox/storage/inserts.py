@@ -1,0 +1,152 @@
+"""The statements that insert events, and the query that finds events by the ids that callers gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Insert, Select, Table, Text, Update, and_, bindparam, insert, select, update
+
+from outbox.records import DEFAULT_DESTINATION
+from outbox.storage.indexes import EVENT_ID_INDEX
+from outbox.storage.sql import CHUNK, columns, events, in_order
+from outbox.storage.transactions import Transaction
+
+INSERTED = (
+    "event_type",
+    "rule_id",
+    "rule_ids_json",
+    "session_id",
+    "file_path",
+    "occurred_at_ms",
+    "payload_json",
+    "next_attempt_at_ms",
+    "created_at_ms",
+)
+_WITH_ID = (*INSERTED, "event_id")
+INSERT = insert(events).values({name: bindparam(name) for name in INSERTED})
+_INSERT_WITH_ID = insert(events).values({name: bindparam(name) for name in _WITH_ID})
+KNOWN = in_order(
+    select(columns.event_id, columns.id).where(
+        columns.destination == bindparam("destination"),
+        columns.event_id.in_([bindparam(f"id_{number}", type_=Text) for number in range(CHUNK)]),
+    ),
+    EVENT_ID_INDEX,
+)
+
+# How many rows one INSERT may have. With only a few sizes, few statements have to be compiled and prepared.
+_INSERTED_AT_ONCE = (64, 16, 4, 1)
+
+Rows = Sequence[dict[str, Any]]
+
+
+@cache
+def insert_one(notification: ColumnElement[Any] | None) -> Insert:
+    """Return the statement that inserts a row, and notifies other processes at the commit."""
+    if notification is None:
+        return INSERT
+    # A new statement, not a copy of INSERT: a compiled INSERT stores which columns it returns, and a copy would
+    # keep these columns.
+    one = insert(events).values({name: bindparam(name) for name in INSERTED})
+    return one.returning(columns.id, notification)
+
+
+@cache
+def insert_rows(number: int, notification: ColumnElement[Any] | None) -> Insert:
+    """Return the statement that inserts several rows and returns their ids. `named` gives its parameters."""
+    inserted = insert(events).values(_values(number, INSERTED)).returning(columns.id)
+    return inserted if notification is None else inserted.returning(notification)
+
+
+@cache
+def _insert_new(insert: Callable[[Table], Any], number: int, notification: ColumnElement[Any] | None) -> Insert:
+    inserted: Insert = insert(events).values(_values(number, _WITH_ID)).on_conflict_do_nothing()
+    returned = inserted.returning(columns.event_id, columns.id)
+    return returned if notification is None else returned.returning(notification)
+
+
+def _values(number: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{name: bindparam(f"{name}_{row}") for name in names} for row in range(number)]
+
+
+@cache
+def _bound(number: int, names: Sequence[str]) -> list[str]:
+    return [f"{name}_{row}" for row in range(number) for name in names]
+
+
+def in_slices(rows: Rows) -> Iterator[Rows]:
+    """Yield the rows in slices of the sizes for which there are statements, the largest first."""
+    start = 0
+    while start < len(rows):
+        number = next(size for size in _INSERTED_AT_ONCE if size <= len(rows) - start)
+        yield rows[start : start + number]
+        start += number
+
+
+def named(rows: Rows, names: Sequence[str] = INSERTED) -> dict[str, Any]:
+    """Return the parameters of a statement that inserts these rows."""
+    values = [row[name] for row in rows for name in names]
+    return dict(zip(_bound(len(rows), names), values, strict=True))
+
+
+def insert_new(
+    transaction: Transaction, insert: Callable[[Table], Any], rows: Rows, notification: ColumnElement[Any] | None
+) -> dict[str, int]:
+    """Insert rows by INSERT … ON CONFLICT DO NOTHING, as SQLite and PostgreSQL know it.
+
+    `insert` is that of SQLAlchemy's dialect. Return the row ids of the inserted rows, by event id.
+    """
+    inserted: dict[str, int] = {}
+    for several in in_slices(rows):
+        statement = _insert_new(insert, len(several), notification)
+        found = transaction.rows(statement, **named(several, _WITH_ID))
+        inserted |= {event_id: row_id for event_id, row_id, *_ in found}
+    return inserted
+
+
+def insert_unknown(
+    transaction: Transaction, rows: Rows, *, is_duplicate: Callable[[Exception], bool]
+) -> dict[str, int]:
+    """Insert the rows whose event ids are not there, one by one; return their row ids by event id.
+
+    `is_duplicate` gets the error of a driver. It returns whether the error means that another transaction has
+    inserted a row with the same event id.
+    """
+    there = known(transaction, [row["event_id"] for row in rows])
+    inserted = {}
+    for row in rows:
+        if row["event_id"] not in there:
+            try:
+                (inserted[row["event_id"]],) = transaction.insert(_INSERT_WITH_ID, [row])
+            except Exception as error:
+                if not is_duplicate(getattr(error, "orig", error)):
+                    raise
+    return inserted
+
+
+def insert_or_add(transaction: Transaction, table: Table, adds: str | None, values: dict[str, Any]) -> None:
+    """Insert a row. If there is a row with the same key, add to it instead, as `Dialect.insert_or_add` says.
+
+    This runs two statements: an UPDATE, and an INSERT if the UPDATE changed nothing.
+    """
+    if not transaction.change(_add(table, adds), **{f"new_{name}": value for name, value in values.items()}):
+        transaction.change(_insert(table), **values)
+
+
+@cache
+def _add(table: Table, adds: str | None) -> Update:
+    key = list(table.primary_key)
+    there = and_(*(column == bindparam(f"new_{column.name}") for column in key))
+    changed = {key[0]: key[0]} if adds is None else {adds: table.c[adds] + bindparam(f"new_{adds}")}
+    return update(table).where(there).values(changed)
+
+
+@cache
+def _insert(table: Table) -> Insert:
+    return insert(table).values({column.name: bindparam(column.name) for column in table.c})
+
+
+def known(transaction: Transaction, event_ids: Sequence[str], query: Select[Any] = KNOWN) -> dict[str, int]:
+    """Return the row ids of those events that are in the database, by event id."""
+    return dict(transaction.rows_of(query, event_ids, destination=DEFAULT_DESTINATION))

@@ -1,0 +1,135 @@
+"""The pauses of destinations: all flushers leave a failing service alone, and one of them probes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sqlalchemy import Engine, Select, bindparam, or_, select, update
+
+from outbox.pauses import LONGEST_TRUSTED_MS, PROBE_AFTER, SharedPause
+from outbox.records import Pause
+from outbox.storage.dialects import dialect_of
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.sql import lease_until, now, this_destination
+from outbox.storage.tables import destinations
+from outbox.storage.transactions import Transaction, Writer
+
+_known = destinations.c
+# In the order of the fields of a `SharedPause`.
+_STATE = (
+    "failures",
+    "pauses",
+    "paused_until_ms",
+    "is_asked",
+    "probe_until_ms",
+    "probe_failed_before",
+    "last_error",
+)
+PAUSE = select(*(_known[name] for name in _STATE)).where(this_destination)
+LOCK_PAUSE = PAUSE.with_for_update()
+CHANGE_PAUSE = (
+    update(destinations).where(this_destination).values({name: bindparam(f"new_{name}") for name in _STATE})
+)
+BEGIN_PROBE = (
+    update(destinations)
+    .where(
+        this_destination,
+        _known.pauses == bindparam("seen"),
+        _known.failures >= PROBE_AFTER,  # else a probe was accepted meanwhile
+        *(
+            or_(ends <= now, ends > now + LONGEST_TRUSTED_MS)
+            for ends in (_known.paused_until_ms, _known.probe_until_ms)
+        ),
+    )
+    .values(probe_until_ms=lease_until)
+)
+RESUME_ALL = update(destinations).values(
+    failures=0, paused_until_ms=0, is_asked=0, probe_until_ms=0, probe_failed_before=0
+)
+PAUSED = (
+    select(*(_known[name] for name in Pause._fields))
+    .where(
+        _known.paused_until_ms > 0,
+        # As `SharedPause.trusted`: what ends later was begun by a wrong clock.
+        *(ends <= now + LONGEST_TRUSTED_MS for ends in (_known.paused_until_ms, _known.probe_until_ms)),
+    )
+    .order_by(_known.destination)
+)
+IS_TROUBLED: Select[Any] = select(_known.pauses).where(
+    this_destination, or_(_known.failures > 0, _known.paused_until_ms > 0)
+)
+"""A row if an acceptance has something to end."""
+
+
+NEW: dict[str, Any] = {column.name: 0 for column in destinations.c} | {"last_error": ""}
+"""A destination that never failed."""
+
+
+class Changed(NamedTuple):
+    """A pause before and after a change."""
+
+    before: SharedPause
+    after: SharedPause
+
+
+class Pauses:
+    """Begins and ends pauses, which all flushers of the database share."""
+
+    def __init__(self, engine: Engine, writer: Writer) -> None:
+        self._dialect = dialect_of(engine)
+        self._writer = writer
+
+    def change(self, destination: str, rule: Callable[[SharedPause], SharedPause]) -> Changed:
+        """Change the pause of a destination by a rule, while no other flusher changes it."""
+
+        def change(transaction: Transaction) -> Changed:
+            found = transaction.rows(LOCK_PAUSE, destination=destination)
+            before = _pause(found[0]) if found else SharedPause()
+            after = rule(before)
+            if after != before:
+                if not found:
+                    know(self._dialect, transaction, destination)
+                    # Another flusher may have been faster.
+                    before = _pause(transaction.rows(LOCK_PAUSE, destination=destination)[0])
+                    after = rule(before)
+                write_pause(transaction, destination, after)
+            return Changed(before, after)
+
+        # Repeatable: a claim counts at most once, because the pause that it begins has another number.
+        return self._writer.run(change, repeatable=True, survives_power_cut=False)
+
+
+def know(dialect: Dialect, transaction: Transaction, destination: str) -> None:
+    """Make a destination known, if it is not."""
+    dialect.insert_or_add(transaction, destinations, adds=None, **{**NEW, "destination": destination})
+
+
+def pause_of(transaction: Transaction, destination: str) -> SharedPause:
+    """Return what is known of a destination."""
+    found = transaction.rows(PAUSE, destination=destination)
+    return _pause(found[0]) if found else SharedPause()
+
+
+def write_pause(transaction: Transaction, destination: str, pause: SharedPause) -> None:
+    """Write what is known of a destination, which has a row."""
+    values = pause._replace(last_error=pause.last_error or "")
+    numbers = (int(value) if isinstance(value, bool) else value for value in values)
+    new = {f"new_{name}": value for name, value in zip(_STATE, numbers, strict=True)}
+    transaction.change(CHANGE_PAUSE, destination=destination, **new)
+
+
+def begin_probe(
+    transaction: Transaction, destination: str, *, seen: int, now_ms: int, lease_until_ms: int
+) -> bool:
+    """Let this flusher alone probe, until the lease ends; return False if another flusher was faster."""
+    return bool(
+        transaction.change(BEGIN_PROBE, destination=destination, seen=seen, now=now_ms, lease_until=lease_until_ms)
+    )
+
+
+def _pause(row: tuple[Any, ...]) -> SharedPause:
+    failures, number, until_ms, is_asked, probe_until_ms, failed_before, last_error = row
+    return SharedPause(
+        failures, number, until_ms, bool(is_asked), probe_until_ms, bool(failed_before), last_error or None
+    )

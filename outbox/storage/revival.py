@@ -1,0 +1,219 @@
+"""What brings rows back: revival after a success, unpark, retry, and requeue of abandoned rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+from sqlalchemy import BigInteger, Engine, Select, and_, bindparam, case, or_, select, update
+
+from outbox import outcomes, revival
+from outbox.lifecycle import Status
+from outbox.outcomes import WaitsFor
+from outbox.policy import Policy
+from outbox.records import DEFAULT_DESTINATION
+from outbox.storage.dialects import dialect_of
+from outbox.storage.indexes import QUEUE_INDEX, WAITING_INDEX
+from outbox.storage.pauses import RESUME_ALL, know
+from outbox.storage.sql import (
+    by_id,
+    columns,
+    in_order,
+    is_one_of,
+    literal,
+    lock,
+    move,
+    now,
+    of_destination,
+    oldest_first,
+    these_rows,
+    this_destination,
+    unindexed_status,
+)
+from outbox.storage.tables import destinations
+from outbox.storage.transactions import Transaction, Writer, look
+
+_UNPARK_EVERY_MS = 60_000
+
+_is_parked = and_(of_destination, is_one_of(unindexed_status, Status.PARKED))
+PARKED = select(columns.id).where(_is_parked).order_by(*oldest_first).limit(bindparam("unpark_limit"))
+LOCK_PARKED = in_order(lock(PARKED), QUEUE_INDEX)
+_UNPARK = outcomes.unpark(row_id=columns.id, now_ms=now, spread_ms=bindparam("spread"))
+UNPARK_ROWS = by_id(move(_UNPARK).where(these_rows))
+# The one that was not tried for longest: mostly one that was never unparked, near the head of the first query.
+LONGEST_PARKED = (
+    in_order(PARKED.where(columns.revived_at_ms.is_(None)).limit(1), QUEUE_INDEX),
+    select(columns.id).where(_is_parked).order_by(columns.revived_at_ms, *oldest_first).limit(1),
+)
+_may_unpark = or_(
+    destinations.c.unparked_at_ms <= now - _UNPARK_EVERY_MS,
+    destinations.c.unparked_at_ms > now,  # the clock was set back
+)
+LAST_UNPARKED = select(destinations.c.unparked_at_ms).where(this_destination, ~_may_unpark)
+BEGIN_UNPARK = update(destinations).where(this_destination, _may_unpark).values(unparked_at_ms=now)
+
+
+def _late(kind: WaitsFor, latest: Any) -> Select[Any]:
+    """Return the query for the oldest rows that wait for this and are due later than that."""
+    # On SQLite by an index in this order, so that the due time is not looked up.
+    waiting = select(columns.id, columns.suspected_at_ms).where(
+        of_destination,
+        is_one_of(unindexed_status, Status.PENDING),
+        columns.waits_for == literal(kind),
+        columns.next_attempt_at_ms > latest,
+    )
+    return waiting.order_by(*oldest_first).limit(bindparam("revive_limit"))
+
+
+_soon = bindparam("soon", type_=BigInteger)
+LATE = {
+    WaitsFor.SERVICE: _late(WaitsFor.SERVICE, _soon),
+    WaitsFor.PROOF: _late(
+        WaitsFor.PROOF,
+        case(
+            (
+                columns.suspected_at_ms > bindparam("young_since", type_=BigInteger),
+                bindparam("late", type_=BigInteger),
+            ),
+            else_=_soon,
+        ),
+    ),
+    WaitsFor.ROW: _late(WaitsFor.ROW, _soon),
+}
+LOCK_LATE = {kind: in_order(lock(late), WAITING_INDEX) for kind, late in LATE.items()}
+_REVIVE = outcomes.revive(
+    next_attempt_at_ms=bindparam("begin", type_=BigInteger) + columns.id % bindparam("spread")
+)
+REVIVE_ROWS = by_id(move(_REVIVE).where(these_rows))
+
+# Two statements, for in one with a CASE on the status MySQL would look at the status that it has just set.
+RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=columns.status).where(
+    is_one_of(columns.status, Status.PARKED)
+)
+RETRY_WAITING = move(outcomes.retry_now(now_ms=now, is_parked=False), status=columns.status).where(
+    is_one_of(columns.status, Status.PENDING), columns.next_attempt_at_ms > now
+)
+
+OLD_ABANDONED = (
+    select(columns.id, columns.event_type)
+    .where(is_one_of(unindexed_status, Status.ABANDONED), columns.created_at_ms < bindparam("cutoff"))
+    .order_by(columns.id)
+)
+LOCK_OLD_ABANDONED = OLD_ABANDONED.with_for_update()
+REQUEUE_ROWS = by_id(move(outcomes.requeue(now_ms=now)).where(these_rows))
+
+
+def _rows(query: Select[Any], transaction: Transaction, *, destination: str) -> list[tuple[Any, ...]]:
+    return transaction.rows(query, destination=destination)
+
+
+def _rows_late(
+    transaction: Transaction, *, kind: WaitsFor, limits: dict[str, Any], is_locking: bool = False
+) -> list[tuple[Any, ...]]:
+    statement = (LOCK_LATE if is_locking else LATE)[kind]
+    unused = () if kind is WaitsFor.PROOF else ("late", "young_since")
+    return transaction.rows(statement, **{name: limit for name, limit in limits.items() if name not in unused})
+
+
+class Revival:
+    """Makes rows due again."""
+
+    def __init__(self, engine: Engine, writer: Writer) -> None:
+        self._dialect = dialect_of(engine)
+        self._writer = writer
+
+    def revive(
+        self, destination: str = DEFAULT_DESTINATION, *, now_ms: int, policy: Policy, ended_failures: int
+    ) -> int:
+        """Make the oldest waiting rows of a destination due, because it accepted another row; return how many."""
+        kinds = [WaitsFor.SERVICE, WaitsFor.PROOF]
+        if ended_failures >= revival.ROWS_REVIVED_AFTER:
+            kinds.append(WaitsFor.ROW)
+        soon, late = (
+            revival.due_range(now_ms=now_ms, policy=policy, is_young=is_young) for is_young in (False, True)
+        )
+        limits: dict[str, Any] = {
+            "destination": destination,
+            "soon": soon.end_ms,
+            "late": late.end_ms,
+            "young_since": now_ms - policy.proof_ms,
+            "revive_limit": policy.revive_limit,
+        }
+        # Mostly there are none, and then nothing is locked.
+        first = {**limits, "revive_limit": 1}
+        waiting = [kind for kind in kinds if look(self._writer, partial(_rows_late, kind=kind, limits=first))]
+
+        def revive(transaction: Transaction) -> int:
+            changed = 0
+            for kind in waiting:
+                rows = _rows_late(transaction, kind=kind, limits=limits, is_locking=True)
+                young = {
+                    row_id
+                    for row_id, suspected_at_ms in rows
+                    if kind is WaitsFor.PROOF
+                    and suspected_at_ms is not None
+                    and revival.is_young(suspected_at_ms, now_ms=now_ms, policy=policy)
+                }
+                others = [row_id for row_id, _ in rows if row_id not in young]
+                for due, row_ids in ((late, sorted(young)), (soon, others)):
+                    changed += transaction.change_rows(
+                        REVIVE_ROWS, row_ids, begin=due.begin_ms, spread=due.spread_ms
+                    )
+            return changed
+
+        return self._writer.run(revive, survives_power_cut=False) if waiting else 0
+
+    def unpark(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int, limit: int, spread_ms: int) -> int:
+        """Bring back the oldest parked rows of a destination; return how many."""
+
+        def unpark(transaction: Transaction) -> int:
+            found = transaction.rows(LOCK_PARKED, destination=destination, unpark_limit=limit)
+            parked = [row_id for (row_id,) in found]
+            return transaction.change_rows(UNPARK_ROWS, parked, now=now_ms, spread=spread_ms)
+
+        return self._writer.run(unpark, survives_power_cut=False)
+
+    def unpark_one(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int, spread_ms: int) -> int:
+        """Bring back the row that was not tried for longest, at most one a minute; return how many."""
+        this = {"destination": destination, "now": now_ms}
+        if look(self._writer, lambda transaction: transaction.rows(LAST_UNPARKED, **this)):
+            return 0
+        found: list[tuple[Any, ...]] = []
+        for query in LONGEST_PARKED:
+            found = found or look(self._writer, partial(_rows, query, destination=destination))
+
+        def unpark(transaction: Transaction) -> int:
+            know(self._dialect, transaction, destination)
+            if not transaction.change(BEGIN_UNPARK, **this):
+                return 0
+            return transaction.change_rows(
+                UNPARK_ROWS, [row_id for (row_id,) in found], now=now_ms, spread=spread_ms
+            )
+
+        return self._writer.run(unpark, survives_power_cut=False) if found else 0
+
+    def retry_now(self, *, now_ms: int) -> int:
+        """Make every row of all destinations due that is parked or waits, and end every pause; return how many."""
+
+        def retry_now(transaction: Transaction) -> int:
+            transaction.change(RESUME_ALL)
+            return transaction.change(RETRY_PARKED, now=now_ms) + transaction.change(RETRY_WAITING, now=now_ms)
+
+        return self._writer.run(retry_now)
+
+    def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
+        """Bring back the abandoned rows of all destinations created before the cutoff.
+
+        Return how many by event type, by name.
+        """
+
+        def requeue(transaction: Transaction) -> list[tuple[Any, ...]]:
+            if dry_run:
+                return transaction.rows(OLD_ABANDONED, cutoff=cutoff_ms)
+            rows = transaction.rows(LOCK_OLD_ABANDONED, cutoff=cutoff_ms)
+            transaction.change_rows(REQUEUE_ROWS, [row_id for row_id, _ in rows], now=now_ms)
+            return rows
+
+        per_type = Counter(event_type for _, event_type in self._writer.run(requeue))
+        return dict(sorted(per_type.items()))

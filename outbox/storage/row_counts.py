@@ -1,0 +1,42 @@
+"""The queries that count the rows of a destination, each by an index alone where the database has one."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, select
+
+from outbox.lifecycle import Status
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.sql import is_one_of, of_destination, unindexed_status
+
+
+def _rows(*kinds: ColumnElement[bool]) -> Select[Any]:
+    """Return the query for how many rows of a destination there are of these kinds together."""
+    counts = [select(func.count()).where(of_destination, kind).scalar_subquery() for kind in kinds]
+    return select(sum(counts[1:], start=counts[0]))
+
+
+_SENT, _PARKED, _ABANDONED = (
+    is_one_of(unindexed_status, status) for status in (Status.SENT, Status.PARKED, Status.ABANDONED)
+)
+SENT_ROWS = _rows(_SENT)
+
+
+@cache
+def pending_rows(dialect: Dialect) -> Select[Any]:
+    """Return the query for how many rows are pending or sending."""
+    return _rows(*dialect.pending)
+
+
+@cache
+def undelivered_rows(dialect: Dialect) -> Select[Any]:
+    """Return the query for how many rows are not delivered."""
+    return _rows(*dialect.pending, _PARKED, _ABANDONED)
+
+
+@cache
+def all_rows(dialect: Dialect) -> Select[Any]:
+    """Return the query for how many rows there are."""
+    return _rows(*dialect.pending, _PARKED, _ABANDONED, _SENT)

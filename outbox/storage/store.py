@@ -1,0 +1,53 @@
+"""The events in one database: what can be done with them, by subject."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from sqlalchemy import Engine
+
+from outbox.clock import SharedClock, now_ms
+from outbox.storage.bounds import Bounds
+from outbox.storage.claims import Claims
+from outbox.storage.counts import Counts
+from outbox.storage.deletion import Deletion
+from outbox.storage.dialects import dialect_of
+from outbox.storage.engines import is_own
+from outbox.storage.identity import Identity
+from outbox.storage.intake import Intake
+from outbox.storage.pauses import Pauses
+from outbox.storage.purge import Purge
+from outbox.storage.revival import Revival
+from outbox.storage.views import Views
+
+
+class Store:
+    """The table of events in one database, and the parts that work on it.
+
+    Each method of a part is one transaction, unless it says otherwise. Times are handed in, in ms.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._dialect = dialect_of(engine)
+        self._writer = self._dialect.writer(engine, is_own=is_own(engine))
+        self.is_shared = self._dialect.is_shared
+        """Whether several hosts share the database."""
+        self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms
+        """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
+        self.login_problem: str | None = None
+        """Why the last flush was not logged in, None if it was. Here, because all flushers share the store."""
+        counts: defaultdict[str, Counts] = defaultdict(Counts)  # by destination
+        self.deletion = Deletion(engine, self._writer, counts)
+        self.bounds = Bounds(engine, self._writer, self.deletion, counts)
+        self.purge = Purge(engine, self._writer, self.deletion)
+        self.intake = Intake(engine, self._writer, self.deletion, self.bounds)
+        identity = Identity()
+        self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
+        self.pauses = Pauses(engine, self._writer)
+        self.revival = Revival(engine, self._writer)
+        self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)
+
+    def _read_clock(self) -> int:
+        # As a writer, which tries again where the connection was broken.
+        return int(self._writer.run(lambda transaction: transaction.value(self._dialect.clock)))

@@ -1,0 +1,244 @@
+"""Writing transactions: on SQLAlchemy's `Connection`, or on the driver's own cursor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from typing import Any, TypeAlias, TypeVar
+
+from sqlalchemy import CompoundSelect, Dialect, Engine, Select, UpdateBase
+from sqlalchemy.exc import DBAPIError
+
+from outbox.failures import StorageError
+from outbox.storage import forks
+from outbox.storage.dialects import dialect_of
+from outbox.storage.engines import begun, in_words, is_own, refusals, translated
+from outbox.storage.sql import CHUNK
+
+Result = TypeVar("Result")
+Returning: TypeAlias = UpdateBase | Select[Any] | CompoundSelect[Any]
+
+# Between the tries: long enough in all for a server to fail over or to restart.
+_WAITS_S = (0.02, 0.05, 0.1, 0.5, 2.0)
+_ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
+_CREATED_NAMES = [f"created_at_ms_{number}" for number in range(CHUNK)]
+
+
+class _UndoneError(StorageError):
+    """The transaction did not happen, through no fault of its own."""
+
+
+class _UnknownError(StorageError):
+    """The connection broke during the commit."""
+
+
+class _UnreachableError(StorageError):
+    """There was no connection to be had."""
+
+
+class Transaction:
+    """A transaction, which its owner begins and ends. Each statement is compiled only once.
+
+    `run` gets the text of a statement and its parameters, or a list of them to run it once for each. It returns
+    what has the rows, their number and the last id. `Connection.exec_driver_sql` is one: the engine's listeners,
+    log and traces see its statements like all others, and it costs a fraction of SQLAlchemy's usual way.
+    """
+
+    def __init__(self, run: Callable[[str, Any], Any], dialect: Dialect, compiled: dict[Any, _Compiled]) -> None:
+        self._run = run
+        self._dialect = dialect
+        self._compiled = compiled
+
+    def rows(self, statement: Returning, /, **parameters: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that returns rows."""
+        compiled = self._of(statement)
+        return list(self._run(compiled.text, compiled.arguments(parameters)).fetchall())
+
+    def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
+        """Run a query for one value; None where there is no row."""
+        rows = self.rows(statement, **parameters)
+        return rows[0][0] if rows else None
+
+    def change(self, statement: UpdateBase, /, **parameters: Any) -> int:
+        """Run a statement and return how many rows it changed."""
+        compiled = self._of(statement)
+        return int(self._run(compiled.text, compiled.arguments(parameters)).rowcount)
+
+    def change_many(self, statement: UpdateBase, several: list[dict[str, Any]], /) -> int:
+        """Run a statement once for each set of parameters; return how many rows were changed in all."""
+        if not self._dialect.supports_sane_multi_rowcount:  # it would tell how many the last ones changed
+            return sum(self.change(statement, **parameters) for parameters in several)
+        compiled = self._of(statement)
+        return int(self._run(compiled.text, [compiled.arguments(parameters) for parameters in several]).rowcount)
+
+    def rows_of(self, statement: Returning, row_ids: Sequence[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
+        """Run a statement that returns rows, for those that are named by their row ids or event ids."""
+        return [row for ids in _chunks(row_ids) for row in self.rows(statement, **ids, **parameters)]
+
+    def change_rows(self, statement: UpdateBase, row_ids: Sequence[int], /, **parameters: Any) -> int:
+        """Run a statement for rows that are named by their ids; return how many it changed."""
+        return sum(self.change(statement, **ids, **parameters) for ids in _chunks(row_ids))
+
+    def change_events(
+        self, statement: UpdateBase, row_ids: Sequence[int], created_at_ms: Sequence[int], /, **parameters: Any
+    ) -> int:
+        """Run a statement for rows that are named by id and creation time; return how many it changed."""
+        chunks = zip(_chunks(row_ids), _chunks(created_at_ms, _CREATED_NAMES), strict=True)
+        return sum(self.change(statement, **ids, **created, **parameters) for ids, created in chunks)
+
+    def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
+        """Insert rows one by one, and return their ids, as the driver tells them or the statement returns them."""
+        compiled = self._of(statement)
+        ids = []
+        for row in rows:
+            done = self._run(compiled.text, compiled.arguments(row))
+            if compiled.returns:
+                ids.append(done.fetchone()[0])
+            else:  # the driver mariadb forgets the id when its cursor is closed
+                ids.append(done.lastrowid or self._last_insert_id())
+        return ids
+
+    def _last_insert_id(self) -> int:
+        query = dialect_of(self._dialect).last_insert_id
+        return 0 if query is None else int(self.value(query))
+
+    def _of(self, statement: Returning) -> _Compiled:
+        compiled = self._compiled.get(statement)
+        if compiled is None:
+            compiled = self._compiled[statement] = _Compiled(statement, self._dialect)
+        return compiled
+
+
+def running_on(cursor: Any) -> Callable[[str, Any], Any]:
+    """Return what runs statements on a driver's cursor."""
+
+    def run(text: str, arguments: Any) -> Any:
+        (cursor.executemany if isinstance(arguments, list) else cursor.execute)(text, arguments)
+        return cursor
+
+    return run
+
+
+def _chunks(values: Sequence[Any], names: Sequence[str] = _ID_NAMES) -> Iterator[dict[str, Any]]:
+    """Give the ids, or another column, of rows the names that they have in a statement for several rows."""
+    for start in range(0, len(values), CHUNK):
+        chunk = values[start : start + CHUNK]
+        # Naming the last row several times is naming it once.
+        yield dict(zip(names, chain(chunk, repeat(chunk[-1])), strict=False))
+
+
+class _Compiled:
+    """The text of a statement for one driver, and where its parameters go."""
+
+    def __init__(self, statement: Returning, dialect: Dialect) -> None:
+        database = dialect_of(dialect)
+        compiled: Any = database.adapted(statement).compile(dialect=dialect)
+        self.text = str(compiled)
+        self.returns = bool(compiled.effective_returning)
+        self._fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+        self._positions = compiled.positiontup
+        self._stores_nul = database.stores_nul
+
+    def arguments(self, parameters: dict[str, Any]) -> Any:
+        values = self._fixed | parameters if self._fixed else parameters
+        if not self._stores_nul:
+            values = without_nul(values)
+        return values if self._positions is None else tuple([values[name] for name in self._positions])
+
+
+def without_nul(values: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters with a replacement for NUL, the one character that texts can't hold on some databases."""
+    return {
+        name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in values.items()
+    }
+
+
+class Writer:
+    """Runs writing transactions on one engine, and keeps what they compiled: once for each statement."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._database = dialect_of(engine)
+        self._compiled: dict[Any, _Compiled] = {}
+        self._refusals = refusals(engine)
+
+    def run(
+        self,
+        operation: Callable[[Transaction], Result],
+        *,
+        repeatable: bool = False,
+        is_single: bool = False,
+        survives_power_cut: bool = True,  # noqa: ARG002 - servers decide that for all transactions
+        shares_commit: bool = False,  # noqa: ARG002 - servers let transactions commit side by side
+    ) -> Result:
+        """Run an operation in a transaction of its own, and return its result.
+
+        One that `is_single` runs one statement, which is a transaction by itself: where that is known to hold, it
+        is not wrapped in another one, which saves PostgreSQL two round trips of three.
+
+        It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
+        or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
+        during the commit nobody knows whether that was done, so then only if the operation is `repeatable`. Raises
+        `StorageError`, and at once where there is no server to begin with.
+        """
+        began = False
+        with forks.held_back(), translated(self._engine):
+            for wait_s in _WAITS_S:
+                try:
+                    return self._once(operation, is_single=is_single)
+                except _UndoneError:
+                    began = True
+                except _UnknownError:
+                    if not repeatable:
+                        raise
+                    began = True
+                except _UnreachableError:
+                    if not began:
+                        raise
+                time.sleep(wait_s)
+            return self._once(operation, is_single=is_single)
+
+    def on(self, cursor: Any) -> Transaction:
+        """Return a transaction on a driver's cursor; the owner of the cursor begins and ends it."""
+        return Transaction(running_on(cursor), self._engine.dialect, self._compiled)
+
+    def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:
+        try:
+            connection = self._engine.connect()
+        except DBAPIError as error:
+            raise _UnreachableError(in_words(self._engine, error)) from error.orig
+        with connection:
+            transaction = Transaction(connection.exec_driver_sql, self._engine.dialect, self._compiled)
+            committing = is_single and self._database.commits_each_statement(
+                connection, is_own=is_own(self._engine)
+            )
+            try:
+                if committing:
+                    return operation(transaction)
+                with (
+                    begun(self._engine, connection, writes=True),
+                    self._database.tolerant_text(connection.connection.dbapi_connection),
+                ):
+                    result = operation(transaction)
+                    committing = True
+            except DBAPIError as error:
+                words = in_words(self._engine, error)
+                codes = self._database.codes(error.orig)
+                if not codes.isdisjoint(self._database.read_only):
+                    connection.invalidate(error)
+                    self._engine.dispose()  # the others of the pool lead to the same server
+                    raise _UndoneError(words) from error.orig
+                if error.connection_invalidated and committing:
+                    raise _UnknownError(
+                        f"{words}; the connection broke during the commit, it is not known whether that was done"
+                    ) from error.orig
+                if error.connection_invalidated or not codes.isdisjoint(self._database.given_up):
+                    raise _UndoneError(words) from error.orig
+                raise
+        return result
+
+
+def look(writer: Writer, query: Callable[[Transaction], Result]) -> Result:
+    """Run a single query outside of any transaction."""
+    return writer.run(query, repeatable=True, is_single=True, survives_power_cut=False)

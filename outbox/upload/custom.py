@@ -1,0 +1,41 @@
+"""Failures of a client that the application wrote itself with requests."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from outbox import retry_after
+from outbox.clock import now_ms
+from outbox.failures import HttpFailure, TransportFailure, UploadFailure
+from outbox.upload.redaction import without_credentials
+
+
+def requests_failure(error: Exception, client: object) -> UploadFailure | None:
+    """Return the failure that a `requests.RequestException` means; None for any other error, which is a bug.
+
+    It has the status of the error's response, if there is one, and the delay that the response asks for. Its texts
+    hold no credentials.
+    """
+    # A client that raised such an error has loaded the library. Without it, nothing is loaded for this question.
+    requests: Any = sys.modules.get("requests")
+    if requests is None or not isinstance(error, requests.RequestException):
+        return None
+    from outbox.upload.answer import MAX_ANSWER_BYTES, SNIPPET_LENGTH, one_line, phrase  # noqa: PLC0415 - as above
+
+    def shown(text: object) -> str:
+        return one_line(without_credentials(text, client))[:SNIPPET_LENGTH]
+
+    response: Any = error.response
+    if response is None or response.status_code is None:
+        return TransportFailure(f"{type(error).__name__}: {shown(error)}".rstrip(": "))
+    # Only what was read. It has no public name, and `content` would read the rest, which can take any time.
+    content = vars(response).get("_content") or b""
+    text = content[:MAX_ANSWER_BYTES].decode(errors="replace")
+    delay_ms = retry_after.in_body(text)
+    if delay_ms is None:
+        delay_ms = retry_after.in_header(response.headers.get("Retry-After", ""), now_ms=now_ms())
+    status = response.status_code
+    return HttpFailure(
+        status, shown(response.reason or "") or phrase(status), shown(text), retry_after_ms=delay_ms
+    )
