@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import event, insert, select
 
-from outbox import BatchItem, HttpFailure, ObservationEvent, Outbox, RuleFired, UploadFailure
-from outbox.database import reading, writing
+from outbox import BatchItem, HttpFailure, ObservationEvent, Outbox, Policy, RuleFired, UploadFailure
+from outbox.storage.engines import reading, writing
+
+ROOT = Path(__file__).parents[1]
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
 NOON_MS = 1_795_521_600_000
@@ -52,6 +57,12 @@ class ScriptedClient:
             raise answer
 
 
+class Original(Policy):
+    """The rules of the original uploader."""
+
+    is_original = True
+
+
 def rejecting(*bad_ids: int) -> ScriptedClient:
     """A server that rejects every request with one of these rows in it."""
     client = ScriptedClient()
@@ -87,10 +98,24 @@ def statuses(outbox: Outbox) -> list[str]:
         return list(connection.scalars(select(events.c.status).order_by(events.c.id)))
 
 
+def all_sent(outbox: Outbox) -> bool:
+    return set(statuses(outbox)) == {"sent"}
+
+
 def on_statement(outbox: Outbox, seen: Callable[[str], object]) -> None:
     """Call `seen` with the text of each statement just before SQLite runs it."""
     outbox.engine.dispose()  # so that no connection is checked out that does not tell
     event.listen(outbox.engine, "connect", lambda connection, _: connection.set_trace_callback(seen))
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Let processes that are started here end by Ctrl-C, even where `nohup` or `&` told the tests to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_code(code: str, name: str, namespace: dict[str, Any]) -> None:
@@ -101,6 +126,10 @@ def run_code(code: str, name: str, namespace: dict[str, Any]) -> None:
 
 def columns_of(found: ObservationEvent) -> dict[str, Any]:
     return {column.name: getattr(found, column.name) for column in ObservationEvent.__table__.columns}
+
+
+# Which databases speak the language of another one.
+_LANGUAGES = {"mariadb": "mysql", "fourth": "sqlite"}
 
 
 def refuse(outbox: Outbox, what: str, table: str, words: str, *, on_sqlite: str = "ABORT") -> None:
@@ -116,5 +145,29 @@ def refuse(outbox: Outbox, what: str, table: str, words: str, *, on_sqlite: str 
         "mysql": [f"{trigger} FOR EACH ROW SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = '{words}'"],
     }
     with outbox.engine.begin() as connection:
-        for statement in statements[outbox.engine.dialect.name.replace("mariadb", "mysql")]:
+        for statement in statements[_LANGUAGES.get(outbox.engine.dialect.name, outbox.engine.dialect.name)]:
+            connection.exec_driver_sql(statement)
+
+
+def refuse_third(outbox: Outbox) -> None:
+    """Refuse one of several events, after others were taken."""
+    words = "the third one is refused"
+    statements = {
+        "sqlite": [
+            "CREATE TRIGGER refuse_third BEFORE INSERT ON observation_events WHEN NEW.session_id = 'third'"
+            f" BEGIN SELECT RAISE(ABORT, '{words}'); END"
+        ],
+        "postgresql": [
+            "CREATE OR REPLACE FUNCTION refuse_third() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN IF NEW.session_id = 'third' THEN RAISE EXCEPTION '{words}'; END IF; RETURN NEW; END $$",
+            "CREATE TRIGGER refuse_third BEFORE INSERT ON observation_events"
+            " FOR EACH ROW EXECUTE FUNCTION refuse_third()",
+        ],
+        "mysql": [
+            "CREATE TRIGGER refuse_third BEFORE INSERT ON observation_events FOR EACH ROW"
+            f" IF NEW.session_id = 'third' THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = '{words}'; END IF"
+        ],
+    }
+    with outbox.engine.begin() as connection:
+        for statement in statements[_LANGUAGES.get(outbox.engine.dialect.name, outbox.engine.dialect.name)]:
             connection.exec_driver_sql(statement)

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from builders import NOON
-from outbox import HttpClient
+from outbox import HttpClient, Outbox
 from outbox.testing import ScriptedServer, TimeMachine
+from peers import certificate, forget_environment
 from servers import NOT_TESTED, Servers
+from storage import fourth_dialect  # noqa: F401 - registers it
 
 # The entry point has loaded it already, but for a source tree that is not installed.
 pytest_plugins = ["pytest_outbox"]
@@ -20,6 +27,15 @@ SERVERS = ("postgresql", "mariadb")
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("outbox", deadline=None)
 settings.load_profile("outbox")
+
+
+def pytest_configure() -> None:
+    """Put the files of the tests into memory if there is room: no power fails in a test, so nothing has to reach a disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - pytest makes a folder of its own there
+    if not memory.is_dir() or os.statvfs(memory).f_flag & os.ST_NOEXEC:  # some tests make programs
+        return
+    if shutil.disk_usage(memory).free > 2**30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,7 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if only:
         metafunc.parametrize("database", servers, indirect=True)
     elif marker("contract"):
-        metafunc.parametrize("database", ["sqlite", *servers], indirect=True)
+        fourth = [] if marker("programs") else [pytest.param("fourth", marks=pytest.mark.slow)]
+        metafunc.parametrize("database", ["sqlite", *fourth, *servers], indirect=True)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -57,9 +74,50 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 @pytest.fixture(autouse=True)
 def _only_named_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing of the environment reaches a test, and no test reaches the user's own outbox."""
-    for name in ("OUTBOX_CAPTURE", "OUTBOX_DATABASE_URL", "OUTBOX_URL", "OUTBOX_TOKEN", "OUTBOX_TOKEN_FILE"):
+    forget_environment(monkeypatch)
+    for name in (
+        "OUTBOX_CAPTURE",
+        "OUTBOX_CONFIG",
+        "OUTBOX_DATABASE_URL",
+        "OUTBOX_URL",
+        "OUTBOX_TOKEN",
+        "OUTBOX_TOKEN_FILE",
+        "OUTBOX_HEARTBEAT",
+        "OUTBOX_MAX_ROWS",
+        "OUTBOX_MAX_UNDELIVERED",
+        "OUTBOX_MAX_SENT",
+        "OUTBOX_WHEN_FULL",
+        "OUTBOX_KEEP_SENT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measuring() -> Iterator[str | None]:
+    """What tells programs to measure coverage. It is taken away: to measure all that tests start costs minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        measuring = os.environ.get("COVERAGE_PROCESS_CONFIG")
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield measuring
+
+
+@pytest.fixture
+def measured(_measuring: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that the test starts are measured: some lines run only at a terminal or after a signal."""
+    if _measuring is not None:
+        monkeypatch.setenv("COVERAGE_PROCESS_CONFIG", _measuring)
+
+
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """Coverage pauses, for a search through many worlds: other tests reach each line, and measuring doubles its time."""
+    here, in_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    yield
+    threading.settrace(in_threads)
+    sys.settrace(here)
 
 
 @pytest.fixture(scope="session")
@@ -78,15 +136,31 @@ def database(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(database: str, tmp_path: Path, servers: Servers) -> str:
     """Where the test's outbox is or will be."""
-    if database == "sqlite":
-        return f"sqlite:///{tmp_path / 'outbox.db'}"
+    if database in ("sqlite", "fourth"):
+        return f"{database}:///{tmp_path / 'outbox.db'}"
     return servers.empty_outbox(database).render_as_string(hide_password=False)
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the fourth database with the schema, to be copied as the plugin copies SQLite's."""
+    file = tmp_path_factory.mktemp("fourth") / "outbox.db"
+    Outbox.open(f"fourth:///{file}").close()
+    return file
+
+
 @pytest.fixture
-def outbox_url(database: str, outbox_url: str, url: str) -> str:
+def outbox_url(database: str, outbox_url: str, url: str, request: pytest.FixtureRequest) -> str:
     """The plugin's, on the database that the test runs on."""
+    if database == "fourth":
+        shutil.copy(request.getfixturevalue("template"), str(url).removeprefix("fourth:///"))
     return outbox_url if database == "sqlite" else url
+
+
+@pytest.fixture(scope="session")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A certificate of this machine, for peers that speak TLS."""
+    return certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
@@ -104,3 +178,10 @@ def noon(outbox_time: TimeMachine) -> TimeMachine:
     """The time, which stands still at NOON until the test moves it."""
     outbox_time.move_to(NOON)
     return outbox_time
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker tries again at once after a failure."""
+    for name in ("waits._SHORTEST_BACKOFF_MS", "waits._LONGEST_BACKOFF_MS", "pauses.LONGEST_PAUSE_MS"):
+        monkeypatch.setattr(f"outbox.{name}", 1)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
+from conditions import FOREVER_S
 from outbox.failures import UploadFailure
 
 TOKEN = "tok-123/abc+def=="
-FOREVER_S = 30
 
 HEAD = b"HTTP/1.1 500 \r\n"
 ACCEPTED = b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n"
@@ -25,6 +25,12 @@ ACCEPTED = b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n"
 class Row(NamedTuple):
     id: int = 1
     payload_json: str = '{"a":1}'
+    event_type: str = "counted"
+    occurred_at_ms: int = 1_795_521_600_123
+
+    @property
+    def event_id(self) -> str:
+        return f"event-{self.id}"
 
 
 BATCH = [Row()]
@@ -138,12 +144,22 @@ def reset(connection):
 # --- proxies ---
 
 
-class Proxy:
-    """A proxy for plain requests and tunnels, all of which it leads to one server."""
+def _pump(source, sink, stopped):
+    try:
+        while piece := source.recv(65536):
+            sink.sendall(piece)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        return
 
-    def __init__(self, target):
+
+class Proxy:
+    """A proxy for plain requests and tunnels, all of which it leads to one server. `back` is the way back in a tunnel."""
+
+    def __init__(self, target, back=_pump):
         self.heads = []
         self._target = target
+        self._back = back
 
     def __call__(self, connection, stopped):
         head, body = read_request(connection)
@@ -151,22 +167,13 @@ class Proxy:
         with socket.create_connection(("127.0.0.1", self._target)) as onward:
             if head.startswith("CONNECT "):
                 connection.sendall(b"HTTP/1.1 200 go\r\n\r\n")
-                back = threading.Thread(target=_pump, args=(onward, connection))
+                back = threading.Thread(target=self._back, args=(onward, connection, stopped))
                 back.start()
-                _pump(connection, onward)
+                _pump(connection, onward, stopped)
                 back.join()
             else:
                 onward.sendall(head.encode("latin-1") + b"\r\nConnection: close\r\n\r\n" + body)
-                _pump(onward, connection)
-
-
-def _pump(source, sink):
-    try:
-        while piece := source.recv(65536):
-            sink.sendall(piece)
-        sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        return
+                _pump(onward, connection, stopped)
 
 
 @contextmanager
@@ -203,15 +210,45 @@ def certificate(folder, names="DNS:localhost,IP:127.0.0.1", until="2099123100000
     return both
 
 
+def authority(folder):
+    """Make an authority, and certificates of a server and a client that it has signed; return the three files."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command to make certificates")
+
+    def run(*command):
+        subprocess.run([openssl, *command], cwd=folder, check=True, capture_output=True)
+
+    # Without the key's use and its authority, Python 3.13 and later refuse them.
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
+    new = ["req", "-newkey", "rsa:2048", "-nodes"]
+    may_sign = ("-addext", "keyUsage=critical,keyCertSign")
+    run(*new, "-x509", "-subj", "/CN=authority", *may_sign, "-days", "9999", "-keyout", "ca.key", "-out", "ca.crt")
+    sign = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names", "-days", "9999"]
+    for name in ("server", "client"):
+        run(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        run("x509", "-req", "-in", f"{name}.csr", *sign, "-out", f"{name}.crt")
+        both = (folder / f"{name}.key").read_bytes() + (folder / f"{name}.crt").read_bytes()
+        (folder / f"{name}.pem").write_bytes(both)
+    return folder / "ca.crt", folder / "server.pem", folder / "client.pem"
+
+
 @contextmanager
-def tls_peer(certificate, serve):
+def tls_peer(certificate, *serves, clients_of=None):
+    """Serve over TLS. With `clients_of`, clients need a certificate that this authority has signed."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
+    if clients_of is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(clients_of)
 
-    def serve_tls(connection, stopped):
-        with context.wrap_socket(connection, server_side=True) as secure:
-            serve(secure, stopped)
+    def over_tls(serve):
+        def serve_tls(connection, stopped):
+            with context.wrap_socket(connection, server_side=True) as secure:
+                serve(secure, stopped)
 
-    with Peer(serve_tls) as peer:
+        return serve_tls
+
+    with Peer(*map(over_tls, serves)) as peer:
         peer.url = f"https://127.0.0.1:{peer.port}"
         yield peer

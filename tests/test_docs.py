@@ -16,29 +16,42 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import yaml
 
 import outbox
-from builders import DOWN, ScriptedClient, rule_fired, run_code
-from outbox import Event, HttpFailure, Outbox, SchemaError, events, metrics, schema, testing
-from outbox.cli import main
-from outbox.testing import ScriptedServer
+from builders import DOWN, NOON_MS, ROOT, ScriptedClient, rule_fired, run_code
+from conditions import until
+from outbox import (
+    Event,
+    HttpClient,
+    HttpFailure,
+    Outbox,
+    Policy,
+    SchemaError,
+    Verdict,
+    events,
+    metrics,
+    schema,
+    testing,
+)
+from outbox.cli import config, main
+from outbox.registry import Registry
+from outbox.testing import Answer, ScriptedServer
 from test_schema import DIFFLORE_DDL, DIFFLORE_INSERT, execute
-from test_worker import until
 
-ROOT = Path(__file__).parent.parent
 EXAMPLE_SERVER = "https://ingest.example.com"
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 # What is in blocks of a page, and what runs or checks it: a test here, by `covers`, or one of another file.
 COVERED: dict[tuple[str, str], str] = {
-    ("docs/testing.md", "python"): "test_testing.py",
-    ("docs/testing.md", "text"): "test_testing.py",
-    ("docs/observing.md", "python"): "test_observing.py",
-    ("docs/observing.md", "yaml"): "test_observing.py",
-    ("docs/host-database.md", "sql"): "test_host_database.py",
-    ("docs/host-database.md", "console"): "test_host_database.py",
+    ("docs/testing.md", "python"): "testing/test_pytest_outbox.py",
+    ("docs/testing.md", "text"): "testing/test_pytest_outbox.py",
+    ("docs/monitoring.md", "python"): "promises/test_monitoring.py",
+    ("docs/monitoring.md", "yaml"): "promises/test_monitoring.py",
+    ("docs/host-database.md", "sql"): "promises/test_host_database.py",
+    ("docs/host-database.md", "console"): "promises/test_host_database.py",
     ("README.md", "mermaid"): "test_lifecycle.py",
 }
 BUILT = {"{toctree}", "{eval-rst}", "{include}"}  # by Sphinx, whose warnings are errors
@@ -84,7 +97,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def own_event_types(monkeypatch) -> None:
     """The event types that a page defines go with its test."""
-    registry = events._Registry()
+    registry = Registry()
     for known in events.event_types().values():
         registry.add(known)
     monkeypatch.setattr(events, "_registry", registry)
@@ -124,10 +137,40 @@ def test_the_code_of_the_readme_runs(server: ScriptedServer, folder: Path, capsy
     namespace["engine"].dispose()
 
 
+def test_type_checkers_see_the_class_of_the_readme() -> None:
+    (shown,) = re.findall(r"^class .*?\n\n", blocks("README.md", "python")[1], re.DOTALL | re.MULTILINE)
+    assert shown in (ROOT / "tests" / "typing" / "api.py").read_text(encoding="utf-8")
+
+
+def test_the_program_of_the_readme_says_that_it_has_no_token(server: ScriptedServer, folder: Path, capsys) -> None:
+    code = blocks("README.md", "python")[0]
+    run_code(code.replace(EXAMPLE_SERVER, server.url).replace('"my-token"', "None"), "README.md", {})
+    assert capsys.readouterr().out == "0 sent; not logged in, the client has no token\n"
+
+
 @covers("docs/index.md", "python")
 def test_the_code_of_the_first_page_runs(server: ScriptedServer, folder: Path) -> None:
     run_python("docs/index.md", {}, url=server.url)
     assert len(server.events) == 1
+
+
+@covers("docs/difflore.md", "python")
+def test_the_code_about_difflore_runs_and_its_table_is_that_of_the_classes(
+    server: ScriptedServer, folder: Path
+) -> None:
+    run_python("docs/difflore.md", {}, url=server.url)
+    assert [request.path for request in server.requests] == ["/cloud/observations"]
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| (.+) \| `(\w+)` \|$", (ROOT / "docs" / "difflore.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 5
+    for name, tag, fields, occurred_at in rows:
+        known = getattr(outbox, name)
+        optional = {field.name for field in msgspec.structs.fields(known) if not field.required}
+        assert re.findall(r"`(\w+)`(\?)?", fields) == [
+            (field, "?" if field in optional else "") for field in known.__struct_fields__
+        ]
+        assert (known.__struct_config__.tag, known.occurred_at_field) == (tag, occurred_at)
 
 
 @covers("docs/embed.md", "python")
@@ -136,9 +179,54 @@ def test_the_program_that_embeds_it_runs(server: ScriptedServer, folder: Path) -
     counts = namespace["outbox"].stats().counts
     with namespace["engine"].connect() as connection:
         orders = connection.exec_driver_sql("SELECT id FROM orders ORDER BY id").scalars().all()
-    assert orders == [17, 18]
-    assert counts["sent"] == 3
+    assert orders == [17, 18, 21, 22]
+    assert counts["sent"] == 8
     namespace["engine"].dispose()
+
+
+@covers("docs/http-client.md", "python")
+def test_the_clients_of_the_page_deliver(outbox_server: ScriptedServer, monkeypatch) -> None:
+    monkeypatch.setenv("API_KEY", "key-of-tests")
+    monkeypatch.setenv("CLIENT_SECRET", "secret-of-tests")
+    monkeypatch.setenv("HOOK_SECRET", "whsec_c2VjcmV0LW9mLXRlc3Rz")
+    namespace = run_python("docs/http-client.md", {}, url=outbox_server.url)
+    event = {"event_type": "order_shipped", "occurred_at_ms": NOON_MS, "payload_json": '{"order_id":"o-17"}'}
+    item = SimpleNamespace(id=1, event_id="e-1", **event)
+    requests = {}
+    for name, client in namespace.items():
+        if isinstance(client, HttpClient):
+            token = Answer(200, '{"access_token": "token-of-tests"}')
+            outbox_server.script(*([token] if name == "erp" else []), 200)
+            with client:
+                client.upload([item])
+            requests[name] = outbox_server.requests[-1]
+    assert {name: (request.path, request.body) for name, request in requests.items()} == {
+        "api": ("/v2/events", b'{"events":[{"order_id":"o-17"}]}'),
+        "webhooks": ("/hook", b'[{"order_id":"o-17"}]'),
+        "internal": ("/events", b'{"order_id":"o-17"}\n'),
+        "erp": ("/cloud/observations", b'[{"order_id":"o-17"}]'),
+        "shop": ("/cloud/observations", b'[{"source":"shop","event":{"order_id":"o-17"}}]'),
+        "search": ("/events/_bulk", b'{"create": {"_id": "e-1"}}\n{"order_id":"o-17"}\n'),
+        "shipping": (
+            "/events",
+            b'[{"specversion":"1.0","id":"e-1","source":"https://shop.example/orders","type":"order_shipped",'
+            b'"time":"2026-11-24T12:00:00.000Z","subject":"o-17","datacontenttype":"application/json",'
+            b'"data":{"order_id":"o-17"}}]',
+        ),
+        "orders": ("/orders/o-17", b'{"order_id":"o-17"}'),
+        "hub": ("/hub", b'[{"order_id":"o-17"}]'),
+    }
+    assert requests["api"].headers["X-Api-Key"] == "key-of-tests"
+    assert requests["erp"].headers["Authorization"] == "Bearer token-of-tests"
+    assert "webhook-signature" in requests["webhooks"].headers
+    assert "X-Hub-Signature-256" in requests["hub"].headers
+    outbox_server.format = "elasticsearch"
+    with namespace["search"] as search:
+        assert search.upload([item]) == {1: None}
+        bad = SimpleNamespace(id=2, event_id="e-2", payload_json='{"order_id":"poison"}')
+        outcomes = search.upload([bad, item])
+    assert str(outcomes[2]) == "400: invalid event"
+    assert outcomes[1] is None
 
 
 @covers("docs/worker.md", "python")
@@ -211,10 +299,15 @@ def test_the_code_about_upgrades_makes_a_backup_and_goes_back(folder: Path) -> N
         assert upgraded.pending_count() == 1
 
 
+@covers("docs/delivery-policy.md", "python")
+def test_the_policy_of_the_page_is_one() -> None:
+    assert isinstance(run_python("docs/delivery-policy.md", {})["policy"], Policy)
+
+
 @covers("docs/recover.md", "python")
 def test_the_code_about_a_full_queue_runs(folder: Path) -> None:
     opened = run_python("docs/recover.md", {})["outbox"]
-    assert opened.policy.max_rows == 1_000_000
+    assert opened.policy.max_undelivered == 5_000_000
     opened.close()
 
 
@@ -356,10 +449,13 @@ def test_the_tutorial_prints_what_it_shows(shell: Shell, free_port: int) -> None
     assert re.findall(r'"order_id":"([^"]+)"', received) == [f"o-{number}" for number in range(1, 8)]
 
 
-@covers("README.md", "console")
+@covers("README.md", "console", "toml")
 def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, shell: Shell) -> None:
-    (shell.folder / ".token").write_text("my-token\n")
-    said = shell.run("README.md", {EXAMPLE_SERVER: server.url})
+    (settings,) = blocks("README.md", "toml")
+    (shell.folder / "outbox.toml").write_text(settings.replace(EXAMPLE_SERVER, server.url))
+    shell._environment["SHOP_TOKEN"] = "my-token"
+    said = shell.run("README.md")
+    assert [request.path for request in server.requests] == ["/events"]
     assert len(server.events) == 1
     assert any("sent" in words for words in said)
 
@@ -368,7 +464,8 @@ def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, shell: She
 @covers("docs/recover.md", "console")
 def test_the_commands_to_recover_bring_everything_back(shell: Shell, server: ScriptedServer, monkeypatch) -> None:
     monkeypatch.setenv("OUTBOX_DATABASE_URL", "sqlite:///outbox.db")
-    with Outbox.open("sqlite:///outbox.db") as opened, Outbox.open("sqlite:///backup.db"):
+    at_once = Policy.original()  # it needs no proof
+    with Outbox.open("sqlite:///outbox.db", policy=at_once) as opened, Outbox.open("sqlite:///backup.db"):
         opened.enqueue_many([rule_fired(), rule_fired(session_id="another")])
         opened.flush(ScriptedClient(DOWN))
         opened.enqueue(rule_fired(session_id="rejected"))
@@ -416,7 +513,9 @@ def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, caps
     assert capsys.readouterr().out == "*.py\n"
     assert "shop" not in namespace["outbox"].get(1).payload_json
     said = "".join(shell.run("docs/privacy.md"))
-    assert said.startswith("0 would be purged, 0 of them undelivered\n1 purged, 1 of them undelivered\n")
+    assert said.startswith(
+        "0 events would be purged, 0 of them undelivered\n1 event purged, 1 of them undelivered\n"
+    )
     assert "deleted so far, 1 of them undelivered:" in said
     run_code(wiping, "privacy.md", namespace)
     left = [file.read_bytes() for file in shell.folder.glob("outbox.db*")]
@@ -426,7 +525,7 @@ def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, caps
 
 @pytest.mark.slow
 @covers("docs/deploy.md", "console")
-@covers("docs/observing.md", "console")
+@covers("docs/monitoring.md", "console")
 def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell, server: ScriptedServer) -> None:
     shell._environment |= {
         "OUTBOX_DATABASE_URL": "sqlite:///outbox.db",
@@ -435,7 +534,7 @@ def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell,
     }
     going_on = [
         command
-        for command in commands("docs/deploy.md") + commands("docs/observing.md")
+        for command in commands("docs/deploy.md") + commands("docs/monitoring.md")
         if not command.startswith("pip ")
     ]
     assert len(going_on) == 3
@@ -511,6 +610,19 @@ def test_what_is_deployed_calls_commands_that_exist(monkeypatch) -> None:
         parse(words)
     grace = int(container["command"][-1])
     assert grace < pod["terminationGracePeriodSeconds"]
+
+
+@covers("docs/outbox-toml.md", "toml")
+def test_the_settings_of_the_file_are_those_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "outbox-toml.md").read_text(encoding="utf-8")
+    (example,) = blocks("docs/outbox-toml.md", "toml")
+    file = tmp_path / "outbox.toml"
+    file.write_text(example, encoding="utf-8")
+    found = config.read(str(file))
+    assert found.destination["path"] == ""
+    assert found.policy["verdicts"] == {409: Verdict.TRANSIENT}
+    for name in config.SETTINGS:
+        assert f"`{name}`" in page, name
 
 
 @covers("docs/upgrade.md", "text")

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from builders import rule_fired
+from builders import ROOT, rule_fired
 from outbox import Outbox
 from outbox.testing import ScriptedServer
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 TOKEN = "token-of-tests"
 
@@ -93,6 +92,7 @@ def items(service: ScriptedServer) -> list[str]:
 
 
 @pytest.mark.contract
+@pytest.mark.programs
 def test_an_order_that_is_rolled_back_leaves_no_event(run, url: str, service: ScriptedServer) -> None:
     done = run("-W", "error", EXAMPLES / "orders.py", url)
     assert (done.stdout, done.stderr) == ("1 order, 1 event\n1 sent\n", "")

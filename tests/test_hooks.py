@@ -14,13 +14,24 @@ from builders import (
     ScriptedClient,
     add_row,
     rejecting,
+    row,
     rule_fired,
     statuses,
 )
-from outbox import ConfigurationError, Hooks, ObservationEvent, Outbox, Settled, SettledEvent, Upload, Worker
-from outbox.database import writing
+from conditions import until
+from outbox import (
+    ConfigurationError,
+    Hooks,
+    ObservationEvent,
+    Outbox,
+    Policy,
+    Settled,
+    SettledEvent,
+    Upload,
+    Worker,
+)
 from outbox.policy import Verdict
-from test_worker import until
+from outbox.storage.engines import writing
 
 NAMES = ("on_sent", "on_rescheduled", "on_parked", "on_abandoned", "on_released", "on_lost", "on_upload")
 
@@ -75,7 +86,8 @@ def test_an_outcome_is_told_with_ids_types_and_reason_once_it_is_recorded(
     ids = outbox.enqueue_many([rule_fired()] * 2)
     outbox.flush(ScriptedClient(failure))
     error = None if failure is OK else str(failure)
-    told = Settled(tuple(SettledEvent(row_id, "rule_fired", error) for row_id in ids), recorded=2)
+    events = tuple(SettledEvent(row_id, "rule_fired", error, row(outbox, row_id).event_id) for row_id in ids)
+    told = Settled(events, recorded=2)
     assert listener.of(name) == [told]
     assert [heard for heard, _ in listener.heard] == ["on_upload", name]
     assert listener.seen == [[status] * 2] * 2
@@ -85,11 +97,12 @@ def test_an_outcome_is_told_with_ids_types_and_reason_once_it_is_recorded(
 def test_a_rejected_event_among_good_ones_is_told_as_abandoned_and_the_others_as_sent(
     outbox: Outbox, listener: Listener
 ) -> None:
-    first, bad, last = outbox.enqueue_many([rule_fired()] * 3)
+    outbox.policy = Policy.original()
+    first, bad, last = outbox.enqueue_many([rule_fired()] * 3, event_ids=["a", "b", None])
     outbox.flush(rejecting(bad))
     assert [event.id for told in listener.of("on_sent") for event in told.events] == [first, last]
     (abandoned,) = listener.of("on_abandoned")
-    assert abandoned == Settled((SettledEvent(bad, "rule_fired", f"permanent: {REJECTED}"),), recorded=1)
+    assert abandoned == Settled((SettledEvent(bad, "rule_fired", f"permanent: {REJECTED}", "b"),), recorded=1)
     # Not before the last one is settled: a slow hook can cost no lease.
     assert {tuple(seen) for seen in listener.seen} == {("sent", "abandoned", "sent")}
 
@@ -161,15 +174,40 @@ def test_what_two_flushers_delivered_is_told_once(outbox: Outbox, listener: List
     assert [event.id for told in listener.of("on_sent") for event in told.events] == [row_id]
 
 
-def test_a_client_with_a_bug_leaves_what_it_sent_and_what_is_given_back_to_be_told(
+@pytest.mark.parametrize(
+    ("bug", "name"), [(ZeroDivisionError(), "on_rescheduled"), (KeyboardInterrupt(), "on_released")]
+)
+def test_after_an_exception_what_was_sent_and_what_was_not_is_told(
+    outbox: Outbox, listener: Listener, bug: BaseException, name: str
+) -> None:
+    outbox.policy = Policy.original()
+    ids = outbox.enqueue_many([rule_fired()] * 3)
+    with pytest.raises(type(bug)):
+        outbox.flush(ScriptedClient(REJECTED, OK, bug))
+    assert [event.id for told in listener.of("on_sent") for event in told.events] == ids[:1]
+    assert [event.id for told in listener.of(name) for event in told.events] == ids[1:]
+    assert set(map(tuple, listener.seen)) == {("sent", "pending", "pending")}
+
+
+def test_a_filter_of_the_log_that_raises_keeps_nothing_from_being_recorded_and_told(
     outbox: Outbox, listener: Listener
 ) -> None:
-    ids = outbox.enqueue_many([rule_fired()] * 3)
-    with pytest.raises(ZeroDivisionError):
-        outbox.flush(ScriptedClient(REJECTED, OK, ZeroDivisionError()))
-    assert [event.id for told in listener.of("on_sent") for event in told.events] == ids[:1]
-    assert [event.id for told in listener.of("on_released") for event in told.events] == ids[1:]
-    assert set(map(tuple, listener.seen)) == {("sent", "pending", "pending")}
+    outbox.policy = Policy.original()
+    log = logging.getLogger("outbox")
+    outbox.hooks.insert(0, Hooks(on_abandoned=lambda told: 1 / 0))
+    _, bad = outbox.enqueue_many([rule_fired()] * 2)
+
+    def broken(record: logging.LogRecord) -> bool:
+        raise LookupError(record.getMessage())
+
+    log.addFilter(broken)
+    try:
+        with pytest.raises(LookupError, match="abandoned: 1 of 1 events"):
+            outbox.flush(ScriptedClient(REJECTED, OK, REJECTED))
+    finally:
+        log.removeFilter(broken)
+    assert statuses(outbox) == ["sent", "abandoned"]
+    assert [event.id for told in listener.of("on_abandoned") for event in told.events] == [bad]
 
 
 def test_a_hook_that_raises_breaks_no_flush_and_is_logged_once(outbox: Outbox, listener: Listener, caplog) -> None:
@@ -201,6 +239,8 @@ def test_a_hook_that_raises_breaks_no_flush_and_is_logged_once(outbox: Outbox, l
 
 
 def test_an_interrupt_in_a_hook_reaches_the_caller_with_everything_recorded(outbox: Outbox) -> None:
+    outbox.policy = Policy.original()
+
     def interrupt(_told) -> None:
         raise KeyboardInterrupt
 

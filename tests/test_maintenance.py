@@ -17,17 +17,8 @@ from builders import (
     rule_fired,
     statuses,
 )
-from outbox import (
-    ConfigurationError,
-    Outbox,
-    Policy,
-    PurgeReport,
-    RequeueReport,
-    RuleFired,
-    StorageError,
-    statements,
-    store,
-)
+from outbox import ConfigurationError, Outbox, Policy, PurgeReport, RequeueReport, RuleFired, StorageError
+from outbox.storage import deletion, purge
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
@@ -162,12 +153,12 @@ def test_the_cap_deletes_sent_then_abandoned_then_the_oldest(url: str) -> None:
         order = [sent[1], sent[2], sent[0], abandoned[1], abandoned[0], pending[0], pending[1], parked, pending[2]]
         everything = set(ids_of(outbox))
         for deleted in range(1, len(order)):
-            outbox._store.trim(policy=Policy(max_rows=len(order) - deleted), now_ms=NOON_MS)
+            outbox.store.deletion.trim(Policy(max_rows=len(order) - deleted, when_full="trim"), now_ms=NOON_MS)
             assert everything - set(ids_of(outbox)) == set(order[:deleted])
 
 
 def test_the_cap_holds_after_every_enqueue_and_flush(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=100)) as outbox:
+    with Outbox.open(url, policy=Policy(max_rows=100, when_full="trim")) as outbox:
         ids = outbox.enqueue_many([rule_fired()] * 100)
         outbox.flush(ScriptedClient())
         newest = outbox.enqueue(rule_fired())
@@ -179,7 +170,7 @@ def test_the_cap_holds_after_every_enqueue_and_flush(url: str) -> None:
 
 
 def test_every_deleted_row_is_counted_in_the_same_transaction(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=2)) as outbox:
+    with Outbox.open(url, policy=Policy(max_rows=2, when_full="trim")) as outbox:
         add_row(outbox, status="sent", sent_at_ms=1)
         add_row(outbox, status="abandoned", event_type="fix_outcome")
         outbox.enqueue_many([rule_fired()] * 5)
@@ -194,26 +185,68 @@ def test_every_deleted_row_is_counted_in_the_same_transaction(url: str) -> None:
         assert len(ids_of(outbox)) + sum(entry.events for entry in outbox.stats().deleted) == 8
 
 
-def test_a_trim_that_is_rolled_back_counts_nothing(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+def test_a_trim_that_is_rolled_back_counts_nothing(url: str, caplog) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1, when_full="trim")) as outbox:
         outbox.enqueue(rule_fired())
         refuse(outbox, "INSERT", "observation_events_ledger", "full")
         outbox.enqueue(rule_fired())
         assert len(ids_of(outbox)) == 2
         assert outbox.stats().deleted == []
+        assert [record.event_name for record in caplog.records] == ["outbox.cap_failed"]
 
 
-def test_rows_in_flight_are_never_trimmed(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+def warned(caplog) -> list[tuple[str, int]]:
+    return [(record.event_name, record.events) for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_undelivered_events_that_the_cap_deletes_are_warned_of_once_a_minute(
+    url: str, caplog, monkeypatch
+) -> None:
+    now_s = 1.0
+    monkeypatch.setattr(deletion, "monotonic_s", lambda: now_s)
+    with Outbox.open(url, policy=Policy(max_rows=2, when_full="trim")) as outbox:
+        add_row(outbox, status="sent", sent_at_ms=1)
+        add_row(outbox, status="abandoned")
+        outbox.enqueue(rule_fired())
+        assert warned(caplog) == []  # what was sent may go
+        outbox.enqueue(rule_fired())
+        assert caplog.messages == [
+            "events that were deleted before they were delivered: 1; the queue is over the policy's"
+            " max_rows or max_undelivered, `outbox status` counts all that is deleted"
+        ]
+        now_s = 60.9
+        outbox.enqueue_many([rule_fired()] * 3)
+        assert len(caplog.messages) == 1
+        now_s = 61.0
+        outbox.enqueue(rule_fired())
+        assert warned(caplog)[1:] == [("outbox.deleted_undelivered", 4)]
+        caplog.clear()
+        now_s = 121.0
+        outbox.store.deletion.trim(Policy(max_rows=1, when_full="trim"), now_ms=NOON_MS)
+        assert warned(caplog) == [("outbox.deleted_undelivered", 1)]
+        assert outbox.stats().left_undelivered == 6
+
+
+def test_neither_rows_in_flight_nor_the_new_row_are_trimmed(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=1, when_full="trim")) as outbox:
         in_flight = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 1, created_at_ms=1)
         lease_run_out = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS, created_at_ms=2)
-        outbox.enqueue(rule_fired())
-        assert ids_of(outbox) == [in_flight]
+        new = outbox.enqueue(rule_fired())
+        assert ids_of(outbox) == [in_flight, new]
         assert lease_run_out not in ids_of(outbox)
 
 
+def test_a_new_row_is_not_trimmed_after_the_clock_was_set_back(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=2, when_full="trim")) as outbox:
+        old = [add_row(outbox, created_at_ms=NOON_MS + number) for number in (1, 2)]
+        new = outbox.enqueue(rule_fired())
+        assert ids_of(outbox) == [old[1], new]
+        outbox.flush(ScriptedClient(DOWN))
+        assert ids_of(outbox) == [old[1], new]
+
+
 def test_an_enqueue_during_an_upload_trims_nothing_of_the_batch(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=3)) as outbox:
+    with Outbox.open(url, policy=Policy(max_rows=3, when_full="trim")) as outbox:
         ids = outbox.enqueue_many([rule_fired()] * 3)
         report = outbox.flush(ScriptedClient(lambda _: outbox.enqueue(rule_fired()) and None))
         assert report.sent == 3
@@ -223,7 +256,10 @@ def test_an_enqueue_during_an_upload_trims_nothing_of_the_batch(url: str) -> Non
 
 @pytest.mark.sqlite
 def test_two_enqueues_at_once_trim_what_one_would(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=10)) as outbox, Outbox(url, policy=outbox.policy) as other:
+    with (
+        Outbox.open(url, policy=Policy(max_rows=10, when_full="trim")) as outbox,
+        Outbox(url, policy=outbox.policy) as other,
+    ):
         outbox.enqueue_many([rule_fired()] * 10)
 
         meanwhile = [rule_fired()]
@@ -247,11 +283,11 @@ def test_purge_deletes_in_every_state_what_fits_all_that_is_given(outbox: Outbox
     kept = [add_row(outbox, event_type="fix_outcome", **old), add_row(outbox)]
     expected = PurgeReport(total=5, undelivered=3, per_type={"rule_fired": 5})
 
-    assert outbox.purge(event_type="rule_fired", before=NOON, dry_run=True) == expected
+    assert outbox.purge(event_type="rule_fired", older_than=NOON, dry_run=True) == expected
     assert len(ids_of(outbox)) == 7
     assert ledger(outbox) == []
 
-    assert outbox.purge(event_type="rule_fired", before=NOON) == expected
+    assert outbox.purge(event_type="rule_fired", older_than=NOON) == expected
     assert ids_of(outbox) == kept
     assert outbox.stats().left_undelivered == 3
     assert ledger(outbox) == [
@@ -260,7 +296,7 @@ def test_purge_deletes_in_every_state_what_fits_all_that_is_given(outbox: Outbox
         ("pending", "rule_fired", "purge", 1),
         ("sent", "rule_fired", "purge", 2),
     ]
-    assert outbox.purge(event_type="rule_fired", before=NOON) == PurgeReport()
+    assert outbox.purge(event_type="rule_fired", older_than=NOON) == PurgeReport()
 
 
 def test_purge_by_one_condition_alone(outbox: Outbox) -> None:
@@ -268,20 +304,20 @@ def test_purge_by_one_condition_alone(outbox: Outbox) -> None:
     add_row(outbox, created_at_ms=NOON_MS - 1, event_type="fix_outcome")
     add_row(outbox)
     young = add_row(outbox, event_type="fix_outcome")
-    report = outbox.purge(before=NOON_MS)
+    report = outbox.purge(older_than=NOON_MS)
     assert list(report.per_type.items()) == [("fix_outcome", 1), ("rule_fired", 1)]
     assert outbox.purge(event_type="rule_fired").total == 1
     assert ids_of(outbox) == [young]
 
 
 def test_purge_of_an_empty_outbox_is_nothing(outbox: Outbox) -> None:
-    assert outbox.purge(before=NOON) == PurgeReport()
+    assert outbox.purge(older_than=NOON) == PurgeReport()
 
 
 @pytest.mark.parametrize("rows", [9, 10, 11])
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_purge_goes_through_all_slices(outbox: Outbox, monkeypatch, rows: int, dry_run: bool) -> None:
-    monkeypatch.setattr(store, "_PURGE_SLICE", 5)
+    monkeypatch.setattr(purge, "_SLICE", 5)
     outbox.enqueue_many([rule_fired()] * rows)
     kept = add_row(outbox, event_type="fix_outcome")
     assert outbox.purge(event_type="rule_fired", dry_run=dry_run) == PurgeReport(
@@ -304,37 +340,39 @@ def test_purge_leaves_alone_what_is_being_sent(outbox: Outbox, dry_run: bool) ->
 
 def test_what_is_claimed_while_purge_looks_is_left_alone(outbox: Outbox, monkeypatch) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 3)
-    delete = outbox._store._purge
+    delete = outbox.store.purge._purge
 
     def claim_one_and_delete(row_ids, **now):
         assert row_ids == ids
-        assert outbox._store.claim(now_ms=NOON_MS, lease_ms=NOON_MS + 60_000, batch_size=1).rows
+        assert outbox.store.claims.claim(now_ms=NOON_MS, lease_until_ms=NOON_MS + 60_000, batch_size=1).rows
         return delete(row_ids, **now)
 
-    monkeypatch.setattr(outbox._store, "_purge", claim_one_and_delete)
+    monkeypatch.setattr(outbox.store.purge, "_purge", claim_one_and_delete)
     assert outbox.purge(event_type="rule_fired") == PurgeReport(2, 2, 1, {"rule_fired": 2})
     assert ids_of(outbox) == ids[:1]
 
 
 def test_what_is_gone_before_purge_deletes_it_is_counted_once(outbox: Outbox, monkeypatch) -> None:
     outbox.enqueue_many([rule_fired()] * 3)
-    delete = outbox._store._purge
-    monkeypatch.setattr(outbox._store, "_purge", lambda ids, **now: delete(ids[:1], **now) and delete(ids, **now))
+    delete = outbox.store.purge._purge
+    monkeypatch.setattr(
+        outbox.store.purge, "_purge", lambda ids, **now: delete(ids[:1], **now) and delete(ids, **now)
+    )
     assert outbox.purge(event_type="rule_fired").total == 2
     assert ledger(outbox) == [("pending", "rule_fired", "purge", 3)]
 
 
 def test_what_is_enqueued_during_a_purge_stays(outbox: Outbox, monkeypatch) -> None:
-    monkeypatch.setattr(store, "_PURGE_SLICE", 1)
+    monkeypatch.setattr(purge, "_SLICE", 1)
     outbox.enqueue_many([rule_fired()] * 2)
     meanwhile = [rule_fired()] * 2
-    delete = outbox._store._purge
+    delete = outbox.store.purge._purge
 
     def enqueue_and_delete(row_ids, **now):
         outbox.enqueue_many([meanwhile.pop()] if meanwhile else [])
         return delete(row_ids, **now)
 
-    monkeypatch.setattr(outbox._store, "_purge", enqueue_and_delete)
+    monkeypatch.setattr(outbox.store.purge, "_purge", enqueue_and_delete)
     assert outbox.purge(event_type="rule_fired").total == 2
     assert len(ids_of(outbox)) == 2
 
@@ -350,14 +388,14 @@ def test_a_purge_that_fails_deletes_and_counts_nothing_of_the_slice(outbox: Outb
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ({}, "nothing says what to purge, expected an event type, a time before which, or both"),
+        ({}, "purge has neither event_type nor older_than, expected one of them or both"),
         (
             {"event_type": RuleFired},
-            "event_type is <class 'outbox.events.RuleFired'>, expected the name of a type",
+            "event_type is <class 'outbox.event_types.RuleFired'>, expected the name of a type",
         ),
         (
-            {"before": datetime(2026, 1, 1)},
-            "before is datetime.datetime(2026, 1, 1, 0, 0), expected a datetime with",
+            {"older_than": datetime(2026, 1, 1)},
+            "older_than is datetime.datetime(2026, 1, 1, 0, 0), expected a datetime with",
         ),
     ],
 )
@@ -366,50 +404,6 @@ def test_a_purge_that_does_not_say_what_is_refused(outbox: Outbox, what: dict, w
     with pytest.raises(ConfigurationError, match=re.escape(words)):
         outbox.purge(**what)
     assert statuses(outbox) == ["pending"]
-
-
-# Each database has its own way to say how it would look for rows.
-def plan_of(outbox: Outbox, statement) -> list[str]:
-    text = str(statement.compile(outbox.engine))
-    with outbox.engine.connect() as connection:
-        found = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", (1,) * text.count("?"))
-        return [step[3] for step in found]
-
-
-@pytest.mark.sqlite
-@pytest.mark.parametrize(
-    "statement",
-    [
-        *(one for several in statements.TRIM["sqlite"] for one in several if "'sending'" not in str(one)),
-        statements.LOCK_PARKED,
-        statements.CHORES,
-    ],
-)
-def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement) -> None:
-    plan = plan_of(outbox, statement)
-    assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
-
-
-@pytest.mark.sqlite
-def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
-    for event_type, created in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
-        plan = plan_of(outbox, statements.to_purge(event_type=event_type, created_before_ms=created))
-        assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
-
-
-@pytest.mark.sqlite
-@pytest.mark.parametrize(
-    ("statement", "index"),
-    [
-        (statements.DUE_NEVER_TRIED, "observation_events_fresh_idx"),
-        (statements.OLDEST_TRIED, "observation_events_tried_idx"),
-        (statements.DUE_TRIED, "observation_events_due_idx (next_attempt_at_ms<?)"),
-        (statements.LEASES_RUN_OUT, "observation_events_pending_idx (status=? AND next_attempt_at_ms<?)"),
-    ],
-)
-def test_a_claim_looks_for_each_kind_of_row_in_an_index_of_theirs(outbox: Outbox, statement, index: str) -> None:
-    plan = plan_of(outbox, statement)
-    assert plan[0].endswith(f"observation_events USING COVERING INDEX {index}"), plan
 
 
 def test_a_revoked_token_parks_and_a_new_login_brings_all_back(outbox: Outbox, noon) -> None:

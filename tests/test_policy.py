@@ -1,222 +1,42 @@
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from builders import NOON_MS
-from outbox import ConfigurationError, HttpFailure, ObservationEvent, Policy, TransportFailure, UploadFailure
-from outbox.policy import Verdict, backoff, decide, jitter, retry_after, verdict
-
-DAY_MS = 86_400_000
-WEEK_MS = 7 * DAY_MS
-
-
-@pytest.mark.parametrize(
-    ("status", "expected"),
-    [
-        *((status, Verdict.TRANSIENT) for status in (100, 199, 200, 204, 301, 302, 304, 308, 399)),
-        (400, Verdict.PERMANENT),
-        (401, Verdict.AUTH_BLOCKED),
-        (402, Verdict.PERMANENT),
-        (403, Verdict.AUTH_BLOCKED),
-        (404, Verdict.PERMANENT),
-        (407, Verdict.PERMANENT),
-        (408, Verdict.TRANSIENT),
-        (409, Verdict.PERMANENT),
-        (413, Verdict.PERMANENT),
-        (422, Verdict.PERMANENT),
-        (425, Verdict.TRANSIENT),
-        (426, Verdict.PERMANENT),
-        (429, Verdict.RATE_LIMITED),
-        (499, Verdict.PERMANENT),
-        *((status, Verdict.TRANSIENT) for status in (500, 502, 503, 504, 599, 600, 999, 0, -1)),
-    ],
+from outbox import ConfigurationError, HttpFailure, Policy, TransportFailure, UploadFailure, Verdict
+from outbox.failures import ClientError
+from outbox.policy import asked_delay_ms, is_recent, longest_wait_ms, may_be_one_rows, named_delay_ms, verdict
+from rule_builders import (
+    BROKEN,
+    DOWN,
+    FORBIDDEN,
+    LATE,
+    MINUTE,
+    MISSING,
+    NOON_MS,
+    REJECTED,
+    REVOKED,
+    SECOND,
+    SLOW_DOWN,
+    UNREACHABLE,
+    WAIT_40_S,
 )
-def test_verdict_by_status(status: int, expected: Verdict) -> None:
-    assert verdict(HttpFailure(status)) is expected
+
+OWN, ORIGINAL = Policy(), Policy.original()
 
 
-def test_a_failure_without_status_is_transient() -> None:
-    assert verdict(TransportFailure("connection refused")) is Verdict.TRANSIENT
-    assert verdict(UploadFailure("odd")) is Verdict.TRANSIENT
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (-1, 60_000),
-        (0, 60_000),
-        (1, 120_000),
-        (2, 240_000),
-        (3, 480_000),
-        (4, 960_000),
-        (5, 1_920_000),
-        (6, 1_920_000),
-        (2**40, 1_920_000),
-    ],
-)
-def test_backoff(count: int, expected: int) -> None:
-    assert backoff(count) == expected
-
-
-@pytest.mark.parametrize(
-    ("base", "seed", "expected"),
-    [(120_000, 31_234, 1_234), (40_000, 9_999, 9_999), (40_000, 10_000, 0), (3, 99, 0), (0, 99, 0), (-8, 7, 0)],
-)
-def test_jitter(base: int, seed: int, expected: int) -> None:
-    assert jitter(base, seed) == expected
-
-
-@given(base=st.integers(-(2**63), 2**63), seed=st.integers(-(2**63), 2**64))
-def test_jitter_is_never_negative_and_below_a_quarter(base: int, seed: int) -> None:
-    assert 0 <= jitter(base, seed) < max(1, base // 4)
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ('{"data":{"retryAfterSec":55}}', 55_000),
-        ("RATE_LIMITED: rate_limited", None),
-        ('"retryAfterSec":99999', 300_000),
-        ('"retryAfterSec":0', 1_000),
-        ('{"retryAfterSec":null,"foo":7}', None),
-        ('"xretryAfterSec":7', None),
-        ('{"xretryAfterSec":7}', None),
-        ('{"retryAfterSec":40}', 40_000),
-        ('{"retryAfterSec":-3}', 1_000),
-        ('{"retryAfterSec":"40"}', None),
-        ('{"retryAfterSec":1.5}', None),
-        ('{"retryAfterSec":true}', None),
-        ('[[{"a":[{"retryAfterSec":7}]}]]', 7_000),
-        ('{"a":{"retryAfterSec":5},"retryAfterSec":7}', 7_000),
-        ('{"a":{"b":{"retryAfterSec":1}},"c":{"retryAfterSec":2}}', 2_000),
-        ('{"retryAfterSec":null,"a":{"retryAfterSec":9}}', 9_000),
-        ('{"error":"slow","retryAfterSec" : 12, "detail":"cut off he', 12_000),
-        ('{"retryAfterSec":\n\t30', 30_000),
-        ('{"retryAfterSec":"soon", "x', None),
-        ('{"retryAfterSec":' + "9" * 5_000 + "}", 300_000),
-        ('{"retryAfterSec":5,"x":NaN}', 5_000),
-        ("[" * 60_000, None),
-        ("", None),
-        ("\ud800", None),
-    ],
-)
-def test_retry_after_of_a_body(body: str, expected: int | None) -> None:
-    assert retry_after(body) == expected
-
-
-@given(st.text())
-def test_retry_after_of_any_text_is_none_or_within_the_clamp(body: str) -> None:
-    assert retry_after(body) is None or 1_000 <= retry_after(body) <= 300_000
-
-
-@given(st.integers(), st.text(alphabet=" \t\n"), st.integers(0, 40))
-def test_retry_after_survives_being_cut_off(seconds: int, space: str, cut: int) -> None:
-    whole = f'{{"retryAfterSec"{space}:{space}{abs(seconds)},"detail":"{"x" * 40}"}}'
-    expected = min(max(abs(seconds) * 1_000, 1_000), 300_000)
-    assert retry_after(whole) == retry_after(whole[: len(whole) - 1 - cut]) == expected
-
-
-def judge(failure: UploadFailure, *, now: int = NOON_MS, judged: Verdict | None = None, **columns: int | None):
-    known = {"id": 5, "retry_count": 0, "created_at_ms": NOON_MS, "revived_at_ms": None, **columns}
-    return decide(judged or verdict(failure), failure, ObservationEvent(**known), now_ms=now, policy=Policy())
-
-
-def due(now: int, delay: int, row_id: int = 5) -> int:
-    return now + delay + (now ^ row_id) % (delay // 4)
-
-
-@pytest.mark.parametrize(
-    ("retry_count", "delay"),
-    [(0, 120_000), (1, 240_000), (2, 480_000), (3, 960_000), (4, 1_920_000), (5, 1_920_000), (99, 1_920_000)],
-)
-def test_a_transient_failure_reschedules_by_the_backoff(retry_count: int, delay: int) -> None:
-    outcome = judge(HttpFailure(503, "Service Unavailable"), retry_count=retry_count)
-    assert outcome == (
-        "reschedule",
-        {
-            "retry_count": retry_count + 1,
-            "next_attempt_at_ms": due(NOON_MS, delay),
-            "last_error": "503 Service Unavailable",
-        },
-    )
-
-
-@pytest.mark.parametrize(
-    ("failure", "delay"),
-    [
-        (HttpFailure(429, "Too Many Requests"), 60_000),
-        (HttpFailure(429, "Too Many Requests", '{"retryAfterSec":40}'), 40_000),
-        (HttpFailure(429, "Too Many Requests", '{"retryAfterSec":40}', retry_after_ms=7_000), 7_000),
-        (HttpFailure(429, "Too Many Requests", retry_after_ms=300_000), 300_000),
-    ],
-)
-def test_a_rate_limit_reschedules_by_the_delay_asked_for(failure: HttpFailure, delay: int) -> None:
-    outcome = judge(failure, retry_count=2)
-    assert outcome.trigger == "reschedule"
-    assert outcome.values["next_attempt_at_ms"] == due(NOON_MS, delay)
-    assert outcome.values["retry_count"] == 2
-
-
-@pytest.mark.parametrize(
-    ("failure", "delay"),
-    [
-        (HttpFailure(503, retry_after_ms=200_000), 200_000),
-        (HttpFailure(503, retry_after_ms=5_000), 120_000),
-        (HttpFailure(503, "", '{"retryAfterSec":180}'), 180_000),
-        (HttpFailure(500, retry_after_ms=200_000), 120_000),
-    ],
-)
-def test_on_503_the_delay_asked_for_is_the_least(failure: HttpFailure, delay: int) -> None:
-    assert judge(failure).values["next_attempt_at_ms"] == due(NOON_MS, delay)
-
-
-@pytest.mark.parametrize(
-    ("failure", "judged", "age", "expected"),
-    [
-        (HttpFailure(503, "Busy"), None, WEEK_MS, ("reschedule", "503 Busy")),
-        (HttpFailure(503, "Busy"), None, WEEK_MS + 1, ("abandon", "aged-out: 503 Busy")),
-        (TransportFailure("no route"), None, WEEK_MS + 1, ("abandon", "aged-out: transport: no route")),
-        (HttpFailure(429, "Slow"), None, WEEK_MS, ("reschedule", "429 Slow")),
-        (HttpFailure(429, "Slow"), None, WEEK_MS + 1, ("abandon", "aged-out (rate-limited): 429 Slow")),
-        (HttpFailure(401, "No"), None, 99 * WEEK_MS, ("park", "401 No")),
-        (HttpFailure(422, "Bad"), None, 0, ("abandon", "permanent: 422 Bad")),
-        (HttpFailure(422, "Bad"), None, 99 * WEEK_MS, ("abandon", "permanent: 422 Bad")),
-        (HttpFailure(422, "Bad"), Verdict.TRANSIENT, 0, ("reschedule", "422 Bad")),
-        (HttpFailure(422, "Bad"), Verdict.TRANSIENT, WEEK_MS + 1, ("abandon", "aged-out: 422 Bad")),
-    ],
-)
-def test_what_a_failure_does_to_a_row(failure, judged, age, expected) -> None:
-    outcome = judge(failure, judged=judged, now=NOON_MS + age)
-    assert (outcome.trigger, outcome.values["last_error"]) == expected
-
-
-def test_a_revived_row_ages_from_its_revival() -> None:
-    late = NOON_MS + WEEK_MS + 1
-    assert judge(HttpFailure(503), now=late, revived_at_ms=NOON_MS + 1).trigger == "reschedule"
-    assert judge(HttpFailure(503), now=late, revived_at_ms=NOON_MS).trigger == "abandon"
-    assert judge(HttpFailure(503), now=late, revived_at_ms=NOON_MS - DAY_MS).trigger == "abandon"
-
-
-@pytest.mark.parametrize("status", [401, 422, 429, 503])
-def test_an_error_text_is_cut_to_2048_characters(status: int) -> None:
-    error = judge(HttpFailure(status, "x" * 5_000)).values["last_error"]
-    assert len(error) == 2_048
-
-
-def test_an_error_text_is_one_that_every_database_can_store() -> None:
-    assert judge(HttpFailure(422, "a\0b", "c\ud800d")).values["last_error"] == "permanent: 422 a\ufffdb: c?d"
+# The settings
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_policy_refuses_what_is_no_positive_whole_number(value: object) -> None:
-    with pytest.raises(ConfigurationError, match="batch_size is .*, expected a whole number from 1 on"):
+    with pytest.raises(ConfigurationError, match="batch_size is .*, expected a whole number from 1 to 2.53 - 1"):
         Policy(batch_size=value)
 
 
-@pytest.mark.parametrize("field", ["max_rows", "keep_sent_ms"])
+@pytest.mark.parametrize("field", ["max_sent", "max_undelivered", "max_rows", "keep_sent_ms"])
 @pytest.mark.parametrize("value", [-1, 1.5, "64", False])
 def test_a_policy_refuses_what_is_no_bound(field: str, value: object) -> None:
-    with pytest.raises(ConfigurationError, match=f"{field} is .*, expected a whole number from 0 on"):
+    with pytest.raises(ConfigurationError, match=f"{field} is .*, expected a whole number from 0 to 2.53 - 1"):
         Policy(**{field: value})
 
 
@@ -226,17 +46,196 @@ def test_a_policy_knows_what_to_do_when_full() -> None:
 
 
 def test_what_a_policy_leaves_open_suits_the_database() -> None:
+    names = ("max_sent", "max_undelivered", "max_rows", "keep_sent_ms")
     on_sqlite, on_servers = (Policy().on(is_shared=is_shared) for is_shared in (False, True))
-    assert (on_sqlite.max_rows, on_sqlite.keep_sent_ms) == (10_000, 0)
-    assert (on_servers.max_rows, on_servers.keep_sent_ms) == (0, 7 * 86_400_000)
-    chosen = Policy(max_rows=5, keep_sent_ms=6)
+    assert [getattr(on_sqlite, name) for name in names] == [10_000, 1_000_000, 0, 0]
+    assert [getattr(on_servers, name) for name in names] == [0, 0, 0, 7 * 86_400_000]
+    assert Policy().when_full == "reject"
+    chosen = Policy(max_sent=3, max_undelivered=4, max_rows=5, keep_sent_ms=6)
     assert chosen.on(is_shared=False) == chosen.on(is_shared=True) == chosen
 
 
-def test_failure_texts() -> None:
-    assert str(HttpFailure(401, "Unauthorized", '{"error":"session_revoked"}')) == (
-        '401 Unauthorized: {"error":"session_revoked"}'
-    )
-    assert str(HttpFailure(503, "Service Unavailable")) == "503 Service Unavailable"
-    assert str(HttpFailure(599)) == "599"
-    assert str(TransportFailure("connection refused")) == "transport: connection refused"
+def test_the_original_keeps_10_000_rows_and_takes_changes() -> None:
+    assert (ORIGINAL.max_rows, ORIGINAL.when_full, ORIGINAL.keep_sent_ms) == (10_000, "trim", 0)
+    changed = Policy.original(max_rows=7, batch_size=3)
+    assert (changed.max_rows, changed.batch_size, changed.is_original) == (7, 3, True)
+    assert not OWN.is_original
+    assert replace(ORIGINAL, batch_size=3).is_original
+
+
+@pytest.mark.parametrize("field", ["proof_ms", "revive_limit"])
+@pytest.mark.parametrize("build", [Policy, Policy.original])
+def test_a_policy_refuses_a_wrong_number(build, field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field} is 0, expected a whole number"):
+        build(**{field: 0})
+
+
+@pytest.mark.parametrize("value", [(), (0,), (1_000, True), (1_000, 2.5), (1_000, 2**53), ("5s",)])
+def test_a_policy_refuses_a_wrong_schedule(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="backoff_ms is .*, expected one or more whole numbers from 1 to"):
+        Policy(backoff_ms=value)
+
+
+@pytest.mark.parametrize("value", [0, "60000", [5_000]])
+def test_a_policy_refuses_what_is_no_backoff(value: object) -> None:
+    with pytest.raises(ConfigurationError, match="expected a whole number from 1 to 2.53 - 1, or a tuple of them"):
+        Policy(backoff_ms=value)
+
+
+def test_the_longest_wait_is_that_of_the_schedule_with_its_jitter() -> None:
+    assert longest_wait_ms(OWN) == 1_920_000 * 5 // 4
+    assert longest_wait_ms(Policy(backoff_ms=(1_000, 4_000_000, 2_000))) == 5_000_000
+    assert longest_wait_ms(Policy(backoff_ms=(1_000,))) == 300_000 * 5 // 4
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "named"),
+    [
+        ([409], r"verdicts is \[409\], expected a mapping from HTTP status to Verdict"),
+        ({99: Verdict.TRANSIENT}, "verdicts has the key 99, expected an HTTP status, 100 to 599"),
+        ({600: Verdict.TRANSIENT}, "verdicts has the key 600, expected"),
+        ({"409": Verdict.TRANSIENT}, "verdicts has the key '409', expected"),
+        ({409: "transient"}, r"verdicts\[409\] is 'transient', expected one of Verdict.TRANSIENT, "),
+    ],
+)
+def test_a_policy_refuses_what_is_no_table_of_verdicts(verdicts: object, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        Policy(verdicts=verdicts)
+
+
+def test_a_policy_keeps_its_table_of_verdicts() -> None:
+    given = {409: Verdict.TRANSIENT}
+    policy = Policy(verdicts=given)
+    given[409] = Verdict.PERMANENT
+    assert policy.verdicts == {409: Verdict.TRANSIENT}
+    assert hash(policy) == hash(OWN)
+    assert policy != OWN
+
+
+# Verdicts
+
+VERDICTS = [
+    *((status, Verdict.TRANSIENT, Verdict.TRANSIENT) for status in (100, 199, 301, 308, 399, 408, 425)),
+    *((status, Verdict.TRANSIENT, Verdict.PERMANENT) for status in (404, 405, 410)),
+    *(
+        (status, Verdict.PERMANENT, Verdict.PERMANENT)
+        for status in (400, 402, 406, 407, 409, 411, 413, 422, 426, 499)
+    ),
+    *((status, Verdict.AUTH_BLOCKED, Verdict.AUTH_BLOCKED) for status in (401, 403)),
+    (429, Verdict.RATE_LIMITED, Verdict.RATE_LIMITED),
+    *((status, Verdict.TRANSIENT, Verdict.TRANSIENT) for status in (500, 502, 503, 504, 599, 600, 999, 0, -1)),
+]
+
+
+@pytest.mark.parametrize(("status", "own", "original"), VERDICTS)
+def test_verdict_by_status(status: int, own: Verdict, original: Verdict) -> None:
+    assert verdict(HttpFailure(status), OWN) is own
+    assert verdict(HttpFailure(status), ORIGINAL) is original
+
+
+@pytest.mark.parametrize(
+    "failure", [UNREACHABLE, LATE, UploadFailure("odd"), ClientError("client error: KeyError: 1")]
+)
+def test_a_failure_without_an_answer_is_transient(failure) -> None:
+    assert verdict(failure, OWN) is verdict(failure, ORIGINAL) is Verdict.TRANSIENT
+
+
+@pytest.mark.parametrize("judged", Verdict)
+@pytest.mark.parametrize("status", [100, 200, 302, 401, 404, 409, 429, 503, 599])
+@pytest.mark.parametrize("build", [Policy, Policy.original])
+def test_the_table_of_verdicts_overrides_the_default(build, status: int, judged: Verdict) -> None:
+    policy = build(verdicts={status: judged})
+    assert verdict(HttpFailure(status), policy) is judged
+    assert verdict(REJECTED, policy) is Verdict.PERMANENT
+    assert verdict(UNREACHABLE, policy) is Verdict.TRANSIENT
+
+
+@pytest.mark.parametrize(
+    ("failure", "named", "asked"),
+    [
+        (WAIT_40_S, 40 * SECOND, 40 * SECOND),
+        (SLOW_DOWN, None, MINUTE),
+        (HttpFailure(429, "", '{"retryAfterSec":40}', retry_after_ms=7_000), 7_000, 7_000),
+        (HttpFailure(503, retry_after_ms=9_000), 9_000, 9_000),
+        (HttpFailure(503, "", '{"retryAfterSec":3}'), 3_000, 3_000),
+        (DOWN, None, None),
+        (HttpFailure(500, retry_after_ms=9_000), None, None),
+        (HttpFailure(422, "", '{"retryAfterSec":3}'), None, None),
+        (UNREACHABLE, None, None),
+    ],
+)
+def test_only_429_and_503_name_a_delay_and_429_has_one_anyway(failure, named, asked) -> None:
+    assert named_delay_ms(failure, OWN) == named
+    assert asked_delay_ms(failure, OWN) == asked
+
+
+def test_an_answer_that_is_rate_limited_by_the_table_names_a_delay_like_a_429() -> None:
+    policy = Policy(verdicts={420: Verdict.RATE_LIMITED, 429: Verdict.TRANSIENT})
+    assert asked_delay_ms(HttpFailure(420), policy) == MINUTE
+    assert asked_delay_ms(HttpFailure(420, retry_after_ms=9_000), policy) == 9_000
+    assert asked_delay_ms(HttpFailure(420, "", '{"retryAfterSec":3}'), policy) == 3_000
+    assert asked_delay_ms(SLOW_DOWN, policy) is None
+    assert asked_delay_ms(WAIT_40_S, policy) == 40 * SECOND
+
+
+# Whose failure it is
+
+ONES = (BROKEN, DOWN, HttpFailure(599), MISSING, HttpFailure(405), HttpFailure(410), HttpFailure(408), LATE)
+MAY_BE_ONE_ROWS = [
+    *((failure, True, rows, 0, True) for failure in (REVOKED, FORBIDDEN) for rows in (1, 64)),
+    *((failure, False, 64, 4, True) for failure in (REVOKED, FORBIDDEN)),
+    *((failure, False, 64, 3, False) for failure in (REVOKED, FORBIDDEN)),
+    *((failure, False, 1, 9, False) for failure in (REVOKED, FORBIDDEN)),
+    *((failure, True, rows, 2, True) for failure in (*ONES, HttpFailure(425), ClientError()) for rows in (1, 64)),
+    *((failure, True, rows, 1, False) for failure in ONES for rows in (1, 64)),
+    *((failure, False, 2, 4, True) for failure in ONES),
+    *((failure, False, 2, 3, False) for failure in ONES),
+    *((failure, False, 1, 9, False) for failure in ONES),
+    *(
+        (failure, True, 64, 9, False)
+        for failure in (
+            SLOW_DOWN,
+            WAIT_40_S,
+            HttpFailure(503, retry_after_ms=1_000),
+            UNREACHABLE,
+            HttpFailure(302),
+            HttpFailure(600),
+            UploadFailure("odd"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("failure", "works", "rows", "retry_count", "expected"), MAY_BE_ONE_ROWS)
+def test_a_shared_failure_may_be_one_rows(failure, works, rows, retry_count, expected) -> None:
+    case = {"works": works, "rows": rows, "retry_count": retry_count}
+    assert may_be_one_rows(failure, policy=OWN, **case) is expected
+    assert may_be_one_rows(failure, policy=ORIGINAL, **case) is False
+
+
+@pytest.mark.parametrize(
+    ("status", "judged", "expected"),
+    [
+        (409, Verdict.TRANSIENT, True),
+        (401, Verdict.TRANSIENT, True),
+        (302, Verdict.TRANSIENT, False),
+        (302, Verdict.AUTH_BLOCKED, True),
+        (500, Verdict.RATE_LIMITED, False),
+        (500, Verdict.PERMANENT, False),  # the search has rules of its own for rejections
+    ],
+)
+def test_the_table_of_verdicts_tells_whose_failure_it_may_be(status, judged, expected) -> None:
+    policy = Policy(verdicts={status: judged})
+    assert may_be_one_rows(HttpFailure(status), rows=9, retry_count=2, works=True, policy=policy) is expected
+
+
+@pytest.mark.parametrize(
+    ("accepted_at_ms", "expected"),
+    [(None, False), (NOON_MS, True), (NOON_MS - MINUTE, True), (NOON_MS - MINUTE - 1, False)],
+)
+def test_a_destination_works_for_a_minute_after_an_acceptance(accepted_at_ms, expected) -> None:
+    assert is_recent(accepted_at_ms, NOON_MS) is expected
+
+
+def test_an_answer_of_a_plain_transport_failure_is_no_timeout() -> None:
+    assert not may_be_one_rows(TransportFailure("reset"), rows=9, retry_count=9, works=True, policy=OWN)

@@ -6,7 +6,9 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from alembic import command
@@ -15,13 +17,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, text
+from sqlalchemy.exc import IntegrityError
 
-from builders import ScriptedClient, rule_fired, statuses
+from builders import ROOT, ScriptedClient, rule_fired, statuses
 from outbox import Outbox, Policy, SchemaError, StorageError, schema
-from outbox.database import open_engine
-from outbox.models import Base
-
-ROOT = Path(__file__).parent.parent
+from outbox.storage.engines import migrating, open_engine
+from outbox.storage.tables import Base
 
 DIFFLORE_DDL = """
 CREATE TABLE observation_events (
@@ -216,7 +217,7 @@ def test_a_downgrade_and_upgrade_keep_every_event(url: str) -> None:
 
 
 def test_the_ledger_survives_a_downgrade_and_an_upgrade(url: str) -> None:
-    with Outbox.open(url, policy=Policy(max_rows=1)) as outbox:
+    with Outbox.open(url, policy=Policy(max_rows=1, when_full="trim")) as outbox:
         outbox.enqueue_many([rule_fired()] * 4)
         counted = outbox.stats().deleted
     assert counted == [("pending", "rule_fired", "cap", 3)]
@@ -323,8 +324,8 @@ def test_a_difflore_file_is_adopted_without_touching_a_row(url: str) -> None:
 
     with Outbox.open(url) as outbox:
         after = query(url, "SELECT * FROM observation_events ORDER BY id")
-        assert [found[:-1] for found in after] == before
-        assert {found[-1] for found in after} == {None}
+        assert [found[: len(known)] for found, known in zip(after, before, strict=True)] == before
+        assert {found[len(before[0]) :] for found in after} == {(None, None, None, 0, "", None, None, None)}
         assert table_text(url).startswith(original_columns.removesuffix(")").rstrip())
 
         client = ScriptedClient()
@@ -408,7 +409,7 @@ with Outbox.open({url!r}) as outbox:
     assert sorted(outputs) == list(range(1, 9))
 
 
-# Beside a host's own schema
+# Beside an application's own schema
 
 
 def test_a_hosts_engine_can_be_upgraded_and_its_own_history_stays(url: str) -> None:
@@ -459,3 +460,118 @@ def test_an_engine_of_ours_can_be_upgraded_by_hand(url: str) -> None:
         assert schema.current_revision(connection) == schema.REVISIONS[-1]
     engine.dispose()
     Outbox(url).close()
+
+
+def test_an_upgrade_says_nothing_in_the_log_of_the_host(tmp_path: Path) -> None:
+    program = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+from outbox import Outbox
+Outbox.open(sys.argv[1]).close()
+logging.getLogger("alembic.runtime.migration").info("of the host's own migrations")
+"""
+    url = f"sqlite:///{tmp_path / 'outbox.db'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, url], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stderr == "INFO:alembic.runtime.migration:of the host's own migrations\n"
+
+
+def test_during_an_upgrade_the_warnings_and_the_other_threads_of_alembic_are_heard(caplog) -> None:
+    log = logging.getLogger("alembic.runtime.migration")
+    caplog.set_level(logging.INFO)
+    with schema._quiet_alembic():
+        log.info("a step")
+        log.warning("a warning")
+        other = threading.Thread(target=log.info, args=("of another thread",))
+        other.start()
+        other.join()
+    assert caplog.messages == ["a warning", "of another thread"]
+
+
+# Destinations, ids and holds
+
+BASELINE_INSERT = (
+    "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms)"
+    " VALUES ('fix_outcome', 5, '{}', 5)"
+)
+INSERT_WITH_ID = (
+    "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms, destination, event_id)"
+    " VALUES ('fix_outcome', 5, '{}', 5, :destination, :event_id)"
+)
+
+
+def identities(outbox: Outbox) -> list[str]:
+    with outbox.engine.connect() as connection:
+        return list(connection.execute(text("SELECT id FROM observation_outbox")).scalars())
+
+
+def insert_with_id(outbox: Outbox, destination: str, event_id: str | None) -> None:
+    with outbox.engine.begin() as connection:
+        connection.execute(text(INSERT_WITH_ID), {"destination": destination, "event_id": event_id})
+
+
+@pytest.mark.contract
+def test_rows_of_a_program_that_knows_no_destinations_go_to_the_default_one(outbox: Outbox) -> None:
+    with outbox.engine.begin() as connection:
+        connection.execute(text(BASELINE_INSERT))
+        new = text("SELECT destination, event_id, not_before_ms, trace_context FROM observation_events")
+        assert connection.execute(new).all() == [("", None, None, None)]
+
+
+@pytest.mark.contract
+def test_an_event_id_is_unique_in_its_destination_and_compared_byte_by_byte(outbox: Outbox) -> None:
+    apart = [
+        ("", None),
+        ("", None),
+        ("", "order-1"),
+        ("", "ORDER-1"),
+        ("billing", "order-1"),
+        ("Billing", "order-1"),
+    ]
+    for destination, event_id in apart:
+        insert_with_id(outbox, destination, event_id)
+    for destination, event_id in apart[2:]:
+        with pytest.raises(IntegrityError):
+            insert_with_id(outbox, destination, event_id)
+    assert len(outbox.find()) == len(apart)
+
+
+@pytest.mark.contract
+def test_a_database_has_one_id(outbox: Outbox) -> None:
+    (found,) = identities(outbox)
+    assert str(UUID(found)) == found
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_the_id_survives_a_downgrade_and_an_upgrade(outbox: Outbox, tmp_path: Path, where: str) -> None:
+    with Outbox.open(f"sqlite:///{tmp_path}/other.db") if where == "sqlite" else outbox as this:
+        before = identities(this)
+        move_schema(this, command.downgrade, schema.REVISIONS[-2])
+        move_schema(this, command.upgrade, "head")
+        assert identities(this) == before
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_no_downgrade_mixes_undelivered_events_of_several_destinations(
+    outbox: Outbox, tmp_path: Path, where: str
+) -> None:
+    with Outbox.open(f"sqlite:///{tmp_path}/other.db") if where == "sqlite" else outbox as this:
+        insert_with_id(this, "", "order-1")
+        insert_with_id(this, "billing", "order-1")
+        with pytest.raises(SchemaError, match="^1 undelivered events belong to destinations such as 'billing'"):
+            move_schema(this, command.downgrade, schema.REVISIONS[-2])
+        with this.engine.begin() as connection:
+            connection.execute(text("UPDATE observation_events SET status = 'sent' WHERE destination = 'billing'"))
+        move_schema(this, command.downgrade, schema.REVISIONS[-2])
+        move_schema(this, command.upgrade, "head")
+        assert [found.status for found in this.find()] == ["pending", "sent"]
+
+
+def move_schema(outbox: Outbox, move: Callable[[Config, str], None], revision: str) -> None:
+    config = schema.alembic_config()
+    with migrating(outbox.engine) as connection:
+        config.attributes["connection"] = connection
+        move(config, revision)

@@ -5,98 +5,90 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from urllib import request as urlrequest
 
 import pytest
-from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from builders import DOWN, OK, REJECTED, REVOKED, ScriptedClient, add_row, refuse, row, rule_fired, statuses
+from builders import (
+    DOWN,
+    OK,
+    REJECTED,
+    REVOKED,
+    ROOT,
+    ScriptedClient,
+    add_row,
+    all_sent,
+    refuse,
+    row,
+    rule_fired,
+    statuses,
+)
+from children import Child, beside_threads, can_fork
+from conditions import FOREVER_S, until, worker_threads
 from outbox import (
     ConfigurationError,
-    FlushReport,
+    HttpFailure,
     Outbox,
     Policy,
     UploadFailure,
     Worker,
-    wakeup,
-    worker,
+    threads,
 )
 from outbox.clock import now_ms
-from outbox.database import open_engine
-from outbox.policy import Verdict
+from outbox.pauses import SharedPause
+from outbox.waits import Look, wait_ms
 from outbox.wakeup import Wakeup
-from outbox.worker import wait_ms
 from servers import Servers
-from test_processes import Child, beside_threads, can_fork
 
-ROOT = Path(__file__).parent.parent
 TOKEN = "token-of-tests"
-FOREVER_S = 30
 NEVER_MS = 3_600_000
 LOOKS = 15
-
-SENT = FlushReport(claimed=64, attempted=64, sent=64)
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + FOREVER_S
-    while not condition():
-        assert time.monotonic() < end, "it never came about"
-        threading.Event().wait(0.002)
-
-
-def all_sent(outbox: Outbox) -> bool:
-    return set(statuses(outbox)) == {"sent"}
 
 
 def told(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def is_idle(look: Look) -> bool:
+    return look._replace(next_due_ms=None) == Look()
+
+
 @pytest.fixture
 def no_polling(monkeypatch) -> None:
     """Let a worker that was not woken for a while sleep for an hour; one that was woken looks a few times."""
-    wait_ms = worker.wait_ms
+    wait_ms = threads.wait_ms
 
-    def wait(report, rounds, **options) -> int:
-        if report != FlushReport():
-            return wait_ms(report, rounds, **options)
+    def wait(look: Look, *, rounds: int, **options) -> int:
+        if not is_idle(look):
+            return wait_ms(look, rounds=rounds, **options)
         return 20 if rounds < LOOKS - 1 else NEVER_MS
 
-    monkeypatch.setattr(worker, "wait_ms", wait)
-
-
-@pytest.fixture
-def no_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(worker, "_SHORTEST_PAUSE_MS", 1)
-    monkeypatch.setattr(worker, "_LONGEST_PAUSE_MS", 1)
+    monkeypatch.setattr(threads, "wait_ms", wait)
 
 
 @contextmanager
 def idle(outbox: Outbox, client, **options) -> Iterator[Worker]:
-    """A worker that has looked at the queue, and sleeps; it keeps the reports of its looks."""
-    plan = worker._Run._plan
+    """A worker that has looked at the queue, and sleeps; it keeps what its looks saw."""
+    plan = threads.Threads._plan
 
-    def planned(run, report, now_ms) -> None:
-        plan(run, report, now_ms)
-        started.reports.append(report)
+    def planned(run, look, now_ms) -> None:
+        plan(run, look, now_ms)
+        started.looks.append(look)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker._Run, "_plan", planned)
+        patch.setattr(threads.Threads, "_plan", planned)
         started = Worker(outbox, client, **{"poll_interval_ms": NEVER_MS, **options})
-        started.reports = []
+        started.looks = []
         started.start()
         try:
-            until(lambda: started.reports[LOOKS - 1 if worker.wait_ms is not wait_ms else 0 :])
+            until(lambda: started.looks[LOOKS - 1 if threads.wait_ms is not wait_ms else 0 :])
             yield started
         finally:
             started.stop()
@@ -125,34 +117,6 @@ class Gated:
 
 
 # --- how long it waits ---
-
-
-@pytest.mark.parametrize(
-    ("report", "rounds", "expected"),
-    [
-        (SENT, 0, 0),
-        (FlushReport(claimed=1, abandoned=1), 0, 0),
-        (FlushReport(), 0, 100),
-        (FlushReport(), 1, 200),
-        (FlushReport(), 5, 3_200),
-        (FlushReport(), 6, 5_000),
-        (FlushReport(), 10**9, 5_000),
-        (None, 0, 1_000),
-        (None, 3, 8_000),
-        (None, 10**9, 60_000),
-        *[(FlushReport(claimed=64, verdict=one), 1, 2_000) for one in Verdict],
-        (FlushReport(paused_until_ms=4_000), 9, 4_000),
-        (FlushReport(paused_until_ms=60_000), 9, 5_000),
-        (FlushReport(paused_until_ms=0), 9, 100),
-    ],
-)
-def test_the_wait_follows_from_the_report(report: FlushReport | None, rounds: int, expected: int) -> None:
-    assert wait_ms(report, rounds, poll_interval_ms=5_000, now_ms=0) == expected
-
-
-def test_a_pause_is_up_to_a_quarter_longer_by_the_time() -> None:
-    pauses = {wait_ms(None, 0, poll_interval_ms=5_000, now_ms=now) for now in range(1_000)}
-    assert (min(pauses), max(pauses), len(pauses)) == (1_000, 1_249, 250)
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"concurrency": True}, {"poll_interval_ms": 0.5}])
@@ -229,41 +193,14 @@ def test_postgresql_tells_of_what_anybody_enqueues(outbox: Outbox, url: str) -> 
 
 
 @pytest.mark.servers("postgresql")
-@pytest.mark.usefixtures("no_polling", "no_pauses")
+@pytest.mark.usefixtures("no_polling", "no_waits")
 def test_it_listens_anew_when_its_connection_broke(outbox: Outbox, url: str, servers: Servers) -> None:
     with idle(outbox, ScriptedClient()) as running, Outbox(url) as another:
-        before = running._run.wakeup._listening
+        before = running._threads.wakeup._listener
         assert servers.get("postgresql").kill_connections(outbox.engine.url)
-        until(lambda: running._run.wakeup._listening not in {before, None})
+        until(lambda: running._threads.wakeup._listener not in {before, None})
         another.enqueue(rule_fired())
         until(lambda: all_sent(outbox))
-
-
-@pytest.mark.servers("postgresql")
-@pytest.mark.parametrize("fault", ["there is no such database", "the statement is refused"])
-def test_who_can_not_listen_sleeps_all_the_same(outbox: Outbox, monkeypatch, fault: str) -> None:
-    engine = outbox.engine
-    if fault == "the statement is refused":
-        monkeypatch.setattr(wakeup, "CHANNEL", "no name")
-    else:
-        engine = open_engine(engine.url.set(database="outbox_that_is_not_there"))
-    bell = Wakeup(engine)
-    bell.sleep(0)
-    bell.ring()
-    bell.sleep(FOREVER_S)
-    bell.close()
-    bell.ring()
-    engine.dispose()
-
-
-@pytest.mark.servers("postgresql")
-def test_a_transaction_in_two_phases_notifies_of_nothing_for_it_could_not_be_prepared(outbox: Outbox) -> None:
-    statements: list[str] = []
-    event.listen(outbox.engine, "before_cursor_execute", lambda *seen: statements.append(seen[2]))
-    for twophase in (False, True):
-        with Session(outbox.engine, twophase=twophase) as session:
-            assert outbox.enqueue(rule_fired(), session=session)
-    assert ["pg_notify" in statement for statement in statements if "INSERT" in statement] == [True, False]
 
 
 # --- several at once ---
@@ -281,7 +218,7 @@ def test_others_deliver_while_one_is_held_up(url: str) -> None:
         until(lambda: all_sent(outbox))
 
 
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.usefixtures("no_waits")
 def test_one_alone_tries_while_nothing_can_be_delivered(url: str) -> None:
     at_once, most = threading.Semaphore(1), []
 
@@ -305,21 +242,23 @@ def all_sent_or_waiting(outbox: Outbox) -> bool:
 
 
 def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypatch) -> None:
-    monkeypatch.setattr(worker, "_SHORTEST_PAUSE_MS", NEVER_MS)
-    monkeypatch.setattr(worker, "_LONGEST_PAUSE_MS", NEVER_MS)
+    for name in ("outbox.waits._LONGEST_WAIT_MS", "outbox.pauses.LONGEST_PAUSE_MS"):
+        monkeypatch.setattr(name, NEVER_MS)
+    outbox.policy = replace(outbox.policy, pause_ms=NEVER_MS)
+    monkeypatch.setattr(threads, "_BEAT_S", 0.01)
     client = Gated(DOWN)
     with idle(outbox, client, concurrency=2) as running:
-        stopping = running._run._stopping
+        stopping = running._threads._stopping
         waits: list[tuple[int, float]] = []
         wait = stopping.wait
         stopping.wait = lambda seconds: waits.append((threading.get_ident(), seconds)) or wait(seconds)
         outbox.enqueue(rule_fired())
         client.wait_for_upload()
-        until(lambda: running._run._idle_rounds > 1)  # the other one has looked, too, and is asleep
+        until(lambda: running._threads._idle_rounds > 1)  # the other one has looked, too, and is asleep
         client.gate.set()
-        until(lambda: running._run._failed_rounds)
+        until(lambda: running._threads._failed_rounds)
         outbox.enqueue(rule_fired())
-        until(lambda: waits[-1][1] > 1_000)
+        until(lambda: len(waits) > 2)
         assert waits[-1][0] not in client.threads
         assert statuses(outbox) == ["pending"] * 2
 
@@ -327,20 +266,20 @@ def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypat
 # --- what it says ---
 
 
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.usefixtures("no_waits")
 def test_it_says_once_that_it_can_not_deliver_and_once_that_it_can(outbox: Outbox, caplog) -> None:
-    client = ScriptedClient(DOWN, DOWN, DOWN, OK, OK, REVOKED, OK)
+    client = ScriptedClient(DOWN, DOWN, DOWN, OK, OK, HttpFailure(404, "Not Found"), OK)
     with idle(outbox, client) as running:
         for sent in range(1, 8):
             outbox.enqueue(rule_fired())
-            until(lambda sent=sent: len(client.sizes) == sent)
-            running.reports.clear()
+            until(lambda sent=sent: len(client.sizes) >= sent)  # a success also brings back what is parked
+            running.looks.clear()
             # A look that finds nothing shows nothing of the server.
-            until(lambda: any(report == FlushReport() for report in running.reports))
+            until(lambda: any(map(is_idle, running.looks)))
     assert told(caplog) == [
         "can't deliver: 503 Service Unavailable",
         "delivering again",
-        "can't deliver: 401 Unauthorized",
+        "can't deliver: 404 Not Found",
         "delivering again",
     ]
 
@@ -350,11 +289,9 @@ def test_a_pause_that_another_host_began_is_told_of_and_over_when_it_is_ended(
     outbox: Outbox, url: str, caplog
 ) -> None:
     client = ScriptedClient()
-    client.destination = "https://ingest.example.com"
     with Outbox(url) as other:
-        other._store.pause(
-            client.destination, seen=0, until_ms=other._store.now_ms() + NEVER_MS, last_error="429 Slow"
-        )
+        paused = SharedPause(number=1, until_ms=other.store.now_ms() + NEVER_MS // 2, last_error="429 Slow")
+        other.store.pauses.change("", lambda _: paused)
         other.enqueue(rule_fired())
         with Worker(outbox, client, poll_interval_ms=100):
             until(lambda: "can't deliver: 429 Slow" in caplog.text)
@@ -365,18 +302,40 @@ def test_a_pause_that_another_host_began_is_told_of_and_over_when_it_is_ended(
     until(lambda: "delivering again" in caplog.text)
 
 
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.servers
+def test_the_end_of_a_pause_is_awaited_by_the_servers_clock(outbox: Outbox, monkeypatch) -> None:
+    paused_until_ms = outbox.store.now_ms() + NEVER_MS
+    outbox.store.pauses.change("", lambda pause: pause._replace(until_ms=paused_until_ms))
+    outbox.enqueue(rule_fired())
+    wait_ms, left_ms = threads.wait_ms, []
+
+    def wait(look: Look, *, now_ms: int, **options) -> int:
+        left_ms.append(look.paused_until_ms - now_ms)
+        return wait_ms(look, now_ms=now_ms, **options)
+
+    monkeypatch.setattr(threads, "wait_ms", wait)
+    monkeypatch.setattr(threads, "now_ms", lambda: paused_until_ms)  # this host's clock is an hour ahead
+    with Worker(outbox, ScriptedClient()):
+        until(lambda: left_ms)
+    assert left_ms[0] > NEVER_MS // 2
+
+
+@pytest.mark.usefixtures("no_waits")
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), SystemExit(3)])
 def test_an_exception_is_logged_and_does_not_end_it(outbox: Outbox, caplog, bug: BaseException) -> None:
-    with idle(outbox, ScriptedClient(bug, bug, OK)):
+    with idle(outbox, ScriptedClient(bug, bug, OK), poll_interval_ms=1) as running:
         outbox.enqueue(rule_fired())
-        until(lambda: all_sent(outbox))
+        until(lambda: told(caplog))
+        running.looks.clear()
+        # A look that finds nothing, because the row waits, shows nothing of the client.
+        until(lambda: isinstance(bug, SystemExit) or any(map(is_idle, running.looks)))
+        until(lambda: all_sent(outbox) or outbox.retry_now() < 0)
         until(lambda: told(caplog)[1:])
     assert told(caplog) == [f"can't deliver: {bug}", "delivering again"]
     assert caplog.records[0].exc_info[1] is bug
 
 
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.usefixtures("no_waits")
 def test_after_an_exception_a_look_that_goes_well_is_the_recovery(outbox: Outbox, caplog) -> None:
     class HasBadStart(ScriptedClient):
         logged_in = property(lambda self: bool(self.answers or self.answers.append(OK) or 1 / 0), lambda *_: None)
@@ -387,7 +346,7 @@ def test_after_an_exception_a_look_that_goes_well_is_the_recovery(outbox: Outbox
 
 
 @pytest.mark.contract
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.usefixtures("no_waits")
 def test_a_database_that_fails_is_told_of_in_words_and_tried_again(outbox: Outbox, caplog) -> None:
     refuse(outbox, "UPDATE", "observation_events", "not today")
     with idle(outbox, ScriptedClient(), poll_interval_ms=1):
@@ -417,17 +376,17 @@ def test_without_a_login_it_says_so_and_waits_for_it(outbox: Outbox, caplog) -> 
     assert all_sent(outbox)
 
 
-@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.usefixtures("no_waits")
 def test_while_capture_is_off_it_says_so_once_and_delivers_afterwards(outbox: Outbox, caplog, monkeypatch) -> None:
     row_id = outbox.enqueue(rule_fired())
     monkeypatch.setenv("OUTBOX_CAPTURE", "false")
     with idle(outbox, ScriptedClient(), poll_interval_ms=1) as background:
-        until(lambda: len(background.reports) > 2)
+        until(lambda: len(background.looks) > 2)
         assert row(outbox, row_id).status == "pending"
         monkeypatch.delenv("OUTBOX_CAPTURE")
         until(lambda: told(caplog)[1:])
-    paused = "can't deliver: delivery is paused, capture is off (OUTBOX_CAPTURE=false)"
-    assert told(caplog) == [paused, "delivering again"]
+    capture_is_off = "can't deliver: capture is off (OUTBOX_CAPTURE=false)"
+    assert told(caplog) == [capture_is_off, "delivering again"]
     assert all_sent(outbox)
 
 
@@ -438,6 +397,255 @@ def test_with_an_empty_queue_it_says_that_capture_is_on_again(outbox: Outbox, ca
         monkeypatch.delenv("OUTBOX_CAPTURE")
         until(lambda: told(caplog)[1:])
     assert told(caplog)[1] == "delivering again"
+
+
+# --- what does not end it ---
+
+
+@pytest.fixture
+def hostile_log(request, outbox: Outbox) -> Iterator[logging.Logger]:
+    """The log, at its most talkative, with a filter that raises."""
+    log = logging.getLogger("outbox")
+
+    def refuse_all(record: logging.LogRecord) -> bool:
+        raise request.param(record.getMessage())
+
+    log.addFilter(refuse_all)
+    level, _ = log.level, log.setLevel(logging.DEBUG)
+    yield log
+    log.removeFilter(refuse_all)
+    log.setLevel(level)
+
+
+@pytest.mark.usefixtures("no_waits", "hostile_log")
+@pytest.mark.parametrize("hostile_log", [ValueError, SystemExit], indirect=True)
+def test_a_filter_of_the_log_that_raises_does_not_end_it(outbox: Outbox) -> None:
+    """Neither in a batch, nor where it tells of trouble or of its end."""
+    with idle(outbox, ScriptedClient(OK, REVOKED, OK, OK), poll_interval_ms=1):
+        (thread,) = worker_threads()
+        for sent in range(1, 4):
+            outbox.enqueue(rule_fired())
+            until(lambda sent=sent: "sending" not in statuses(outbox) and outbox.overdue_ms() == 0)
+        until(lambda: all_sent(outbox) or outbox.retry_now() < 0)
+        assert thread.is_alive()
+
+
+def test_without_a_file_descriptor_left_it_delivers(url: str) -> None:
+    program = """
+import errno, os, sys, threading
+from outbox import Outbox, Worker
+from builders import ScriptedClient, rule_fired
+from conditions import until
+
+outbox, client = Outbox.open(sys.argv[1]), ScriptedClient()
+worker = Worker(outbox, client)
+worker.start()
+outbox.enqueue(rule_fired())
+until(lambda: client.sizes == [1])
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError as error:
+    assert error.errno == errno.EMFILE
+for sent in range(2, 6):
+    outbox.enqueue(rule_fired())
+    until(lambda: sum(client.sizes) == sent)
+for one in taken:
+    os.close(one)
+worker.stop()
+"""
+    done = run_program(program, url)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Outbox(url) as outbox:
+        assert statuses(outbox) == ["sent"] * 5
+
+
+FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+
+
+def run_program(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"{FEW_FILES}\n{program}", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=4 * FOREVER_S,
+    )
+
+
+@can_fork
+def test_a_child_without_a_file_descriptor_left_enqueues_and_delivers_when_there_is_one(url: str) -> None:
+    program = """
+import errno, os, sys
+from outbox import Outbox, Worker
+from builders import ScriptedClient, rule_fired
+from conditions import until
+
+outbox, client = Outbox.open(sys.argv[1]), ScriptedClient()
+worker = Worker(outbox, client)
+worker.start()
+outbox.enqueue(rule_fired())
+until(lambda: client.sizes == [1])
+if child := os.fork():
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status))
+outbox.pending_count()
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError as error:
+    assert error.errno == errno.EMFILE
+os.close(taken.pop())  # a worker needs two to sleep on
+for _ in range(2):
+    assert outbox.enqueue(rule_fired())
+assert not worker.is_alive
+for one in taken:
+    os.close(one)
+outbox.enqueue(rule_fired())
+until(lambda: sum(client.sizes) == 4)
+worker.stop()
+os._exit(0)
+"""
+    done = run_program(program, url)
+    assert done.returncode == 0, done.stderr
+    assert re.sub(r"(?m)^.*(Warning: This process|os\.fork).*\n", "", done.stderr) == (
+        "the worker can't start in this process, so other flushers must deliver: [Errno 24] Too many open files\n"
+    )
+    with Outbox(url) as outbox:
+        assert statuses(outbox) == ["sent"] * 4
+
+
+WORK = threads.Threads._work
+
+
+@pytest.mark.parametrize("how", ["start", "enqueue"])
+def test_a_thread_that_died_is_replaced(outbox: Outbox, monkeypatch, caplog, how: str) -> None:
+    client = ScriptedClient()
+    background = Worker(outbox, client, concurrency=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threads.Threads, "_take_turns", lambda run: None)
+        background.start()
+        for thread in background._threads._threads:
+            thread.join()
+    assert not background.is_alive
+    if how == "start":
+        background.start()
+    outbox.enqueue(rule_fired())
+    until(lambda: all_sent(outbox))
+    assert background.is_alive
+    assert len(worker_threads()) == 2
+    background.stop()
+    assert told(caplog) == ["a thread of the worker died, new ones take over"]
+
+
+@pytest.mark.usefixtures("hostile_log")
+@pytest.mark.parametrize("hostile_log", [ValueError], indirect=True)
+def test_no_filter_of_the_log_fails_an_enqueue_that_replaces_a_thread(outbox: Outbox, monkeypatch) -> None:
+    background = Worker(outbox, ScriptedClient())
+    with monkeypatch.context() as patch:
+        patch.setattr(threads.Threads, "_take_turns", lambda run: None)
+        background.start()
+        background._threads._threads[0].join()
+    outbox.enqueue(rule_fired())
+    assert background.is_alive
+    background.stop()
+
+
+def test_of_several_threads_the_others_finish_what_they_send_when_one_died(outbox: Outbox, monkeypatch) -> None:
+    client = Gated()
+    works = [WORK, lambda run: None]
+    monkeypatch.setattr(threads.Threads, "_work", lambda run: works.pop(0)(run) if works else WORK(run))
+    outbox.enqueue(rule_fired())
+    background = Worker(outbox, client, concurrency=2)
+    background.start()
+    client.wait_for_upload()
+    until(lambda: not background.is_alive)
+    outbox.enqueue(rule_fired())
+    client.wait_for_upload()
+    client.gate.set()
+    until(lambda: all_sent(outbox))
+    background.stop()
+    assert len(client.threads) == 2
+    until(lambda: not worker_threads())
+
+
+# --- its signs of life ---
+
+
+def test_it_gives_signs_of_life_while_it_waits(outbox: Outbox, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(threads, "_BEAT_S", 0.01)
+    heartbeat = tmp_path / "alive"
+    monkeypatch.chdir(tmp_path)
+    background = Worker(outbox, ScriptedClient(), poll_interval_ms=NEVER_MS, heartbeat="alive")
+    monkeypatch.chdir("/")
+    assert (background.is_alive, background.silent_ms) == (False, None)
+    with background:
+        assert background.is_alive
+        seen = set()
+        until(lambda: len(seen) > 5 or seen.add(background._threads._seen_at))
+        os.utime(heartbeat, (1, 1))
+        until(lambda: heartbeat.stat().st_mtime > 1)
+        assert abs(now_ms() - heartbeat.stat().st_mtime_ns / 1e6) < FOREVER_S * 1_000
+        assert 0 <= background.silent_ms < FOREVER_S * 1_000
+    assert (background.is_alive, background.silent_ms) == (False, None)
+
+
+def test_it_is_silent_while_an_upload_hangs_and_gives_a_sign_before_each(outbox: Outbox, monkeypatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(threads, "monotonic_s", lambda: now_s)
+    gates = [Gated(REJECTED), Gated()]
+    uploads = [gate.upload for gate in gates]
+    client = ScriptedClient(*uploads)
+    outbox.policy = Policy.original()  # sends a claim of one row again
+    outbox.enqueue(rule_fired())
+    with Worker(outbox, client) as background:
+        for gate in gates:
+            gate.wait_for_upload()
+            assert background.silent_ms == 0
+            now_s += 3_600
+            assert background.silent_ms == 3_600_000
+            assert background.is_alive
+            gate.gate.set()
+        until(lambda: all_sent(outbox))
+        until(lambda: background.silent_ms == 0)
+
+
+def test_the_heartbeat_is_touched_at_most_every_ten_seconds(outbox: Outbox, monkeypatch, tmp_path: Path) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(threads, "monotonic_s", lambda: now_s)
+    heartbeat = tmp_path / "alive"
+    with idle(outbox, ScriptedClient(), poll_interval_ms=1, heartbeat=heartbeat) as running:
+        os.utime(heartbeat, (1, 1))
+        now_s = 109.9
+        seen = len(running.looks)
+        until(lambda: len(running.looks) > seen + 3)
+        assert heartbeat.stat().st_mtime == 1
+        now_s = 110.0
+        until(lambda: heartbeat.stat().st_mtime > 1)
+
+
+def test_a_heartbeat_that_can_not_be_written_is_refused_at_the_start_and_endured_later(
+    outbox: Outbox, monkeypatch, tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.DEBUG, "outbox")
+    monkeypatch.setattr(threads, "_BEAT_S", 0.01)
+    folder = tmp_path / "run"
+    background = Worker(outbox, ScriptedClient(), heartbeat=folder / "alive")
+    words = (
+        f"heartbeat is {str(folder / 'alive')!r}, expected a file that can be written: No such file or directory"
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        background.start()
+    assert not background.is_alive
+    folder.mkdir()
+    with background:
+        folder.rename(tmp_path / "elsewhere")
+        until(lambda: words in caplog.text)
+        outbox.enqueue(rule_fired())
+        until(lambda: all_sent(outbox))
 
 
 # --- how it ends ---
@@ -467,7 +675,7 @@ def test_a_stop_waits_for_what_is_being_sent(outbox: Outbox) -> None:
         client.wait_for_upload()
         stopping = threading.Thread(target=running.stop, args=(FOREVER_S,))
         stopping.start()
-        until(lambda: running._run is None)
+        until(lambda: running._threads is None)
         client.gate.set()
         stopping.join()
         assert all_sent(outbox)
@@ -479,7 +687,7 @@ def test_a_stop_gives_back_what_takes_too_long_and_still_records_its_delivery(ou
     with idle(outbox, client) as running:
         outbox.enqueue(rule_fired())
         client.wait_for_upload()
-        run = running._run
+        run = running._threads
         running.stop(1)
         until(lambda: statuses(outbox) == ["pending"])
         client.gate.set()
@@ -493,7 +701,7 @@ def test_what_a_stop_gave_back_is_not_sent_by_who_held_it(outbox: Outbox) -> Non
     outbox.enqueue_many([rule_fired()] * 3)
     with Worker(outbox, client) as running:
         gated.wait_for_upload()
-        run = running._run
+        run = running._threads
         running.stop(0.5)
         until(lambda: statuses(outbox) == ["pending"] * 3)
         gated.gate.set()
@@ -511,14 +719,14 @@ def test_what_is_claimed_when_it_is_stopped_is_given_back_unsent(outbox: Outbox)
     def stop() -> bool:
         if outbox.pending_count() and not stopping.is_alive():
             stopping.start()
-            until(lambda: background[0]._run is None)
+            until(lambda: background[0]._threads is None)
             until(run._stopping.is_set)
         return True
 
     client = StopsBeforeTheClaim()
     with idle(outbox, client) as running:
         background.append(running)
-        run = running._run
+        run = running._threads
         stopping = threading.Thread(target=running.stop, args=(FOREVER_S,))
         outbox.enqueue(rule_fired())
         until(lambda: not run._threads[0].is_alive())
@@ -585,9 +793,9 @@ def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbo
         def enqueue_and_wait() -> None:
             outbox.enqueue(rule_fired())
             until(lambda: all_sent(outbox))
-            assert running._run is not inherited
+            assert running._threads is not inherited
 
-        inherited = running._run
+        inherited = running._threads
         outbox.enqueue(rule_fired())
         until(lambda: all_sent(outbox))
         child = Child(enqueue_and_wait, running.stop)
@@ -606,14 +814,14 @@ def test_it_starts_anew_in_a_child_that_enqueues_and_goes_on_in_the_parent(outbo
 @pytest.mark.usefixtures("no_polling")
 def test_a_child_leaves_the_connection_on_which_its_parent_listens_alone(outbox: Outbox, url: str) -> None:
     with idle(outbox, ScriptedClient()) as running, Outbox(url) as another:
-        listening = running._run.wakeup._listening
+        listening = running._threads.wakeup._listener
         child = Child(lambda: outbox.enqueue(rule_fired()), running.stop)
         child.act()
         child.act()
         child.end()
         another.enqueue(rule_fired())
         until(lambda: all_sent(outbox))
-        assert running._run.wakeup._listening is listening
+        assert running._threads.wakeup._listener is listening
 
 
 @can_fork
@@ -623,11 +831,11 @@ def test_a_child_that_enqueues_nothing_has_no_worker(outbox: Outbox) -> None:
     with idle(outbox, ScriptedClient()) as running:
 
         def look() -> None:
-            assert running._run is None
+            assert running._threads is None
             running.stop()
             outbox.enqueue(rule_fired())
-            assert running._run is None
-            assert unstarted._run is None
+            assert running._threads is None
+            assert unstarted._threads is None
 
         child = Child(look)
         child.act()
@@ -643,53 +851,8 @@ def test_an_enqueue_succeeds_where_no_thread_can_be_started_any_more(outbox: Out
     outbox.wakers.add(running._wake)
     running._starts_when_woken = True  # as in a child
     monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
-    assert outbox.enqueue(rule_fired())
+    for _ in range(2):
+        assert outbox.enqueue(rule_fired())
     assert told(caplog) == [
-        "the worker can't start in this process, events are left to others: can't create new thread at interpreter shutdown"
+        "the worker can't start in this process, so other flushers must deliver: can't create new thread at interpreter shutdown"
     ]
-
-
-GUNICORN_APP = """
-import os
-from outbox import HttpClient, Outbox, Worker
-from builders import rule_fired
-
-outbox = Outbox.open(os.environ["DATABASE"])
-Worker(outbox, HttpClient(os.environ["SERVER"], token="t"), poll_interval_ms=3_600_000).start()
-
-def app(environ, start_response):
-    outbox.enqueue(rule_fired(session_id=environ["PATH_INFO"]))
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [str(os.getpid()).encode()]
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run here")
-@pytest.mark.slow
-@pytest.mark.contract
-@pytest.mark.parametrize("options", [["--preload"], []])
-def test_it_delivers_from_the_forks_of_gunicorn(outbox: Outbox, url: str, tmp_path: Path, options, server) -> None:
-    (tmp_path / "app.py").write_text(GUNICORN_APP)
-    command = [sys.executable, "-m", "gunicorn", "--workers", "2", "--bind", "127.0.0.1:0", *options, "app:app"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "DATABASE": url, "SERVER": server.url}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as gunicorn:
-        lines = []
-        try:
-            for line in gunicorn.stderr:
-                lines.append(line)
-                if address := re.search("Listening at: (http://[0-9.:]+)", line):
-                    break
-            answered_by = set()
-            requests = 0
-            while len(answered_by) < 2 or requests < 10:
-                requests += 1
-                with urlrequest.urlopen(f"{address[1]}/{requests}") as answer:  # noqa: S310 - our own server
-                    answered_by.add(answer.read())
-            until(lambda: len(server.stored) == requests)
-        finally:
-            gunicorn.send_signal(signal.SIGTERM)
-            _, rest = gunicorn.communicate(timeout=FOREVER_S)
-    assert gunicorn.returncode == 0
-    assert "Traceback" not in "".join(lines) + rest
-    assert "can't deliver" not in "".join(lines) + rest

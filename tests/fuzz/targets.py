@@ -16,9 +16,12 @@ import atheris
 import msgspec
 from click.testing import CliRunner
 
-from outbox import ConfigurationError, Event, HttpClient, InvalidEvent, Outbox, OutboxError, answer, cli, policy
-from outbox.database import open_engine
-from outbox.events import MAX_PAYLOAD_BYTES, columns, decode, encode
+from outbox import ConfigurationError, Event, HttpClient, InvalidEvent, Outbox, OutboxError, cli
+from outbox.cli.events import _read_events
+from outbox.events import MAX_PAYLOAD_BYTES, decode, encode
+from outbox.new_rows import columns
+from outbox.retry_after import in_body, in_header
+from outbox.storage.engines import open_engine
 
 VALID = [
     {"event_type": "rule_fired", "rule_ids": ["r"], "session_id": "s", "fired_at": "2026-11-24T12:00:00Z", "x": [1]},
@@ -33,7 +36,7 @@ VALID = [
 ]  # fmt: skip
 FIELDS = sorted({name for document in VALID for name in document})
 WORDS = [
-    *cli.main.commands, "--json", "--state", "--type", "--older-than", "--limit", "--dry-run", "--all", "--url",
+    *cli.main.commands, "--json", "--status", "--type", "--older-than", "--limit", "--dry-run", "--all", "--url",
     "--skip-invalid", "--help", "--version", "--database", "--types", "--", "-", "-h", "pending", "abandoned", "sent",
     "0s", "7d", "999999d", "2026-11-24T12:00:00Z", "0001-01-01T00:00:00+23:59", "1", "0", "-1", str(2**63 - 1),
     str(2**63), "https://example.com", "http://[::1", "sqlite://", "postgresql://", "\udcff", "rule_fired",
@@ -138,7 +141,7 @@ def ndjson(data: bytes) -> None:
     file = folder() / "events"
     file.write_bytes(data)
     with contextlib.redirect_stderr(io.StringIO()):
-        read, invalid = cli._read_events(str(file), "file", show_all=True)
+        read, invalid = _read_events(str(file), "file", show_all=True)
     lines = [line.removeprefix(b"\xef\xbb\xbf") if first else line for first, line in first_and_others(data)]
     assert len(read) + invalid == sum(bool(line.strip()) for line in lines)
     assert len(outbox_in_memory().enqueue_many(read)) == len(read)
@@ -151,7 +154,7 @@ def first_and_others(data: bytes) -> list[tuple[bool, bytes]]:
 def retry_after(data: bytes) -> None:
     """A body, and the same as a header."""
     text = data.decode(errors="replace")
-    for delay_ms in (policy.retry_after(text), answer._header_delay_ms(data.decode("latin-1"))):
+    for delay_ms in (in_body(text), in_header(data.decode("latin-1"), now_ms=0)):
         assert delay_ms is None or 1_000 <= delay_ms <= 300_000
 
 

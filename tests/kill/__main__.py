@@ -22,14 +22,22 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.orm import Session
 
 from outbox import HttpClient, Outbox, Policy
-from outbox.receiver import Answer, Drop, IngestServer
+from outbox.testing.answers import Answer, Drop
+from outbox.testing.receiver import IngestServer
 
 from .programs import HOUR_MS, POISON, TOKEN, event, looking_at, url_of
 from .steps import Steps
 
 # A lease of a second or two, or the rows of each that is killed would be out of the game for a minute.
 POLICY = Policy(
-    batch_size=16, lease_ms=2_000, backoff_ms=10, rate_limit_ms=10, pause_ms=10, max_rows=500, unpark_spread_ms=10
+    batch_size=16,
+    lease_ms=2_000,
+    backoff_ms=10,
+    rate_limit_ms=10,
+    pause_ms=10,
+    max_rows=500,
+    when_full="trim",
+    unpark_spread_ms=10,
 )
 DEADLINE_MS = 1_500
 QUEUE_AT_MOST = 100

@@ -11,9 +11,11 @@ from datetime import datetime, timezone
 from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 from sqlalchemy.orm import Session
 
-from outbox import HttpClient, Outbox, Policy, RuleFired, store
+from outbox import HttpClient, Outbox, Policy, RuleFired
 from outbox.clock import SharedClock, now_ms
-from outbox.receiver import Answer, Drop, IngestServer
+from outbox.storage import store
+from outbox.testing.answers import Answer, Drop
+from outbox.testing.receiver import IngestServer
 
 TOKEN = "token-of-tests"
 POISON = "poison"
@@ -90,7 +92,7 @@ def flush_and_probe(job: Job) -> None:
 
 
 def flush_over_the_cap(job: Job) -> None:
-    policy = Policy(batch_size=2, max_rows=4)
+    policy = Policy(batch_size=2, max_rows=4, when_full="trim")
     with Outbox(job.url, policy=policy) as outbox, HttpClient(job.server, token=TOKEN) as client:
         outbox.flush_all(client)
 
@@ -122,7 +124,7 @@ def enqueue_in_a_session(job: Job) -> None:
 
 
 def enqueue_at_the_cap(job: Job) -> None:
-    with Outbox(job.url, policy=Policy(max_rows=3)) as outbox:
+    with Outbox(job.url, policy=Policy(max_rows=3, when_full="trim")) as outbox:
         for number in range(3):
             job.tell(f"id {outbox.enqueue(event(job.run, number))}")
 

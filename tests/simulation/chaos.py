@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 
 from outbox import BatchItem, FixOutcome, HttpFailure, Outbox, Policy, RuleFired, StorageError, TransportFailure
 
-from .model import LIVENESS, LOSS, REPORT, WEEK_MS, Model, Violation
+from .facts import LIVENESS, LOSS, MINUTE_MS, REPORT, WEEK_MS, Violation
+from .model import Model
 from .server import Answer, Client, Server
 from .stage import NOON_MS, Director, Fault, Process, Stage
 from .theatre import Theatre
@@ -43,7 +44,7 @@ _GIVEN_UP = ("40001", "40P01")
 
 # The longest back-off with its jitter, the lease of whoever died last, and parked rows that come back two by two.
 _GRACE_MS = 1_920_000 * 5 // 4 + 60_000 + 60 // 2 * 5_000
-# The longest pause, and a probe that died.
+# The longest pause, and a probe that died. The original knows neither.
 _GRACE_OF_PAUSE_MS = 300_000 + 60_000
 
 
@@ -65,6 +66,11 @@ class Case:
         draw = stream(self.seed, "kinds")
         share = draw.choice((0.3, 0.6, 0.9))
         return frozenset(kind for kind in KINDS if draw.random() < share)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether its policy is the original's: that of every other seed."""
+        return self.seed % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,7 @@ class World(Director):
             stream(case.seed, name) for name in ("schedule", "trouble", "weather", "time", "work")
         )
         shape = stream(case.seed, "shape")
-        self.policy = Policy(
-            batch_size=shape.choice((1, 2, 3, 8, 9, 16, 24)),
-            max_rows=shape.choice((4, 9, 20, 40)) if CAP in self.kinds else 60,
-            unpark_limit=shape.choice((2, 256)),
-        )
+        self.policy = self._policy(shape)
         self._flushers = shape.choice((1, 2, 2, 3, 4))
         self._stay = shape.choice((0.0, 0.5, 0.9))
         self._fault_rate = shape.choice((0.002, 0.01, 0.03))
@@ -122,13 +124,28 @@ class World(Director):
         self._deadline_ms = 0
         self._last: Process | None = None
 
+    def _policy(self, shape: random.Random) -> Policy:
+        build = Policy.original if self.case.is_original else Policy
+        limits = {"batch_size": shape.choice((1, 2, 3, 8, 9, 16, 24)), "unpark_limit": shape.choice((2, 256))}
+        cap = shape.choice((4, 9, 20, 40))
+        if CAP in self.kinds or self.case.is_original:
+            return build(**limits, max_rows=cap if CAP in self.kinds else 60, when_full="trim", max_sent=0)
+        return build(**limits, max_sent=cap, revive_limit=limits["unpark_limit"])
+
     def run(self) -> Result:
         failure = None
         with self._theatre.empty_database() as observer:
             # On a server all go by its clock, however wrong their own are.
             shared = self._theatre.is_shared
             equal_clocks = shared or not {SKEW, JUMP} & self.kinds
-            self.model = Model(observer, self.policy, self.server, equal_clocks=equal_clocks, shared=shared)
+            self.model = Model(
+                observer,
+                self.policy.on(is_shared=shared),
+                self.server,
+                equal_clocks=equal_clocks,
+                shared=shared,
+                is_blameless=DRIFT not in self.kinds,
+            )
             stage = Stage(self, self.model)
             try:
                 stage.play(self._cast())
@@ -192,7 +209,7 @@ class World(Director):
     def _write(self, process: Process) -> None:
         outbox = self._open(process)
         while True:
-            if self.calm and not self._is_all_parked():
+            if self.calm and not (self.case.is_original and self._is_all_parked()):
                 process.rest()
                 continue
             if self.calm and self.work.random() < 0.5:
@@ -241,7 +258,7 @@ class World(Director):
             process.rest()
 
     def _insert_past_us(self, process: Process) -> None:
-        """Insert as an older program does, now and then what nobody can decode."""
+        """Insert as an older program does, now and then what is no object, or of no known type."""
         statement = text(
             "INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, next_attempt_at_ms, created_at_ms)"
             " VALUES ('rule_fired', :now, :payload, :now, :now)"
@@ -419,7 +436,7 @@ class World(Director):
         if row is None:
             return None
         boundary = row.next_attempt_at_ms
-        if self.model.pause is not None and draw.random() < 0.3:
+        if self.model.pause.until_ms and draw.random() < 0.3:
             boundary = draw.choice((self.model.pause.paused_until_ms, self.model.pause.probe_until_ms))
         if LEAP in self.kinds and draw.random() < 0.3:
             boundary = row.gave_chance_at() + WEEK_MS
@@ -438,11 +455,12 @@ class World(Director):
         stage.wake()
         stage.note("world", "calms down")
         self._deadline_ms = (
-            max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * self.model.shared
+            max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * (not self.case.is_original)
         )
 
     def _is_all_parked(self) -> bool:
-        # What is parked waits for a success or for an operator; when nothing else is left, someone has to do that.
+        # To the original what is parked waits for a success or for an operator; when nothing else is left, someone
+        # has to do that.
         return {row.status for row in self.model.undelivered()} == {"parked"}
 
     def _until_due(self) -> int:
@@ -450,14 +468,14 @@ class World(Director):
         if now > self._deadline_ms:
             raise Violation(LIVENESS, f"still there at {now}: {self.model.undelivered()}")
         due = [row.next_attempt_at_ms for row in self.model.undelivered() if row.status != "parked"]
-        next_ms = min(due, default=now)
-        if self.model.pause is not None:
-            next_ms = max(next_ms, self.model.pause.until_ms)
-        return max(1, next_ms - now)
+        pause = self.model.pause
+        # A parked row is tried each minute, if nothing else is due.
+        next_ms = min(due, default=now if self.case.is_original else pause.unparked_at_ms + MINUTE_MS)
+        return max(1, max(next_ms, pause.until_ms) - now)
 
     def _check_end(self) -> None:
         for row in self.model.rows.values():
-            if row.status == "sent" and row.id not in self.server.stored:
+            if row.status == "sent" and row.event not in self.server.stored:
                 raise Violation(LOSS, f"{row} is nowhere")
         with Outbox(self._theatre.seat("flusher0").engine, policy=self.policy) as outbox:
             seen = outbox.stats()
@@ -482,7 +500,7 @@ def shrink(result: Result, theatre: Theatre) -> Result:
     def still_breaks(ticks: int, kinds: frozenset[str]) -> bool:
         nonlocal best
         found = run(replace(best.case, ticks=ticks, kinds=kinds), theatre)
-        if found.failure is None or found.broken != result.broken:
+        if found.failure is None or found.broken != result.broken or found.ticks > best.ticks:
             return False
         # What fails before the world calms down needs no tick behind it.
         best = replace(found, case=replace(found.case, ticks=min(ticks, found.ticks)))

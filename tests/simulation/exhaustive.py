@@ -3,9 +3,9 @@
 A path is a list of choices; it is played from the start, for a process can't be put back to an earlier step. Where a
 path comes to a state that another one was in, it ends, for what follows is known.
 
-A transaction is one step. Whoever writes holds the lock from BEGIN IMMEDIATE to COMMIT and the flushers read nothing
+It runs under each policy. A transaction is one step. Whoever writes holds the lock from BEGIN IMMEDIATE to COMMIT and the flushers read nothing
 outside of it, so nobody can come in between, and a crash inside of it leaves what one just before it leaves. What
-a flush does behind its settlement is left out: with so few rows and none of them parked it changes nothing.
+a flush does behind its settlement, but for the pause, is left out: with so few rows there is little to bring back.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from typing import TypeVar
 from unittest import mock
 
 from outbox import BatchItem, HttpFailure, Outbox, Policy, TransportFailure, maintenance
 
-from .model import LIVENESS, Model, Violation
+from .facts import LIVENESS, Violation
+from .model import Model
 from .server import Answer, Client, Server
 from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, NOON_MS, Director, Process, Stage
 from .theatre import Theatre
@@ -36,6 +38,7 @@ _START = """
     BEGIN IMMEDIATE;
     DELETE FROM observation_events;
     DELETE FROM sqlite_sequence;
+    DELETE FROM observation_destinations;
     INSERT INTO observation_events (event_type, payload_json, occurred_at_ms, next_attempt_at_ms, created_at_ms)
     VALUES {rows};
     COMMIT;
@@ -62,6 +65,8 @@ class Scope:
     flushes: int = 1
     crashes: int = 1
     expiries: int = 1
+    failovers: int = 0
+    original: bool = False
 
 
 @dataclass
@@ -95,10 +100,11 @@ class Search:
 
 def search(scope: Scope, theatre: Theatre) -> Search:
     """Visit every state; raise the first violation, with the steps that lead to it."""
-    policy = Policy(batch_size=scope.batch_size)
+    build = Policy.original if scope.original else Policy
+    policy = build(batch_size=scope.batch_size).on(is_shared=False)
     with ExitStack() as stack:
         observer = stack.enter_context(theatre.empty_database())
-        stack.enter_context(mock.patch.object(maintenance, "tidy"))
+        stack.enter_context(mock.patch.object(maintenance, "look", return_value=None))
         names = [f"flusher{number}" for number in range(scope.flushers)]
         found = Search(scope, {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names})
         while found.to_try:
@@ -118,13 +124,14 @@ class _Path(Director):
         self._prefix = prefix
         self._taken: list[int] = []
         self._crashes, self._expiries = found.scope.crashes, found.scope.expiries
+        self._failovers = found.scope.failovers
         self._flushes = dict.fromkeys(found.outboxes, found.scope.flushes)
         self._is_known = self._calm = False
         self._server = Server(self._answer)
 
     def play(self, theatre: Theatre, observer: sqlite3.Connection, policy: Policy) -> None:
         observer.executescript(_START.format(rows=", ".join([_ROW] * self._search.scope.rows)))
-        model = Model(observer, policy, self._server, equal_clocks=True)
+        model = Model(observer, policy, self._server, equal_clocks=True, is_blameless=not policy.is_original)
         stage = Stage(self, model)
         try:
             stage.play([Process(name, theatre.seat(name), self._live) for name in self._search.outboxes])
@@ -147,6 +154,12 @@ class _Path(Director):
                 stage.now_ms += Policy.lease_ms
                 stage.note("time", "passes")
                 continue
+            if what == "failover":
+                self._failovers -= 1
+                stage.now_ms += 1
+                stage.model.fail_over(stage.now_ms)
+                stage.note("the newest event", "is lost, another one gets its id")
+                continue
             if what == "crash":
                 self._crashes -= 1
                 self._flushes[process.name] += 1
@@ -160,10 +173,15 @@ class _Path(Director):
             options += [("crash", process) for process in runnable if process.operation.kind == "flush"]
         if self._expiries:
             options.append(("expiry", runnable[0]))
+        if self._failovers:
+            options.append(("failover", runnable[0]))
         return options
 
     def _live(self, process: Process) -> None:
         client = Client(process, self._server)
+        # Whose turn it is, a process has to find out anew.
+        claims = self._search.outboxes[process.name].store.claims
+        claims._turns[""].took_failed = True
         while True:
             if not self._flushes[process.name] and not self._calm:
                 process.rest()
@@ -209,7 +227,9 @@ class _Path(Director):
             self.stage.now_ms,
             self._crashes,
             self._expiries,
-            tuple(sorted(self.stage.model.rows.items())),
+            self._failovers,
+            tuple(sorted(self.stage.model.rows.items(), key=itemgetter(0))),
+            self.stage.model.pause,
             tuple(sorted(self._server.stored)),
             # Sorted, for who of them is who makes no difference.
             tuple(sorted(hash(self._told(process)) for process in self.stage.processes)),
@@ -223,6 +243,7 @@ class _Path(Director):
             process.idle,
             process.doomed,
             self._flushes[process.name],
+            self._search.outboxes[process.name].store.claims._turns[""].took_failed,
             tuple(operation.readings),
             tuple(operation.results),
             tuple((request.ids, request.on_its_way) for request in operation.requests),
@@ -244,7 +265,8 @@ class _Path(Director):
             undelivered = stage.model.undelivered()
             if not undelivered:
                 return None
-            stage.now_ms = max(stage.now_ms + 1, min(row.next_attempt_at_ms for row in undelivered))
+            due_ms = max(min(row.next_attempt_at_ms for row in undelivered), stage.model.pause.until_ms)
+            stage.now_ms = max(stage.now_ms + 1, due_ms)
             stage.wake()
             if stage.now_ms > NOON_MS + _LONG_ENOUGH_MS:
                 raise Violation(LIVENESS, f"still there: {undelivered}")

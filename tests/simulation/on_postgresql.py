@@ -23,7 +23,8 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy import create_engine, make_url
 
-from outbox import Outbox, database
+from outbox import Outbox
+from outbox.storage import pings
 
 from .stage import Fault, ProcessDied, simulated_world
 from .theatre import Stopping, Theatre
@@ -196,10 +197,10 @@ class PostgreSQLTheatre(Theatre):
             observer.execute(_PREPARE)
         self._watcher = self._observe()
         # Whether a connection is asked if it is alive depends on real time.
-        self._trusted_s, database._TRUSTED_S = database._TRUSTED_S, inf
+        self._trusted_s, pings._TRUSTED_S = pings._TRUSTED_S, inf
 
     def close(self) -> None:
-        database._TRUSTED_S = self._trusted_s
+        pings._TRUSTED_S = self._trusted_s
         self._leave_seats()
         self._watcher.close()
         self._run(f"DROP DATABASE {self._name} WITH (FORCE)")

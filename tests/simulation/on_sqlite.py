@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from outbox import Outbox, transaction
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+
+from outbox import Outbox
 
 from .stage import Fault, Process, simulated_world
 from .theatre import Stopping, Theatre
@@ -42,7 +44,9 @@ class Connection(Stopping, sqlite3.Connection):
     def perform(self, sql: str, call: Callable[[str, Any], Any], parameters: Any) -> Any:
         words = sql.split(None, 2)
         if words[0] == "PRAGMA":
-            return call(_PRAGMAS.get(words[1], sql), parameters)
+            return call(_PRAGMAS.get(words[1], sql) if "=" in sql else sql, parameters)
+        if sql in ("COMMIT", "ROLLBACK"):
+            return self.commit() if sql == "COMMIT" else self.rollback()
         process = self.process
         if process is None:
             return call(sql, parameters)
@@ -138,7 +142,7 @@ class SQLiteTheatre(Theatre):
         shutil.copyfile(self._template, self._path)
         observer = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         # Faults of a server happen here too.
-        servers_faults = mock.patch.object(transaction, "is_disconnect", _is_disconnect)
+        servers_faults = mock.patch.object(SQLiteDialect_pysqlite, "is_disconnect", _is_disconnect)
         try:
             with simulated_world(), servers_faults:
                 yield observer
@@ -150,5 +154,5 @@ class SQLiteTheatre(Theatre):
                     path.unlink()
 
 
-def _is_disconnect(_engine: object, _connection: object, error: object) -> bool:
+def _is_disconnect(_dialect: object, error: object, _connection: object, _cursor: object) -> bool:
     return isinstance(error, DatabaseFault) and error.breaks_connection

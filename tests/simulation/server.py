@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from outbox import BatchItem, UploadFailure
 
-from .model import DESTINATION, Request
+from .facts import Request
 from .stage import AFTER_UPLOAD, BEFORE_UPLOAD, Process
 
 
@@ -25,19 +25,18 @@ class Server:
 
     decide: Callable[[Sequence[BatchItem]], Answer]
     logged_in: bool = True
-    stored: set[int] = field(default_factory=set)
+    stored: set[tuple[int, int]] = field(default_factory=set)
+    """Of each event the id and the creation time."""
 
     def receive(self, batch: Sequence[BatchItem]) -> Answer:
         answer = self.decide(batch)
         if answer.stored:
-            self.stored.update(item.id for item in batch)
+            self.stored.update((item.id, item.created_at_ms) for item in batch)
         return answer
 
 
 class Client:
     """The upload client of one process."""
-
-    destination = DESTINATION
 
     def __init__(self, process: Process, server: Server) -> None:
         self._process = process
@@ -63,7 +62,10 @@ class Client:
         process.stage.note(process.name, "is answered", repr(answer.raises) if answer.raises else "ok")
         if isinstance(answer.raises, UploadFailure):
             request.failure = answer.raises
+        elif isinstance(answer.raises, Exception):
+            request.failure = UploadFailure(f"client error: {type(answer.raises).__name__}: {answer.raises}")
         if answer.raises is not None:
-            process.operation.troubled |= request.failure is None
+            process.operation.troubled |= request.failure is not answer.raises
+            process.operation.gives_back |= request.failure is None
             raise answer.raises
         request.accepted = True

@@ -19,7 +19,8 @@ from unittest import mock
 
 from outbox import clock
 
-from .model import Model, Operation
+from .facts import Operation
+from .model import Model
 
 if TYPE_CHECKING:
     from .theatre import Seat
@@ -250,6 +251,8 @@ def simulated_world() -> Iterator[None]:
         for module in [module for name, module in sys.modules.items() if name.startswith("outbox")]:
             if vars(module).get("now_ms") is clock.now_ms and module is not clock:
                 patches.enter_context(mock.patch.object(module, "now_ms", _read_clock))
+            if vars(module).get("monotonic_s") is clock.monotonic_s and module is not clock:
+                patches.enter_context(mock.patch.object(module, "monotonic_s", _read_monotonic_clock))
         patches.enter_context(mock.patch.object(time, "sleep", _sleep))
         patches.enter_context(mock.patch.object(clock.SharedClock, "now_ms", _read_shared_clock))
         patches.enter_context(mock.patch.object(logging.getLogger("outbox"), "disabled", new=True))
@@ -258,6 +261,10 @@ def simulated_world() -> Iterator[None]:
 
 def _read_clock() -> int:
     return NOON_MS if _here.process is None else _here.process.read_clock()
+
+
+def _read_monotonic_clock() -> float:
+    return (NOON_MS if _here.process is None else _here.process.stage.now_ms) / 1_000
 
 
 def _read_shared_clock(_: clock.SharedClock) -> int:

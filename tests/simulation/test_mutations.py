@@ -1,23 +1,20 @@
 """The simulation notices what it is for: each of these bugs, put into a copy of the package, fails within its seeds."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-import outbox
+from planted import Bug, run_with
 from servers import Servers
 
-from .model import (
+from .facts import (
     ABANDONMENT,
     ACCEPTANCE,
     ATOMICITY,
+    BLAME,
     CONSERVATION,
+    DELETION,
     EXCLUSION,
     LIVENESS,
     LOSS,
@@ -30,139 +27,164 @@ pytestmark = pytest.mark.slow
 SEEDS = 300
 SEEDS_ON_SERVER = 60
 
-_FENCE = "return statement.where(_this_row, _held) if declared.fenced else statement"
+_FENCE = "return by_id(move(outcome).where(this_row, held))"
 
 
-class Mutation(NamedTuple):
-    file: str
-    original: str
-    mutant: str
-    breaks: tuple[str, ...]
-
-
-def _without_fence(trigger: str) -> Mutation:
-    fence = f'_held if trigger != "{trigger}" else bindparam("lease") > 0'
-    return Mutation("statements.py", _FENCE, _FENCE.replace("_held", fence), (EXCLUSION,))
+def _without_fence(trigger: str, first_seed: int = 0) -> Bug:
+    fence = f'held if outcome.trigger != "{trigger}" else lease_until > 0'
+    return Bug("storage/sql.py", _FENCE, _FENCE.replace("held)", f"{fence})"), (EXCLUSION,), first_seed)
 
 
 MUTATIONS = {
     "reschedule without its fence": _without_fence("reschedule"),
-    "park without its fence": _without_fence("park"),
+    "park without its fence": _without_fence("park", 46),
     "abandon without its fence": _without_fence("abandon"),
-    "release without its fence": _without_fence("release"),
-    "renew without its fence": Mutation(
-        "statements.py",
-        ".where(_this_row, _in(_unindexed_status, Status.SENDING), _held)",
-        '.where(_this_row, _in(_unindexed_status, Status.SENDING), bindparam("lease") > 0)',
+    "release without its fence": _without_fence("release", 44),
+    "renew without its fence": Bug(
+        "storage/claims.py",
+        ".where(this_row, is_one_of(unindexed_status, Status.SENDING), held)",
+        '.where(this_row, is_one_of(unindexed_status, Status.SENDING), bindparam("lease_until") > 0)',
         (MOVE, EXCLUSION),
     ),
-    "deliver only what is still being sent": Mutation(
-        "statements.py",
-        'move("deliver").where(_these_rows)',
-        'move("deliver").where(_these_rows, _in(_c.status, Status.SENDING))',
+    "deliver only what is still being sent": Bug(
+        "storage/claimed.py",
+        "MOVE_TO_SENT.where(these_events)",
+        """MOVE_TO_SENT.where(these_events, columns.status == "sending")""",
         (ACCEPTANCE,),
+        first_seed=32,
     ),
-    "claim without a lease": Mutation(
-        "flusher.py",
-        "lease_ms = now + policy.lease_ms\n    claimed",
-        "lease_ms = now\n    claimed",
-        (MOVE, EXCLUSION),
-    ),
-    "claim of what others hold": Mutation(
-        "flusher.py",
-        "store.claim(\n        now_ms=now,",
-        "store.claim(\n        now_ms=now + policy.lease_ms,",
-        (MOVE, EXCLUSION),
-    ),
-    "claim of no lease that ran out": Mutation(
+    "claim of no lease that ran out": Bug(
         "lifecycle.py",
-        'Move("claim", (PENDING, SENDING), SENDING',
-        'Move("claim", (PENDING,), SENDING',
+        '"claim", "source": [pending, sending]',
+        '"claim", "source": [pending]',
         (MOVE, LIVENESS),
     ),
-    "retry now pulls rows from under a flusher": Mutation(
-        "statements.py",
-        'move("retry_now", status=_c.status)\n    .where(_in(_c.status, Status.PARKED))',
-        'update(events)\n    .values(status="pending")\n    .where(_in(_c.status, Status.PARKED, Status.SENDING))',
+    "retry now pulls rows from under a flusher": Bug(
+        "storage/revival.py",
+        "RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=columns.status).where(\n"
+        "    is_one_of(columns.status, Status.PARKED)\n",
+        'RETRY_PARKED = columns.id.table.update().values(status="pending", next_attempt_at_ms=now, revived_at_ms=now).where(\n'
+        "    is_one_of(columns.status, Status.PARKED, Status.SENDING)\n",
         (MOVE, EXCLUSION),
     ),
-    "the cap deletes rows in flight": Mutation(
-        "statements.py",
-        "not_in_flight = or_(_c.status != _literal(Status.SENDING), _c.next_attempt_at_ms <= _now)",
-        "not_in_flight = _now > 0",
+    "the cap deletes rows in flight": Bug(
+        "storage/sql.py",
+        "not_in_flight = or_(columns.status != literal(Status.SENDING), columns.next_attempt_at_ms <= now)",
+        "not_in_flight = now > 0",
         (EXCLUSION,),
     ),
-    "the cap counts nothing": Mutation(
-        "store.py",
-        "        deleted = Counter((row.status, row.event_type) for row in rows)\n",
+    "the cap counts nothing": Bug(
+        "storage/deletion.py",
+        "        deleted = Counter((row.destination, row.status, row.event_type) for row in rows)\n",
         "        deleted = Counter()\n",
         (CONSERVATION,),
     ),
-    "aged out after exactly a week": Mutation(
-        "policy.py", "> policy.max_age_ms", ">= policy.max_age_ms", (ABANDONMENT,)
-    ),
-    "no answer means sent": Mutation(
+    "claim without a lease": Bug(
         "flusher.py",
-        "        except UploadFailure as failure:\n            return failure\n",
-        "        except UploadFailure as failure:\n            if hasattr(failure, 'status'):\n                return failure\n",
-        (ACCEPTANCE,),
+        "lease_until_ms = now + policy.lease_ms\n    claimed",
+        "lease_until_ms = now\n    claimed",
+        (MOVE, EXCLUSION),
     ),
-    "a rejected batch is abandoned as a whole": Mutation(
-        "flusher.py", "return self._isolate(batch)", "pass", (ABANDONMENT,)
-    ),
-    "a server that rejects everything costs the events": Mutation(
+    "claim of what others hold": Bug(
         "flusher.py",
-        "self._settle(self._judge(Verdict.TRANSIENT, candidates))",
-        "self._settle(self._judge(Verdict.PERMANENT, candidates))",
+        "now_ms=now,\n        lease_until_ms=lease_until_ms",
+        "now_ms=now + policy.lease_ms,\n        lease_until_ms=lease_until_ms",
+        (MOVE, EXCLUSION, PAUSE),
+    ),
+    "aged out after exactly a week": Bug(
+        "decisions.py",
+        "return now_ms > age_out_ms(",
+        "return now_ms >= age_out_ms(",
+        (ABANDONMENT,),
+        first_seed=56,
+    ),
+    "no answer means sent": Bug(
+        "held_claim.py",
+        "                return failure\n        except",
+        "                if hasattr(failure, 'status'):\n                    return failure\n        except",
+        (ACCEPTANCE, MOVE),
+    ),
+    "a row is given up at its first rejection": Bug(
+        "isolation.py",
+        "if is_proven(row, now_ms=now_ms, accepted_at_ms=self._accepted_at_ms, policy=self._policy):",
+        "if self._accepted_at_ms is not None:",
         (ABANDONMENT,),
     ),
-    "a settlement in two transactions": Mutation(
-        "store.py",
-        "        return self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)\n",
+    "a server that rejects everything costs the events": Bug(
+        "isolation.py",
+        "        if self._undecided:\n            self.verdict = Verdict.TRANSIENT\n",
+        "        self._prove_undecided()\n",
+        (BLAME, ABANDONMENT),
+        first_seed=19,
+    ),
+    "the bound on delivered rows deletes others": Bug(
+        "storage/bounds.py",
+        "Bound(destination, SENT_ROWS, self._steps[:1]",
+        "Bound(destination, SENT_ROWS, self._steps[2:]",
+        (DELETION,),
+    ),
+    "a settlement in two transactions": Bug(
+        "storage/claims.py",
+        "        landed = self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)\n",
         """        everything, delivered = delivered, {}
-        landed = self._writer.run(settle, repeatable=True)
+        landed = self._writer.run(settle, repeatable=True, survives_power_cut=False)
         delivered, by_trigger = everything, {}
-        return landed + self._writer.run(settle, repeatable=True)
+        landed += self._writer.run(settle, repeatable=True, survives_power_cut=False)
 """,
         (ATOMICITY,),
+        first_seed=5,
     ),
-    "an insert that is tried again after a lost commit": Mutation(
-        "store.py",
-        "return self._writer.run(partial(insert, trims=True), committed=committed)",
-        "return self._writer.run(partial(insert, trims=True), committed=committed, repeatable=True)",
+    "the pause is ignored": Bug(
+        "storage/claims.py",
+        "            if pause.holds_until_ms > now_ms:\n                return Claim([], pause)\n",
+        "",
+        (PAUSE,),
+    ),
+    "a probe as large as any batch": Bug(
+        "storage/claims.py",
+        "_replace(at_most=1, is_newest",
+        "_replace(is_newest",
+        (PAUSE, MOVE),
+        first_seed=82,
+    ),
+    "a failure from before the pause lengthens it": Bug(
+        "pauses.py", "claim.is_failure and seen == self.number", "claim.is_failure", (PAUSE,)
+    ),
+    "a failure does not pause": Bug(
+        "pauses.py",
+        "return _begun(pause, now_ms + pause_ms(pause.failures, policy), failure, is_asked=False)",
+        "return pause",
+        (PAUSE,),
+    ),
+    "any success revives rows that failed alone": Bug(
+        "revival.py",
+        "ROWS_REVIVED_AFTER = 3",
+        "ROWS_REVIVED_AFTER = 0",
+        (MOVE,),
+        first_seed=8,
+    ),
+    "an insert that is tried again after a lost commit": Bug(
+        "storage/intake.py",
+        "partial(insert, trims=True), repeatable=repeatable, shares_commit=True",
+        "partial(insert, trims=True), repeatable=True, shares_commit=True",
         (LOSS,),
+        first_seed=9,
     ),
 }
 
 
 MUTATIONS_ON_SERVER = {
-    "claim that waits for another claim and takes its rows too": Mutation(
-        "statements.py",
-        "chosen = _lock(due.with_only_columns(_c.id))",
-        "chosen = due.with_only_columns(_c.id)",
+    "claim that waits for another claim and takes its rows too": Bug(
+        "storage/postgresql_claims.py",
+        "return lock(due.order_by(*order).limit(at_most)).cte",
+        "return due.order_by(*order).limit(at_most).cte",
         (MOVE, EXCLUSION),
     ),
-    "a host's own clock": Mutation(
-        "store.py",
+    "a host's own clock": Bug(
+        "storage/store.py",
         "self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms",
         "self.now_ms = now_ms",
-        (MOVE, EXCLUSION),
-    ),
-    "the pause is ignored": Mutation(
-        "store.py",
-        "            if pause.until_ms > now:\n                return Claim([], pause)\n",
-        "            if pause.until_ms > now:\n                return Claim(self._claim(transaction, now=now, lease=lease, batch_size=batch_size))\n",
-        (PAUSE,),
-    ),
-    "a second probe": Mutation(
-        "statements.py",
-        "destinations.c.paused_until_ms <= _now, destinations.c.probe_until_ms <= _now",
-        "destinations.c.paused_until_ms <= _now",
-        (PAUSE,),
-    ),
-    "a probe as large as any batch": Mutation("store.py", "min(probe_size, batch_size)", "batch_size", (PAUSE,)),
-    "a failure from before ends the probe": Mutation(
-        "store.py", "is_latest = there.failures == seen", "is_latest = True", (PAUSE,)
+        (MOVE, EXCLUSION, PAUSE),
     ),
 }
 
@@ -180,27 +202,11 @@ def test_a_bug_that_only_a_server_has_is_noticed(name: str, tmp_path: Path, serv
     )
 
 
-def check_is_noticed(mutation: Mutation, tmp_path: Path, *arguments: str) -> None:
-    _copy_everything(tmp_path)
-    mutated = tmp_path / "outbox" / mutation.file
-    text = mutated.read_text("utf-8")
-    assert text.count(mutation.original) == 1, f"{mutation.file} no longer has what is changed"
-    mutated.write_text(text.replace(mutation.original, mutation.mutant), "utf-8")
-    # Only the copy is to be found, from where the program starts.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-m", "simulation", *arguments, "--as-found"]
-    told = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+def check_is_noticed(mutation: Bug, tmp_path: Path, *arguments: str) -> None:
+    first = ("--first", str(mutation.first_seed))
+    told = run_with(mutation, tmp_path, Path(__file__).parent, "simulation", *arguments, *first, "--as-found")
     assert told.returncode == 1, f"no world fails\n{told.stderr}"
     found = re.search(r"^seed (\d+) breaks (\d+ [a-z ,]+):", told.stdout, re.MULTILINE)
     assert found is not None, told.stdout + told.stderr
     assert found.group(2) in mutation.breaks
-    print(f"noticed after {int(found.group(1)) + 1} seeds: {found.group(2)}")
-
-
-def _copy_everything(folder: Path) -> None:
-    package = Path(outbox.__file__).parent
-    nothing_built = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / "outbox", ignore=nothing_built)
-    shutil.copytree(Path(__file__).parent, folder / "simulation", ignore=nothing_built)
-    if not (package / "migrations").is_dir():
-        shutil.copytree(package.parent / "migrations", folder / "migrations", ignore=nothing_built)
+    print(f"noticed by seed {found.group(1)}: {found.group(2)}")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,20 @@ import pytest
 from servers import Servers
 
 from .chaos import Case, run, shrink
-from .model import ACCEPTANCE, Model, Violation
+from .facts import ACCEPTANCE, Violation
+from .model import Model
 from .runs import report, run_seeds, theatre
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("unmeasured")]
 
-SEEDS = 500
-AT_ONCE = 50
+SEEDS = 200
+WELL_KNOWN = 60
+AT_ONCE = 35
 TICKS = 1_200
 SEEDS_ON_SERVER, TICKS_ON_SERVER = 24, 700
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, AT_ONCE))
+@pytest.mark.parametrize("first", range(WELL_KNOWN, SEEDS, AT_ONCE))
 def test_every_promise_holds_in_every_world(first: int) -> None:
     ticks, commits, failed = run_seeds(first, first + AT_ONCE, TICKS)
     assert failed is None, report(failed)
@@ -43,29 +46,24 @@ def test_every_promise_holds_in_worlds_on_a_server(administrator: str) -> None:
             assert result.failure is None, report(result)
             seen += result.seen
     wanted = {
-        *("pause", "late pause", "probe", "resume", "end of probe", "end of all pauses"),
-        *(
-            "wait for a lock",
-            "take over",
-            "lost lease",
-            "renew",
-            "unpark",
-            "release",
-            "cap pending",
-            "retention sent",
-        ),
+        *("pause", "late pause", "resume", "end of all pauses", "revive"),
+        *("wait for a lock", "take over", "lost lease", "renew", "unpark", "release"),
+        *("cap pending", "retention sent"),
     }
     assert wanted <= seen.keys()
 
 
-def test_the_worlds_know_what_they_are_for() -> None:
+def test_every_promise_holds_in_worlds_that_know_what_they_are_for() -> None:
     """A simulation in which nothing goes wrong finds nothing."""
     seen: Counter[str] = Counter()
     with theatre() as stage:
-        for seed in range(60):
-            seen += run(Case(seed, TICKS), stage).seen
+        for seed in range(WELL_KNOWN):
+            result = run(Case(seed, TICKS), stage)
+            assert result.failure is None, report(result)
+            seen += result.seen
     wanted = {
         *("claim", "take over", "renew", "lost lease"),
+        *("pause", "late pause", "probe", "resume", "end of all pauses", "revive", "max_sent sent"),
         *("deliver", "reschedule", "park", "unpark", "release", "retry_now", "requeue"),
         *("abandon permanent", "abandon aged-out", "abandon aged-out (rate-limited)"),
         *("cap sent", "cap abandoned", "cap pending", "cap parked", "cap sending"),
@@ -75,13 +73,12 @@ def test_the_worlds_know_what_they_are_for() -> None:
     assert wanted <= seen.keys()
 
 
-@pytest.mark.parametrize("seed", [3, 17, 49])
-def test_a_seed_gives_the_same_world_byte_for_byte(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "hash_seed"), [(3, "1"), (17, "2")])
+def test_a_seed_gives_the_same_world_byte_for_byte(seed: int, hash_seed: str) -> None:
     with theatre() as stage:
         first, second = run(Case(seed), stage), run(Case(seed), stage)
     assert first.trace == second.trace
-    digests = {_digest_elsewhere(seed, hash_seed) for hash_seed in ("1", "2")}
-    assert digests == {first.digest}
+    assert _digest_elsewhere(seed, hash_seed) == first.digest
 
 
 def test_a_seed_gives_the_same_world_on_a_server(administrator: str) -> None:
@@ -106,15 +103,18 @@ def test_a_failing_world_is_shrunk_and_told(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Model, "_check_against_table", refuse_third_park)
     with theatre() as stage:
-        failed = next(result for seed in range(50) if (result := run(Case(seed), stage)).failure is not None)
-        shortest = shrink(failed, stage)
-        assert shortest.case.ticks <= failed.ticks
-        assert shortest.case.kinds is not None
-        assert "auth" in shortest.case.kinds
-        assert shortest.case.kinds < failed.case.chosen_kinds()
-        assert run(shortest.case, stage).digest == shortest.digest
-    assert f"--seed {shortest.case.seed} --ticks {shortest.case.ticks}" in report(shortest)
-    assert "3 sent means accepted: made up" in report(shortest)
+        failing = (result for seed in range(50) if (result := run(Case(seed), stage)).failure is not None)
+        worlds = [(failed, shrink(failed, stage)) for failed in islice(failing, 2)]
+        for failed, shortest in worlds:
+            assert shortest.ticks <= failed.ticks
+            assert shortest.case.ticks < failed.case.ticks
+            assert "auth" in shortest.case.kinds
+            assert shortest.case.kinds <= failed.case.chosen_kinds()
+            assert run(shortest.case, stage).digest == shortest.digest
+            assert f"--seed {shortest.case.seed} --ticks {shortest.case.ticks}" in report(shortest)
+            assert "3 sent means accepted: made up" in report(shortest)
+    assert any(shortest.case.kinds < failed.case.chosen_kinds() for failed, shortest in worlds)
+    assert min(shortest.case.ticks for _, shortest in worlds) < TICKS / 2
 
 
 def _digest_elsewhere(seed: int, hash_seed: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
 
-from outbox.database import open_engine
+from outbox.storage.engines import open_engine
 
-from .model import Violation
+from .facts import Violation
 from .stage import AFTER_COMMIT, BEFORE_COMMIT, Fault, Process
 
 
@@ -48,7 +48,7 @@ class Stopping:
             self._note_and_fail(process, fault)
 
     def _note_and_fail(self, process: Process, fault: Fault) -> None:
-        process.operation.troubled = True
+        process.operation.troubled = process.operation.gives_back = True
         process.stage.note(process.name, "fails", fault.message)
         self.fail(fault)
 

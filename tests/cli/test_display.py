@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import logging
+import types
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from freezegun import freeze_time
+
+from builders import NOON, NOON_MS, add_row
+from command_line import HOSTILE, STEERING
+from outbox.cli import display
+from outbox.pauses import SharedPause
+from outbox.storage.engines import writing
+
+
+def test_a_state_of_another_program_is_counted(outbox):
+    stats = outbox.stats()
+    odd = replace(stats, counts={**stats.counts, "odd": 3}, by_type={"rule_fired": {"odd": 3}})
+    text = display.status_in_words(odd, "db", now_ms=NOON_MS)
+    assert text.splitlines()[-1].split() == ["all", "0", "0", "0", "0", "0", "3"]
+
+
+def status(run):
+    with freeze_time(NOON + timedelta(minutes=1)):
+        lines = run("status").stdout.splitlines()
+    return [(line[:14].rstrip(), line[14:]) for line in lines]
+
+
+def test_status_counts_what_the_events_wait_for(run, outbox):
+    for waits_for in ("service", "service", "delay", "proof", "row"):
+        add_row(outbox, waits_for=waits_for, last_error="503 Down")
+    assert [text for name, text in status(run) if name == "waiting"] == [
+        "2 events wait for the service, which probably failed",
+        "1 event waits because the service asked for a delay",
+        "1 event waits for proof, after being rejected alone",
+        "1 event waits after failing alone while the service accepted others",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pause", "words"),
+    [
+        (
+            {"until_ms": NOON_MS + 90_000, "failures": 2},
+            "nothing is sent until 2026-11-24 12:01:30 UTC (in 30 seconds): the service is failing (503 Down), 2 failures"
+            " in a row; `outbox retry` ends the pause",
+        ),
+        (
+            {"until_ms": NOON_MS + 1, "probe_until_ms": NOON_MS + 90_000},
+            "one flusher sends one event as a probe; the others wait for its result, at most until"
+            " 2026-11-24 12:01:30 UTC (in 30 seconds): the service is failing (503 Down)",
+        ),
+        (
+            {"until_ms": NOON_MS + 1, "failures": 1},
+            "the pause is over, and the next flush sends a batch: the service is failing (503 Down), 1 failure in a row",
+        ),
+        (
+            {"until_ms": NOON_MS + 1, "failures": 3},
+            "the pause is over, and the next flush sends one event as a probe: the service is failing (503 Down),"
+            " 3 failures in a row",
+        ),
+    ],
+)
+def test_status_says_which_pause_holds_the_events(run, outbox, pause, words):
+    outbox.store.pauses.change("", lambda _: SharedPause(**{"number": 1, "last_error": "503 Down", **pause}))
+    assert [text for name, text in status(run) if name == "paused"] == [words]
+
+
+@pytest.mark.parametrize("command", [("status",), ("list",), ("show", "1")])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_nothing_stored_steers_a_terminal(run, outbox, command, form):
+    payload = json.dumps({"event_type": "rule_fired", "intent": HOSTILE}, ensure_ascii=False)
+    for status in ("pending", "parked"):
+        add_row(
+            outbox,
+            status=status,
+            event_type=HOSTILE,
+            last_error=HOSTILE,
+            session_id=HOSTILE,
+            file_path=HOSTILE,
+            payload_json=payload,
+        )
+    result = run(*command, *form)
+    assert result.exit_code == 0
+    assert not STEERING.search(result.stdout)
+    assert "red" in result.stdout
+
+
+def test_text_that_is_not_utf_8_is_shown_escaped(run, outbox):
+    add_row(outbox)
+    with writing(outbox.engine) as connection:
+        connection.exec_driver_sql("UPDATE observation_events SET payload_json = CAST(x'22ff22' AS TEXT)")
+    result = run("show", 1)
+    assert result.exit_code == 0
+    assert "\\udcff" in result.stdout
+    assert "content hash\n" in result.stdout
+
+
+def test_what_the_output_can_not_encode_is_escaped(monkeypatch, capsys):
+    monkeypatch.setattr(display, "sys", types.SimpleNamespace(stdout=types.SimpleNamespace(encoding="ascii")))
+    display.say("grün")
+    assert capsys.readouterr().out == "gr\\xfcn\n"
+
+
+def test_a_number_that_is_no_date_stays_a_number():
+    assert display.utc(10**18) == f"{10**18} ms since 1970"
+
+
+def test_json_takes_no_value_by_guess():
+    with pytest.raises(TypeError, match="bytes has no JSON"):
+        display.as_json(b"")
+
+
+def test_the_log_of_run_steers_no_terminal(capsys):
+    with display.shown_log():
+        logging.getLogger("outbox").warning("%s", HOSTILE)
+    assert "red" in (shown := capsys.readouterr().err)
+    assert not STEERING.search(shown)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import pytest
+from freezegun import freeze_time
+
+from builders import NOON, NOON_MS, add_row, row
+from outbox import Policy
+from outbox.cli import show
+from outbox.pauses import SharedPause
+
+
+def facts(run, row_id=1):
+    """What `show` says a minute after noon, by name."""
+    with freeze_time(NOON + timedelta(minutes=1)):
+        text = run("show", row_id).stdout
+    return {line[:14].rstrip(): line[14:] for line in text.partition("\n\n")[0].splitlines()}
+
+
+def pause(outbox, **fields):
+    outbox.store.pauses.change("", lambda _: SharedPause(**{"number": 1, "last_error": "503 Down", **fields}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (
+            {},
+            "it has been due since 2026-11-24 12:00:00 UTC; then the next flush sends it. A failure after 2026-12-01 12:00:00 UTC",
+        ),
+        ({"revived_at_ms": NOON_MS + 60_000}, ". A failure after 2026-12-01 12:01:00 UTC abandons it"),
+        (
+            {"status": "sending", "next_attempt_at_ms": NOON_MS + 90_000},
+            "a flusher is sending it; if that flusher dies, it is due again at 2026-11-24 12:01:30 UTC",
+        ),
+        ({"status": "sending"}, "it has been due since 2026-11-24 12:00:00 UTC"),
+        ({"status": "sent", "sent_at_ms": NOON_MS}, "nothing: it is delivered"),
+        (
+            {"status": "parked"},
+            "set a new token, then run `outbox retry`. Until then, one parked event is tried each",
+        ),
+        ({"status": "abandoned"}, "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all"),
+        ({"payload_json": "oops"}, "the next flush abandons it, because its payload is no JSON object: "),
+    ],
+)
+def test_what_comes_next_depends_on_the_state(run, outbox, columns, words):
+    add_row(outbox, **columns)
+    with freeze_time(NOON + timedelta(minutes=1)):
+        text, as_json = run("show", 1), run("show", 1, "--json")
+    assert words in text.stdout
+    assert words in json.loads(as_json.stdout)["next"]
+
+
+def test_an_unknown_state_has_no_next(run, outbox):
+    add_row(outbox)
+    odd = row(outbox, 1)
+    odd._machine_status = "odd"
+    assert "does not know the status" in show.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[])
+
+
+def test_show_tells_everything_and_what_comes_next(run, outbox):
+    add_row(
+        outbox,
+        event_id="order-17",
+        retry_count=2,
+        next_attempt_at_ms=NOON_MS + 240_000,
+        last_error="503 Service Unavailable",
+        rule_ids_json='["r1"]',
+        session_id="s1",
+        file_path="a.py",
+    )
+    with freeze_time(NOON + timedelta(minutes=1)):
+        result = run("show", 1)
+    assert (
+        result.stdout
+        == """\
+event         1
+event id      order-17
+type          rule_fired
+status        pending
+next          it waits until 2026-11-24 12:04:00 UTC (in 3 minutes); then the next flush sends it. A failure \
+after 2026-12-01 12:00:00 UTC abandons it
+created       2026-11-24 12:00:00 UTC (1 minute ago)
+occurred      2026-11-24 12:00:00 UTC (1 minute ago)
+failures      2
+last error    the service is failing (503 Service Unavailable)
+rules         ["r1"]
+session       s1
+file          a.py
+content hash  b6dc97a47e194612
+
+{
+  "event_type": "rule_fired",
+  "rule_ids": [
+    "r1"
+  ],
+  "session_id": "s1",
+  "fired_at": "2026-11-24T12:00:00Z"
+}
+"""
+    )
+
+
+def test_show_leaves_out_fields_that_the_event_does_not_have(run, outbox):
+    outbox.enqueue({"event_type": "order_shipped", "order_id": "o-17"})
+    names = [line.split("  ")[0] for line in run("show", 1).stdout.splitlines()]
+    assert "content hash" in names
+    assert not {"rules", "session", "file"} & {*names}
+
+
+def test_json_of_show_has_every_column_by_its_name(run, outbox):
+    add_row(outbox)
+    event = json.loads(run("show", 1, "--json").stdout)
+    assert event["payload_json"].startswith('{"event_type":')
+    assert event["created_at_ms"] == NOON_MS
+    columns = ("revived_at_ms", "suspected_at_ms", "waits_for", "lost_leases")
+    assert [event[name] for name in columns] == [None, None, None, 0]
+
+
+def test_an_event_that_is_not_there_is_a_failure(run, outbox):
+    result = run("show", 7)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "outbox: there is no event 7: it was never enqueued here, or it was deleted\n"
+
+
+def test_a_suspect_says_since_when_and_what_would_prove_it(run, outbox):
+    add_row(outbox, waits_for="proof", suspected_at_ms=NOON_MS, last_error="422 Bad", retry_count=1)
+    told = facts(run)
+    assert (
+        told["waits for"] == "proof: the service rejected this event alone; it is a suspect until there is proof"
+    )
+    assert told["suspected"] == "since 2026-11-24 12:00:00 UTC (1 minute ago), when it was first rejected alone"
+    assert told["proof"] == (
+        "the outbox abandons the event if the service rejects it alone again after 2026-11-24 12:10:00 UTC (in 9 minutes),"
+        " and accepted another event since the first rejection, at most 1 minute earlier"
+    )
+    assert told["last error"] == "the service rejected this event alone (422 Bad)"
+
+
+def test_an_abandoned_suspect_has_been_proven_bad(run, outbox):
+    add_row(
+        outbox, status="abandoned", waits_for="proof", suspected_at_ms=NOON_MS, last_error="permanent: 422 Bad"
+    )
+    told = facts(run)
+    assert "suspected" in told
+    assert not {"proof", "waits for"} & {*told}
+    assert told["last error"] == "the service rejected this event (permanent: 422 Bad)"
+
+
+def test_a_suspicion_that_is_no_time_proves_nothing(run, outbox):
+    add_row(outbox, suspected_at_ms="x")
+    told = facts(run)
+    assert told["suspected"].startswith("since 'x'")
+    assert "proof" not in told
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "words"),
+    [
+        ("service", "service: the service probably failed, not this event; "),
+        ("delay", "delay: the service asked for a delay"),
+        ("row", "row: this event failed alone while the service accepted others; "),
+        ("odd", "odd: this program does not know why"),
+    ],
+)
+def test_what_an_event_waits_for_is_put_in_words(run, outbox, waits_for, words):
+    add_row(outbox, waits_for=waits_for, last_error="500 Oops")
+    told = facts(run)
+    assert told["waits for"].startswith(words)
+    assert "suspected" not in told
+
+
+def test_a_row_that_failed_alone_says_nothing_about_the_service(run, outbox):
+    add_row(outbox, waits_for="row", last_error="403 Forbidden")
+    expected = "this event failed alone while the service accepted others (403 Forbidden)"
+    assert facts(run)["last error"] == expected
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (1, "1: so often a flusher died, or lost its lease, while it held the event"),
+        (2, "2: so often a flusher died, or lost its lease, while it held the event; it is sent alone now"),
+        ("x", "'x': so often a flusher died, or lost its lease, while it held the event"),
+    ],
+)
+def test_lost_leases_are_told(run, outbox, lost, words):
+    add_row(outbox, lost_leases=lost)
+    assert facts(run)["lost leases"] == words
+
+
+def test_a_pause_that_holds_an_event_is_told(run, outbox):
+    add_row(outbox)
+    add_row(outbox, next_attempt_at_ms=NOON_MS + 3_600_000)
+    pause(outbox, failures=1, until_ms=NOON_MS + 90_000)
+    assert facts(run)["next"].startswith(
+        "it has been due since 2026-11-24 12:00:00 UTC, but a pause of the service holds it until"
+        " 2026-11-24 12:01:30 UTC (in 30 seconds): the service is failing (503 Down); then the next flush sends it. "
+    )
+    assert facts(run, 2)["next"].startswith(
+        "it waits until 2026-11-24 13:00:00 UTC (in 59 minutes); then the next"
+    )
+
+
+def test_a_probe_comes_first_after_three_failures(run, outbox):
+    add_row(outbox)
+    pause(outbox, failures=3, until_ms=NOON_MS)
+    assert facts(run)["next"].startswith(
+        "it has been due since 2026-11-24 12:00:00 UTC; then the service gets one event as a probe,"
+    )

@@ -1,0 +1,205 @@
+"""Each destination is on its own: trouble at one touches no row of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from builders import NOON_MS, add_row, columns_of
+from outbox import Outbox, Policy, QueueFull
+from outbox.outcomes import deliver
+from outbox.pauses import PROBE_AFTER, SharedPause
+from outbox.storage.engines import reading
+from outbox.storage.store import Store
+from outbox.storage.tables import destinations_ledger, ledger
+
+pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
+
+MINUTE_MS = 60_000
+LATER_MS = NOON_MS + 30 * MINUTE_MS
+BILLING, DEFAULT = DESTINATIONS = ("billing", "")
+TRIMMING = Policy(max_rows=1, max_sent=1, max_undelivered=1, when_full="trim")
+
+PENDING: list[dict[str, Any]] = [{}, *({"waits_for": waits} for waits in ("service", "delay", "proof", "row"))]
+OTHERS: list[dict[str, Any]] = [
+    {"status": "sending"},
+    {"status": "sending", "lost_leases": 1},
+    {"status": "sent", "sent_at_ms": NOON_MS - MINUTE_MS},
+    {"status": "sent", "sent_at_ms": NOON_MS},
+    {"status": "parked"},
+    {"status": "parked", "revived_at_ms": 1},
+    {"status": "abandoned"},
+]
+KINDS = [*PENDING, *({**kind, "next_attempt_at_ms": LATER_MS} for kind in PENDING), *OTHERS]
+
+
+@pytest.fixture
+def places(outbox: Outbox) -> dict[int, tuple[str, int]]:
+    """Rows of every kind for two destinations: by id, the destination and the number of the kind."""
+    return {
+        add_row(outbox, destination=destination, **kind): (destination, number)
+        for number, kind in enumerate(KINDS)
+        for destination in DESTINATIONS
+    }
+
+
+def claim(store: Store, destination: str, *, batch_size: int = 64, is_original: bool = False) -> list[int]:
+    found = store.claims.claim(
+        now_ms=NOON_MS,
+        lease_until_ms=NOON_MS + MINUTE_MS,
+        batch_size=batch_size,
+        destination=destination,
+        is_original=is_original,
+    )
+    return [row.id for row in found.rows]
+
+
+def claim_all(store: Store, destination: str) -> None:
+    while claim(store, destination):
+        pass
+
+
+def probe(store: Store, destination: str) -> None:
+    store.pauses.change(destination, lambda pause: pause._replace(failures=PROBE_AFTER))
+    assert len(claim(store, destination)) == 1
+
+
+def trim_bounds(store: Store, destination: str) -> None:
+    store.bounds.count_undelivered(destination)
+    store.bounds.trim(TRIMMING, destination, now_ms=NOON_MS)
+
+
+OPERATIONS: dict[str, Callable[[Store, str], object]] = {
+    "claims in turns": claim_all,
+    "claim of the original": lambda store, one: claim(store, one, is_original=True),
+    "probe": probe,
+    "revive": lambda store, one: store.revival.revive(one, now_ms=NOON_MS, policy=Policy(), ended_failures=3),
+    "unpark": lambda store, one: store.revival.unpark(one, now_ms=NOON_MS, limit=256, spread_ms=5_000),
+    "unpark one": lambda store, one: store.revival.unpark_one(one, now_ms=NOON_MS, spread_ms=1),
+    "cap": lambda store, one: store.deletion.trim(TRIMMING, one, now_ms=NOON_MS),
+    "bounds": trim_bounds,
+    "retention": lambda store, one: store.deletion.expire(one, sent_before_ms=NOON_MS),
+}
+
+
+def rows_by_id(outbox: Outbox) -> dict[int, dict[str, Any]]:
+    return {found.id: columns_of(found) for found in outbox.find(limit=1_000)}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_is_done_for_one_destination_touches_no_row_of_another(
+    outbox: Outbox, places: dict[int, tuple[str, int]], name: str
+) -> None:
+    touched: dict[str, set[int]] = {}
+    for destination in DESTINATIONS:
+        before = rows_by_id(outbox)
+        OPERATIONS[name](outbox.store, destination)
+        after = rows_by_id(outbox)
+        changed = [places[row_id] for row_id in before if after.get(row_id) != before[row_id]]
+        assert {owner for owner, _ in changed} == {destination}
+        touched[destination] = {number for _, number in changed}
+    assert touched[BILLING] == touched[DEFAULT]
+
+
+@pytest.mark.parametrize("waits_for", [None, "service"])
+def test_a_row_whose_time_is_invalid_is_claimed_for_its_destination(outbox: Outbox, waits_for: str | None) -> None:
+    ids = {
+        destination: add_row(outbox, destination=destination, waits_for=waits_for, next_attempt_at_ms=2**53)
+        for destination in DESTINATIONS
+    }
+    for destination in DESTINATIONS:
+        assert claim(outbox.store, destination) == [ids[destination]]
+
+
+def test_the_rows_of_each_destination_are_counted_apart(outbox: Outbox) -> None:
+    for destination, number in ((BILLING, 3), (DEFAULT, 1)):
+        for status in ("pending", "sending", "parked", "abandoned", "sent"):
+            for _ in range(number):
+                add_row(outbox, destination=destination, status=status, sent_at_ms=NOON_MS - number)
+    store = outbox.store
+    for destination, number in ((BILLING, 3), (DEFAULT, 1)):
+        assert store.views.pending_count(destination) == 2 * number
+        assert store.bounds.count_undelivered(destination) == 4 * number
+        assert store.views.last_accepted_ms(destination) == NOON_MS - number
+
+
+def test_each_destination_has_its_own_next_due_time(outbox: Outbox) -> None:
+    times: dict[str, list[int]] = {destination: [] for destination in DESTINATIONS}
+    for kind in [{"status": "sending"}, *PENDING]:
+        for destination in DESTINATIONS:
+            times[destination].append(NOON_MS - 100 + len(times[DEFAULT]) * 2 + (destination == DEFAULT))
+            due = {"created_at_ms": times[destination][-1], "next_attempt_at_ms": times[destination][-1]}
+            add_row(outbox, destination=destination, **due, **kind)
+    for destination in DESTINATIONS:
+        for due_ms in sorted(times[destination]):
+            assert outbox.store.views.next_due_ms(destination, now_ms=NOON_MS) == due_ms
+            (first,) = claim(outbox.store, destination, batch_size=1, is_original=True)
+            outbox.store.claims.settle(
+                [(first, deliver(sent_at_ms=NOON_MS))],
+                lease_until_ms=NOON_MS + MINUTE_MS,
+                created_at_ms={first: due_ms},
+                destination=destination,
+            )
+        assert outbox.store.views.next_due_ms(destination, now_ms=NOON_MS) is None
+    assert outbox.store.views.next_due_ms("search", now_ms=NOON_MS) is None
+
+
+def test_each_destination_has_its_own_chores(outbox: Outbox) -> None:
+    for kind in ({"status": "parked"}, {"status": "sent", "sent_at_ms": 1}, {"waits_for": "row"}):
+        add_row(outbox, destination=BILLING, **kind)
+    outbox.store.pauses.change(BILLING, lambda pause: pause._replace(failures=1))
+    policy = Policy(keep_sent_ms=1)
+    billing, default = (outbox.store.views.chores(policy, one, now_ms=NOON_MS) for one in DESTINATIONS)
+    names = ("is_any_parked", "is_any_expired", "is_any_failed", "is_troubled")
+    assert [getattr(billing, name) for name in names] == [True] * 4
+    assert [getattr(default, name) for name in names] == [False] * 4
+
+
+def test_a_pause_of_one_destination_holds_up_no_other(outbox: Outbox) -> None:
+    ids = {destination: add_row(outbox, destination=destination) for destination in DESTINATIONS}
+    outbox.store.pauses.change(BILLING, lambda _: SharedPause(failures=1, until_ms=NOON_MS + 1))
+    assert claim(outbox.store, BILLING) == []
+    assert claim(outbox.store, DEFAULT) == [ids[DEFAULT]]
+
+
+def test_each_destination_has_its_own_turns(outbox: Outbox) -> None:
+    ids = [
+        (destination, add_row(outbox, destination=destination, waits_for=waits))
+        for waits in (None, "service")
+        for destination in DESTINATIONS
+    ]
+    assert [(one, *claim(outbox.store, one)) for _ in range(2) for one in DESTINATIONS] == ids
+
+
+def test_a_full_destination_refuses_its_own_events_only(outbox: Outbox) -> None:
+    policy = Policy(max_undelivered=2)
+    for _ in range(2):
+        add_row(outbox, destination=BILLING)
+    outbox.store.bounds.refuse(policy, DEFAULT, own=2)
+    with pytest.raises(QueueFull, match="2 events are not delivered yet"):
+        outbox.store.bounds.refuse(policy, BILLING, own=1)
+
+
+def test_deleted_rows_are_counted_by_destination_and_summed(outbox: Outbox) -> None:
+    for destination, number in ((BILLING, 2), (DEFAULT, 1)):
+        for _ in range(number):
+            add_row(outbox, destination=destination, status="sent", sent_at_ms=1)
+        outbox.store.deletion.expire(destination, sent_before_ms=2)
+    with reading(outbox.engine) as connection:
+        assert connection.execute(ledger.select()).all() == [("sent", "rule_fired", "retention", 1)]
+        assert connection.execute(destinations_ledger.select()).all() == [
+            (BILLING, "sent", "rule_fired", "retention", 2)
+        ]
+    assert outbox.stats().deleted == [("sent", "rule_fired", "retention", 3)]
+
+
+def test_a_purge_counts_the_rows_of_each_destination(outbox: Outbox, places: dict[int, tuple[str, int]]) -> None:
+    outbox.purge(event_type="rule_fired")
+    entries = outbox.stats().deleted
+    assert sum(entry.events for entry in entries) == len(places)
+    with reading(outbox.engine) as connection:
+        for table in (ledger, destinations_ledger):
+            counted = connection.execute(table.select()).all()
+            assert sum(entry.events for entry in counted) == len(places) // 2

@@ -1,0 +1,62 @@
+"""The contract of the dialects, on every database."""
+
+import pytest
+from sqlalchemy import select
+
+from builders import NOON_MS, add_row, statuses
+from outbox import Outbox
+from outbox.storage.claimed import Kind, Wanted
+from outbox.storage.dialects import dialect_of
+from outbox.storage.engines import reading
+from outbox.storage.pauses import NEW
+from outbox.storage.tables import Base, destinations, ledger
+
+pytestmark = pytest.mark.contract
+
+ENTRY = {"status": "sent", "event_type": "order", "reason": "cap"}
+PAUSE = {**NEW, "destination": "here", "failures": 1, "paused_until_ms": 2, "last_error": "503"}
+
+
+def insert_or_add(outbox: Outbox, table, *, adds: str | None, **values) -> list[dict]:
+    dialect = dialect_of(outbox.engine)
+    outbox.store._writer.run(lambda transaction: dialect.insert_or_add(transaction, table, adds=adds, **values))
+    with reading(outbox.engine) as connection:
+        return [dict(row) for row in connection.execute(select(table)).mappings()]
+
+
+def test_a_row_that_is_there_is_added_to(outbox: Outbox) -> None:
+    assert insert_or_add(outbox, ledger, adds="events", **ENTRY, events=2) == [{**ENTRY, "events": 2}]
+    assert insert_or_add(outbox, ledger, adds="events", **ENTRY, events=3) == [{**ENTRY, "events": 5}]
+
+
+def test_a_row_that_is_there_is_left_as_it_is(outbox: Outbox) -> None:
+    assert insert_or_add(outbox, destinations, adds=None, **PAUSE) == [PAUSE]
+    assert insert_or_add(outbox, destinations, adds=None, **{**PAUSE, "failures": 9}) == [PAUSE]
+
+
+def test_the_indexes_of_a_dialect_are_declared(outbox: Outbox) -> None:
+    declared = {index.name for table in Base.metadata.tables.values() for index in table.indexes}
+    assert dialect_of(outbox.engine).indexes <= declared
+
+
+def test_the_oldest_due_rows_are_claimed_and_no_row_twice(outbox: Outbox) -> None:
+    ids = [add_row(outbox, created_at_ms=NOON_MS - number, next_attempt_at_ms=NOON_MS) for number in range(5)]
+    dialect = dialect_of(outbox.engine)
+    claimed = [
+        outbox.store._writer.run(
+            lambda transaction: dialect.claim(transaction, Kind.FRESH, Wanted("", NOON_MS, NOON_MS + 60_000, 3))
+        )
+        for _ in range(3)
+    ]
+    assert [[row.id for row in claim.rows] for claim in claimed] == [ids[:1:-1], ids[1::-1], []]
+    assert statuses(outbox) == ["sending"] * 5
+
+
+def test_a_row_is_delivered_if_its_creation_time_fits(outbox: Outbox) -> None:
+    ids = [add_row(outbox, created_at_ms=NOON_MS + number) for number in range(70)]
+    dialect = dialect_of(outbox.engine)
+    created = [NOON_MS + number for number in range(69)] + [NOON_MS]
+    delivered = outbox.store._writer.run(
+        lambda transaction: dialect.deliver(transaction, ids, created, sent_at_ms=NOON_MS)
+    )
+    assert (delivered, statuses(outbox)) == (69, ["sent"] * 69 + ["pending"])

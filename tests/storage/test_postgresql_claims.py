@@ -1,0 +1,88 @@
+"""Which indexes PostgreSQL's planner chooses, whatever it knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from builders import NOON_MS
+from outbox import Outbox, Policy
+from outbox.storage.store import Store
+
+pytestmark = pytest.mark.servers("postgresql")
+
+HERE = "destination-7"
+POLICY = Policy(max_rows=10, max_sent=10, max_undelivered=10, when_full="trim", keep_sent_ms=1)
+ANALYZE = "ANALYZE observation_events"
+INSERT_ROWS = """
+    INSERT INTO observation_events
+        (destination, event_type, occurred_at_ms, payload_json, created_at_ms, status, waits_for, next_attempt_at_ms)
+    SELECT {destination}, 'a', 1, '{{}}', i, CASE i % 7 WHEN 0 THEN 'sent' WHEN 1 THEN 'parked' ELSE 'pending' END,
+        CASE i % 3 WHEN 0 THEN 'service' END, i + i % 2
+    FROM generate_series(1, 20000) AS i
+"""
+ONE, MANY = (INSERT_ROWS.format(destination=one) for one in ("''", "'destination-' || i % 100"))
+STATISTICS = {
+    "of an empty table": [ANALYZE, MANY],
+    "of one destination": [ONE, ANALYZE, MANY],
+    "of many destinations": [MANY, ANALYZE],
+}
+"""What the planner may know."""
+
+
+def claim(store: Store, *, is_original: bool = False) -> object:
+    return store.claims.claim(
+        now_ms=NOON_MS, lease_until_ms=NOON_MS + 1, batch_size=64, destination=HERE, is_original=is_original
+    )
+
+
+OPERATIONS: dict[str, Callable[[Store], object]] = {
+    "claim": claim,
+    "claim in turn": lambda store: [claim(store) for _ in range(2)],
+    "claim of the original": lambda store: claim(store, is_original=True),
+    "revive": lambda store: store.revival.revive(HERE, now_ms=1, policy=POLICY, ended_failures=3),
+    "unpark": lambda store: store.revival.unpark(HERE, now_ms=NOON_MS, limit=64, spread_ms=1),
+    "unpark one": lambda store: store.revival.unpark_one(HERE, now_ms=NOON_MS, spread_ms=1),
+    "retention": lambda store: store.deletion.expire(HERE, sent_before_ms=NOON_MS),
+    "cap": lambda store: store.deletion.trim(POLICY, HERE, now_ms=NOON_MS),
+    "bounds": lambda store: store.bounds.trim(POLICY, HERE, now_ms=NOON_MS),
+    "chores": lambda store: store.views.chores(POLICY, HERE, now_ms=NOON_MS),
+    "next due": lambda store: store.views.next_due_ms(HERE, now_ms=NOON_MS),
+    "last accepted": lambda store: store.views.last_accepted_ms(HERE),
+}
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_no_statement_for_one_destination_reads_the_rows_of_another(outbox: Outbox, statistics: str) -> None:
+    run: list[tuple[str, str, Any]] = []
+    with outbox.engine.begin() as connection:
+        for statement in STATISTICS[statistics]:
+            connection.execute(text(statement))
+    for name, operation in OPERATIONS.items():
+
+        def note(_connection: Any, _cursor: Any, sql: str, values: Any, *_: Any, name: str = name) -> None:
+            run.append((name, sql, values))
+
+        event.listen(outbox.engine, "before_cursor_execute", note)
+        operation(outbox.store)
+        event.remove(outbox.engine, "before_cursor_execute", note)
+    with outbox.engine.connect() as connection:
+        for name, sql, values in run:
+            if "observation_events" in sql and re.match("(SELECT|UPDATE|DELETE|WITH)", sql):
+                plan = [step for (step,) in connection.exec_driver_sql(f"EXPLAIN {sql}", values)]
+                check(plan, name)
+
+
+def check(plan: list[str], name: str) -> None:
+    """Check that each index scan has a condition on the destination, unless it looks rows up by their ids."""
+    told = f"{name}:\n" + "\n".join(plan)
+    assert "Seq Scan on observation_events " not in told, told
+    for number, step in enumerate(plan):
+        walked = re.search(r"Scan (?:using|on|Backward using) (observation_events_\w+_idx)", step)
+        if walked:
+            condition = plan[number + 1]
+            assert "destination = 'destination-7'" in condition or "(id = ANY" in condition, told

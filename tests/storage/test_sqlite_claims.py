@@ -1,0 +1,116 @@
+"""Which indexes SQLite's planner chooses, whatever it knows."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from outbox import Outbox
+from outbox.storage import deletion, purge, revival, row_counts, sqlite_claims, views
+from outbox.storage.dialects.sqlite import DIALECT
+
+INSERT_ROWS = """
+    WITH RECURSIVE numbers(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < 2000)
+    INSERT INTO observation_events
+        (destination, event_type, occurred_at_ms, payload_json, created_at_ms, status, waits_for, next_attempt_at_ms)
+    SELECT {destination}, 'a', 1, '{{}}', i, CASE i % 5 WHEN 0 THEN 'sent' WHEN 1 THEN 'parked' ELSE 'pending' END,
+        CASE i % 3 WHEN 0 THEN 'service' END, i + i % 2 FROM numbers
+"""
+LAST_ROW = "SEARCH observation_events"  # max(id)
+STATISTICS = {
+    "none": "",
+    "of an empty table": "ANALYZE",
+    "of one destination": INSERT_ROWS.format(destination="''") + "; ANALYZE",
+    "of many destinations": INSERT_ROWS.format(destination="i % 100") + "; ANALYZE",
+}
+"""What the planner may know."""
+
+
+def learn(outbox: Outbox, statistics: str) -> None:
+    file = str(outbox.engine.url.database)
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(STATISTICS[statistics])
+
+
+def plan_of(outbox: Outbox, statement) -> list[str]:
+    text = str(statement.compile(outbox.engine))
+    with outbox.engine.connect() as connection:
+        found = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", (1,) * text.count("?"))
+        return [step[3] for step in found]
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *(statement for statements in deletion.TRIM_FIRST for statement in statements),
+        revival.LOCK_PARKED,
+        views.CHORES,
+    ],
+)
+def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement, statistics: str) -> None:
+    learn(outbox, statistics)
+    plan = plan_of(outbox, statement)
+    assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
+
+
+def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
+    for event_type, created in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
+        plan = plan_of(outbox, purge.to_purge(event_type=event_type, created_before_ms=created))
+        assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize(
+    ("statement", "index"),
+    [
+        (sqlite_claims.DUE_NEVER_TRIED, "fresh_idx (destination=? AND created_at_ms<?)"),
+        (sqlite_claims.NEWEST_NEVER_TRIED, "fresh_idx (destination=? AND created_at_ms<?)"),
+        (sqlite_claims.BROUGHT_BACK.head, "tried_idx (destination=? AND created_at_ms<?)"),
+        (sqlite_claims.BROUGHT_BACK.due, "due_idx (destination=? AND next_attempt_at_ms<?)"),
+        (sqlite_claims.BROUGHT_BACK.newest, "tried_idx (destination=? AND created_at_ms<?)"),
+        (sqlite_claims.BROUGHT_BACK.newest_due, "due_idx (destination=? AND next_attempt_at_ms<?)"),
+        (sqlite_claims.FAILED.head, "failed_idx (destination=? AND waits_for=? AND created_at_ms<?)"),
+        (sqlite_claims.FAILED.due, "retry_idx (destination=? AND waits_for=? AND next_attempt_at_ms<?)"),
+    ],
+)
+def test_a_claim_looks_for_each_kind_of_row_in_an_index_of_theirs(
+    outbox: Outbox, statement, index: str, statistics: str
+) -> None:
+    learn(outbox, statistics)
+    plan = plan_of(outbox, statement)
+    assert plan[0].endswith(f"observation_events USING COVERING INDEX observation_events_{index}"), plan
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        *sqlite_claims.LEASES_RUN_OUT.values(),
+        sqlite_claims.NEVER_DUE,
+        *(statement for statements in deletion.TRIM_FIRST for statement in statements),
+        *DIALECT.undelivered_to_trim,
+        deletion.EXPIRED,
+        revival.LOCK_PARKED,
+        *revival.LONGEST_PARKED,
+        *revival.LATE.values(),
+        row_counts.all_rows(DIALECT),
+        row_counts.pending_rows(DIALECT),
+        views.CHORES,
+        views.LAST_ACCEPTED,
+        views.NEXT_DUE,
+    ],
+)
+def test_no_statement_for_one_destination_reads_the_waiting_rows_of_another(
+    outbox: Outbox, statement, statistics: str
+) -> None:
+    learn(outbox, statistics)
+    plan = plan_of(outbox, statement)
+    reads = [step for step in plan if "observation_events" in step]
+    # Few rows are being sent, or have an invalid time.
+    few = ("pending_idx (status=?)", "pending_idx (status=? AND next_attempt_at_ms")
+    assert reads, plan
+    for step in reads:
+        assert "(destination=?" in step or any(one in step for one in few) or step == LAST_ROW, plan

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from outbox import reasons
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        ("transport: refused", "the service can't be reached"),
+        (
+            "permanent: decode observation event: event_type: invalid value 'x'",
+            "the flusher did not know the event type; after `outbox requeue`, the event is sent as it is",
+        ),
+        (
+            "permanent: decode observation event: the column retry_count is 'x', expected",
+            "an integer column holds an invalid value, which another program wrote",
+        ),
+        ("permanent: decode observation event: x", "the payload is not a JSON object"),
+        ("permanent: 404 Not Found", "the service accepts no events at this URL; check the URL"),
+        ("permanent: 405 Method Not Allowed", "the service accepts no events at this URL; check the URL"),
+        ("permanent: 422 no", "the service rejected this event"),
+        ("aged-out (rate-limited): 429", "the event is too old for another try"),
+        ("401 Unauthorized", "the service rejected the token"),
+        ("403 Forbidden", "the service rejected the token"),
+        ("408 Request Timeout", "the service was too slow"),
+        ("425 Too Early", "the service was not ready"),
+        ("429 Too Many Requests", "the service asks to slow down"),
+        ("302 Found", "the service redirects, and redirects are not followed; check the URL"),
+        ("404 Not Found", "the service rejects every request; check the URL and what the service accepts"),
+        ("503 Service Unavailable", "the service is failing"),
+        ("what?", "the upload failed"),
+    ],
+)
+def test_a_failure_is_put_in_words(error, meaning):
+    assert reasons.in_words(error) == f"{meaning} ({error})"
+
+
+@pytest.mark.parametrize(
+    ("failure", "logged"),
+    [
+        ("422 Unprocessable Entity: what it got: a payload", "422 Unprocessable Entity"),
+        ("503 Service Unavailable", "503 Service Unavailable"),
+        ("transport: refused: 10.0.0.1", "transport: refused: 10.0.0.1"),
+        (None, None),
+    ],
+)
+def test_the_log_shows_of_an_answer_the_status_alone(failure: str | None, logged: str | None) -> None:
+    assert reasons.without_answer(failure) == logged
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "meaning"),
+    [
+        ("proof", "the service rejected this event alone"),
+        ("row", "this event failed alone while the service accepted others"),
+        ("service", "the service rejects every request; check the URL and what the service accepts"),
+    ],
+)
+def test_a_row_that_failed_alone_says_nothing_about_the_service(waits_for, meaning):
+    assert reasons.in_words("422 Bad", waits_for) == f"{meaning} (422 Bad)"
