@@ -11,8 +11,8 @@ from sqlalchemy import URL
 
 from benchmarks.lab import Lab, payloads, raw_postgresql, raw_sqlite
 from outbox.clock import now_ms
-from outbox.database import open_engine
-from outbox.store import Store
+from outbox.storage.engines import open_engine
+from outbox.storage.store import Store
 
 _ENQUEUED = "created_at_ms"
 _HOURS_MS = 10 * 3_600_000
@@ -83,7 +83,7 @@ class Backlog:
         for _ in range(times):
             now = now_ms()
             began = time.perf_counter()
-            rows = self._store.claim(now_ms=now, lease_ms=now + 60_000, batch_size=64).rows
+            rows = self._store.claims.claim(now_ms=now, lease_until_ms=now + 60_000, batch_size=64).rows
             taken.append((time.perf_counter() - began) * 1_000)
             if not rows:
                 raise AssertionError("nothing was due")

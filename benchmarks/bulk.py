@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from benchmarks.harness import Contestant, Table, compare, stopwatch
 from benchmarks.lab import INSERT_ON_SQLITE, ROOMY, Lab, events, raw_rows, raw_sqlite
 from outbox import ObservationEvent, Outbox
-from outbox.statements import INSERTED
+from outbox.storage.inserts import INSERTED
 
 
 def measure(lab: Lab) -> list[Table]:

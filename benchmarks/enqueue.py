@@ -69,7 +69,7 @@ def _ours(lab: Lab, synchronous: str, number: int) -> float:
 def _at_cap(lab: Lab, synchronous: str, number: int, status: str | None) -> float:
     """Enqueue into a table of as many rows, full of rows in one status, or with room left."""
     given = events(number)
-    policy = Policy(max_rows=_CAP if status else 10 * _CAP)
+    policy = Policy(max_rows=_CAP if status else 10 * _CAP, when_full="trim")
     with lab.sqlite_file() as path:
         with raw_sqlite(path, synchronous) as connection:
             connection.executemany(INSERT_ON_SQLITE, raw_rows(_CAP, now_ms=1_700_000_000_000))

@@ -18,9 +18,10 @@ from sqlalchemy import URL
 from typing_extensions import Self
 
 from outbox import Outbox, Policy, RuleFired, schema
-from outbox.database import open_engine
-from outbox.events import columns, encode
-from outbox.statements import INSERTED
+from outbox.events import encode
+from outbox.new_rows import columns
+from outbox.storage.engines import open_engine
+from outbox.storage.inserts import INSERTED
 from tests.servers import Server, postgresql
 
 ROOMY = Policy(max_rows=10**9)

@@ -84,8 +84,8 @@ def filled(page: str, results: Any) -> str:
     loads = [found["load"] for found in results["topics"].values()]
     measured = ", ".join(f"{name} {value}" for name, value in results["facts"].items())
     sections["facts"] = (
-        f"Measured on {' and '.join(dates)} with {measured}. Other work on the machine: a load average of"
-        f" {min(loads)} to {max(loads)} before a topic began."
+        f"Measured on {' and '.join(dates)} with {measured}. The load average from other work was {min(loads)} to"
+        f" {max(loads)}."
     )
     for name, section in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -25,9 +25,9 @@ from sqlalchemy import URL, Connection, create_engine, text
 
 from outbox import HttpClient, Outbox, Policy, RuleFired, schema
 from outbox.clock import now_ms
-from outbox.database import is_mysql, open_engine
-from outbox.receiver import IngestServer
-from outbox.store import Store
+from outbox.storage.engines import open_engine
+from outbox.storage.store import Store
+from outbox.testing.receiver import IngestServer
 from tests.servers import START, PrivatePostgresql
 
 QUICK = "--quick" in sys.argv
@@ -158,7 +158,7 @@ def _claim_ms(store: Store, connection: Connection, times: int) -> list[float]:
     for _ in range(times):
         now = now_ms()
         began = time.perf_counter()
-        rows = store.claim(now_ms=now, lease_ms=now + 60_000, batch_size=64).rows
+        rows = store.claims.claim(now_ms=now, lease_until_ms=now + 60_000, batch_size=64).rows
         taken.append((time.perf_counter() - began) * 1_000)
         if not rows:
             raise AssertionError("nothing was due")
@@ -218,6 +218,9 @@ def drain() -> None:
                 ways["psycopg by hand, batches of 64"] = partial(_drain, url, number, _by_hand)
             for batch_size in (64, 500):
                 ways[f"outbox, batches of {batch_size}"] = partial(_drain, url, number, _flush, batch_size, None)
+                if name == "postgresql":
+                    prepared = partial(_drain, url, number, _flush_prepared, batch_size, None)
+                    ways[f"outbox, batches of {batch_size}, prepared"] = prepared
             ways["outbox, batches of 64, over HTTP"] = partial(_drain, url, number, _flush, 64, receiver)
             _table(f"drain of {number:,} on {name}", ways)
 
@@ -232,7 +235,9 @@ def _drain(url: URL, number: int, work: Callable[..., int], *arguments_and_count
     with engine.connect() as connection:
         run(
             connection,
-            "ANALYZE TABLE observation_events" if is_mysql(engine) else "VACUUM ANALYZE observation_events",
+            "VACUUM ANALYZE observation_events"
+            if engine.dialect.name == "postgresql"
+            else "ANALYZE TABLE observation_events",
         )
     rate = together(work, count, url.render_as_string(hide_password=False), *arguments)
     with engine.connect() as connection:
@@ -251,6 +256,10 @@ def _flush(start: Any, url: str, batch_size: int, server: str | None) -> int:
         outbox.pending_count()  # connects
         start.wait()
         return outbox.flush_all(client).sent
+
+
+def _flush_prepared(start: Any, url: str, batch_size: int, server: str | None) -> int:
+    return _flush(start, f"{url}?prepare_threshold=5", batch_size, server)
 
 
 _CLAIM_BY_HAND = """
@@ -281,16 +290,19 @@ def enqueue() -> None:
             ways: dict[str, Callable[[int], float]] = {"one commit each": partial(_enqueue, url, number, 1)}
             ways["1,000 in one commit"] = partial(_enqueue, url, number * 8, 1_000)
             if name == "postgresql":
+                ways["one commit each, prepared"] = partial(_enqueue, url, number, 1, "?prepare_threshold=5")
                 ways["psycopg by hand, one commit each"] = partial(_enqueue, url, number, 0)
             _table(f"enqueue on {name}", ways)
 
 
-def _enqueue(url: URL, number: int, at_once: int, count: int) -> float:
+def _enqueue(url: URL, number: int, at_once: int, *options_and_count: Any) -> float:
+    *options, count = options_and_count
     engine = create_engine(url)
     with engine.begin() as connection:
         run(connection, "TRUNCATE TABLE observation_events")
     engine.dispose()
-    return together(_write, count, url.render_as_string(hide_password=False), number // count, at_once)
+    shown = "".join([url.render_as_string(hide_password=False), *options])
+    return together(_write, count, shown, number // count, at_once)
 
 
 _INSERT_BY_HAND = """
@@ -400,7 +412,7 @@ def _life(
         yield meter.step()
         outbox.flush_all(client)
         yield meter.step()
-        while outbox._store.expire(sent_before_ms=now_ms() + 60_000):  # noqa: SLF001 - deletion is measured alone
+        while outbox.store.deletion.expire(sent_before_ms=now_ms() + 60_000):  # deletion is measured alone
             pass
         yield meter.step()
         run(connection, "VACUUM observation_events")

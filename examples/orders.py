@@ -15,7 +15,7 @@ from sqlalchemy import String, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import Event, HttpClient, Instant, Outbox
-from outbox.receiver import IngestServer
+from outbox.testing.receiver import IngestServer
 
 
 class Base(DeclarativeBase):
