@@ -16,5 +16,15 @@ def until(condition: Callable[[], object], within_s: float = 2 * FOREVER_S) -> N
         threading.Event().wait(0.002)
 
 
+# A test before may have left a thread that still waits for an answer.
+_left_before: set[threading.Thread] = set()
+
+
+def forget_earlier_threads() -> None:
+    _left_before.clear()
+    _left_before.update(threading.enumerate())
+
+
 def worker_threads() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "outbox-worker"]
+    """Return the threads of workers that this test started."""
+    return [one for one in threading.enumerate() if one.name == "outbox-worker" and one not in _left_before]

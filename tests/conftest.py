@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from builders import NOON
+from conditions import forget_earlier_threads
 from outbox import HttpClient, Outbox
 from outbox.testing import ScriptedServer, TimeMachine
 from peers import certificate, forget_environment
@@ -91,6 +92,11 @@ def _only_named_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> None:
+    forget_earlier_threads()
 
 
 @pytest.fixture(scope="session", autouse=True)

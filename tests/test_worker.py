@@ -658,12 +658,12 @@ def test_it_can_be_started_and_stopped_again_and_again(outbox: Outbox) -> None:
     for sent in (1, 2):
         background.start()
         background.start()
-        assert len([one for one in threading.enumerate() if one.name == "outbox-worker"]) == 2
+        assert len(worker_threads()) == 2
         outbox.enqueue(rule_fired())
         until(lambda sent=sent: statuses(outbox) == ["sent"] * sent)
         background.stop()
         background.stop()
-        until(lambda: not [one for one in threading.enumerate() if one.name == "outbox-worker"])
+        until(lambda: not worker_threads())
     outbox.enqueue(rule_fired())
     assert statuses(outbox) == ["sent", "sent", "pending"]
 

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from datetime import timedelta
 
 import pytest
@@ -13,7 +12,7 @@ from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, ROOT, add_row, row, rule_fired, statuses
 from command_line import IS_OFF, TOKEN, process, record_bars
-from conditions import until
+from conditions import until, worker_threads
 from outbox import Outbox, threads
 from outbox.cli import sending
 from outbox.clock import now_ms
@@ -274,7 +273,7 @@ def test_run_replaces_a_worker_that_died(run, outbox, logged_in, monkeypatch):
         if threads.Threads._work is work:
             until(lambda: statuses(outbox) == ["sent"])
             raise KeyboardInterrupt
-        until(lambda: "outbox-worker" not in [thread.name for thread in threading.enumerate()])
+        until(lambda: not worker_threads())
         monkeypatch.setattr(threads.Threads, "_work", work)
 
     monkeypatch.setattr(sending, "_sleep", sleep)
