@@ -5,31 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from outbox import capture, maintenance
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.events import check_types
 from outbox.failures import ConfigurationError
 from outbox.held_claim import HeldClaim
 from outbox.hooks import Hooks
 from outbox.isolation import isolate
-from outbox.pauses import SharedPause
 from outbox.policy import Policy
-from outbox.records import FlushReport, UploadClient
+from outbox.records import Claim, FlushReport, UploadClient
 from outbox.storage.store import Store
 
 NOT_LOGGED_IN = "not logged in, the client has no token"
 
 
-def flush_all(
+def flush_all(  # noqa: PLR0913 - what only a facade gives is optional
     store: Store,
     policy: Policy,
     client: UploadClient,
     progress: Callable[[FlushReport], object] | None,
     *,
+    destination: str = DEFAULT_DESTINATION,
     hooks: Sequence[Hooks] = (),
 ) -> FlushReport:
     """Flush batch after batch until nothing is due or the service fails; call `progress` after each."""
     total = FlushReport()
     while True:
-        report = flush(store, policy, client, hooks=hooks)
+        report = flush(store, policy, client, destination=destination, hooks=hooks)
         total += report
         if report.claimed == 0:
             return total
@@ -45,10 +46,11 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
     client: UploadClient,
     on_claim: Callable[[Callable[[], None]], object] | None = None,
     *,
+    destination: str = DEFAULT_DESTINATION,
     hooks: Sequence[Hooks] = (),
     before_upload: Callable[[], object] | None = None,
 ) -> FlushReport:
-    """Send one batch.
+    """Send one batch of a destination.
 
     An exception that is no `UploadFailure` reaches the caller. If the client raised it, the rows are settled first
     as after an answer with status 500. After KeyboardInterrupt and the like the rows are released. `on_claim` is
@@ -57,9 +59,10 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
     """
     if capture.is_off():
         return FlushReport(skipped=capture.IS_OFF)
-    store.login_problem = None if client.logged_in else NOT_LOGGED_IN
-    if store.login_problem is not None:
-        return FlushReport(skipped=store.login_problem)
+    if not client.logged_in:
+        store.login_problems[destination] = NOT_LOGGED_IN
+        return FlushReport(skipped=NOT_LOGGED_IN)
+    store.login_problems.pop(destination, None)
     _refuse_long_deadline(policy, client)
     if policy.is_original:
         check_types()
@@ -71,10 +74,11 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
         lease_until_ms=lease_until_ms,
         # The original judges a claim by the answer to all of its events.
         batch_size=1 if one_by_one and policy.is_original else policy.batch_size,
+        destination=destination,
         is_original=policy.is_original,
     )
     if not claimed.rows:
-        return _nothing_claimed(store, policy, claimed.pause, now_ms=now)
+        return _nothing_claimed(store, policy, claimed, now_ms=now)
     claim = HeldClaim(store, policy, client, claimed, lease_until_ms)
     try:
         if on_claim is not None:
@@ -101,7 +105,7 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
 def _look_after(store: Store, policy: Policy, claim: HeldClaim) -> None:
     """Do what there is to do beside delivery. A failure is only logged; the next flush tries again."""
     now = store.now_ms()
-    chores = maintenance.look(store, policy, now_ms=now)
+    chores = maintenance.look(store, policy, claim.destination, now_ms=now)
     if chores is None:
         return
     if claim.has_sent:
@@ -121,9 +125,10 @@ def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
         )
 
 
-def _nothing_claimed(store: Store, policy: Policy, pause: SharedPause, *, now_ms: int) -> FlushReport:
+def _nothing_claimed(store: Store, policy: Policy, claimed: Claim, *, now_ms: int) -> FlushReport:
+    pause = claimed.pause
     is_paused = pause.holds_until_ms > now_ms
-    chores = maintenance.look(store, policy, now_ms=now_ms)
+    chores = maintenance.look(store, policy, claimed.destination, now_ms=now_ms)
     if chores is not None:
         if not is_paused:
             maintenance.try_parked(store, policy, chores, now_ms=now_ms)

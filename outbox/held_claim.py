@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from outbox import maintenance, outcomes, reasons
 from outbox.clock import monotonic_s
 from outbox.decisions import abandonment
+from outbox.destinations import shown
 from outbox.events import check_payload, decode
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError, UploadFailure, check_failure
 from outbox.hooks import Hooks, Settlement, Upload, tell
@@ -17,7 +18,7 @@ from outbox.lifecycle import Status, StatusOnly, fire
 from outbox.outcomes import Outcome
 from outbox.pauses import ClaimResult, SharedPause
 from outbox.policy import Policy, verdict
-from outbox.records import DEFAULT_DESTINATION, BatchItem, Claim, ClaimedRow, FlushReport, UploadClient
+from outbox.records import BatchItem, Claim, ClaimedRow, FlushReport, UploadClient
 from outbox.search import Search
 from outbox.storage.pauses import Changed
 from outbox.storage.store import Store
@@ -44,6 +45,7 @@ class HeldClaim:
         self._store = store
         self._policy = policy
         self._client = client
+        self.destination = claimed.destination
         self._rows, self._invalid = claimed.rows, claimed.invalid
         self._created_at_ms = {row.id: row.created_at_ms for row in claimed.rows}
         self._due_at_ms = claimed.due_at_ms
@@ -127,12 +129,22 @@ class HeldClaim:
         duration_ms = (monotonic_s() - begun_s) * 1_000
         now = self._store.now_ms()
         judged = None if failure is None else verdict(failure, self._policy)
-        self._news.append(Upload(len(part), duration_ms, judged, None if failure is None else str(failure)))
+        self._news.append(
+            Upload(
+                len(part),
+                duration_ms,
+                judged,
+                None if failure is None else str(failure),
+                shown(self.destination),
+            )
+        )
         if not answer:
             search.accepted(part, now_ms=now)
         else:
             self._has_failed = True
-            accepted_at_ms = None if self._policy.is_original else self._store.views.last_accepted_ms()
+            accepted_at_ms = (
+                None if self._policy.is_original else self._store.views.last_accepted_ms(self.destination)
+            )
             if isinstance(answer, UploadFailure):
                 search.rejected(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
             else:
@@ -211,7 +223,7 @@ class HeldClaim:
         return until_ms if until_ms > now else None
 
     def _change_pause(self, what: str, rule: Callable[[SharedPause], SharedPause]) -> Changed | None:
-        return maintenance.attempt(what, lambda: self._store.pauses.change(DEFAULT_DESTINATION, rule))
+        return maintenance.attempt(what, lambda: self._store.pauses.change(self.destination, rule))
 
     def report(self, search: Search[BatchItem], paused_until_ms: int | None, *, attempted: int) -> FlushReport:
         """Return what became of the rows."""
@@ -255,6 +267,7 @@ class HeldClaim:
                 error,
                 extra={
                     "event_name": "outbox.release_failed",
+                    "destination": shown(self.destination),
                     "events": len(rows),
                     "row_ids": [row.id for row in rows],
                     "event_ids": [row.event_id for row in rows],
@@ -271,14 +284,17 @@ class HeldClaim:
             if outcome.trigger != "deliver":  # the delivered rows of a batch are one UPDATE
                 fire(StatusOnly(Status.SENDING), outcome.trigger)
         return self._store.claims.settle(
-            decided, lease_until_ms=self._lease_until_ms, created_at_ms=self._created_at_ms
+            decided,
+            lease_until_ms=self._lease_until_ms,
+            created_at_ms=self._created_at_ms,
+            destination=self.destination,
         )
 
     def tell(self, hooks: Sequence[Hooks]) -> None:
         """Tell what became of the rows, when no lease runs any more that a slow hook could outlast."""
         with self._lock:
             news, lost_leases = tuple(self._news), self._lost_leases
-        tell(hooks, self._rows, news, lost_leases)
+        tell(hooks, self._rows, news, lost_leases, self.destination)
 
 
 def _failures(answered: object, part: Sequence[BatchItem]) -> dict[int, UploadFailure]:

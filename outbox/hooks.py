@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from outbox.destinations import DEFAULT_NAME, shown
 from outbox.failures import ConfigurationError
 from outbox.outcomes import Outcome
 from outbox.policy import Verdict
@@ -47,6 +48,7 @@ class Settled:
     recorded: int
     """Number of these events whose outcome was written. If it is smaller than the number of `events`, other
     flushers took over the rest; which events these are is not known."""
+    destination: str = DEFAULT_NAME
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Upload:
     """The meaning of the failure; None if the request was accepted."""
     failure: str | None
     """The text of the failure; None if the request was accepted."""
+    destination: str = DEFAULT_NAME
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +124,21 @@ Settlement = tuple[list[tuple[int, Outcome]], Counter[str]]
 
 
 def tell(
-    hooks: Sequence[Hooks], rows: Iterable[ClaimedRow], news: Iterable[Upload | Settlement], lost_leases: int
+    hooks: Sequence[Hooks],
+    rows: Iterable[ClaimedRow],
+    news: Iterable[Upload | Settlement],
+    lost_leases: int,
+    destination: str,
 ) -> None:
     """Report the uploads and outcomes of a claim, in order: first to all hooks, then to the log."""
     known = {row.id: row for row in rows}
     told = tuple(hooks)
     found: list[tuple[str, Upload | Settled | int]] = []
     for item in news:
-        found += [("upload", item)] if isinstance(item, Upload) else _settled(item, known, is_heard=bool(told))
+        if isinstance(item, Upload):
+            found.append(("upload", item))
+        else:
+            found += _settled(item, known, shown(destination), is_heard=bool(told))
     if lost_leases:
         found.append(("lost", lost_leases))
     for name, what in found:
@@ -136,11 +146,11 @@ def tell(
             one.call(f"on_{name}", what)
     # After the hooks: an exception of the application's log filter or handler goes to the caller.
     for name, what in found:
-        _log(name, what)
+        _log(name, what, shown(destination))
 
 
 def _settled(
-    settlement: Settlement, known: dict[int, ClaimedRow], *, is_heard: bool
+    settlement: Settlement, known: dict[int, ClaimedRow], destination: str, *, is_heard: bool
 ) -> Iterator[tuple[str, Settled]]:
     outcomes, landed = settlement
     for trigger, (word, level) in OUTCOMES.items():
@@ -151,17 +161,22 @@ def _settled(
                 for row_id, outcome in outcomes
                 if outcome.trigger == trigger and (row := known[row_id])
             )
-            yield word, Settled(tuple(events), landed[trigger])
+            yield word, Settled(tuple(events), landed[trigger], destination)
 
 
-def _log(name: str, item: Upload | Settled | int) -> None:
+def _log(name: str, item: Upload | Settled | int, destination: str) -> None:
     if isinstance(item, Upload):
         log.debug(
             "upload of %d events took %d ms: %s",
             item.events,
             item.duration_ms,
             "accepted" if item.verdict is None else item.verdict.value,
-            extra={"event_name": "outbox.upload", "events": item.events, "duration_ms": item.duration_ms},
+            extra={
+                "event_name": "outbox.upload",
+                "events": item.events,
+                "duration_ms": item.duration_ms,
+                "destination": destination,
+            },
         )
     elif isinstance(item, Settled):
         row_ids = [event.id for event in item.events]
@@ -179,11 +194,12 @@ def _log(name: str, item: Upload | Settled | int) -> None:
                 "events": item.recorded,
                 "row_ids": row_ids,
                 "event_ids": event_ids,
+                "destination": destination,
             },
         )
     else:
         log.debug(
             "another flusher took over %d events; their outcomes are dropped",
             item,
-            extra={"event_name": "outbox.lost_leases", "events": item},
+            extra={"event_name": "outbox.lost_leases", "events": item, "destination": destination},
         )

@@ -10,9 +10,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from outbox.clock import epoch_ms
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.lifecycle import Status
-from outbox.records import DEFAULT_DESTINATION, Chores
+from outbox.records import Chores
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
@@ -63,11 +64,11 @@ def purge(
     return PurgeReport(purged.total(), undelivered, in_flight, dict(sorted(per_type.items())))
 
 
-def look(store: Store, policy: Policy, *, now_ms: int) -> Chores | None:
-    """Return what there is to do beside delivery, None if that can't be read."""
-    chores = attempt("looking after", lambda: store.views.chores(policy, DEFAULT_DESTINATION, now_ms=now_ms))
+def look(store: Store, policy: Policy, destination: str, *, now_ms: int) -> Chores | None:
+    """Return what there is to do for a destination beside delivery, None if that can't be read."""
+    chores = attempt("looking after", lambda: store.views.chores(policy, destination, now_ms=now_ms))
     if chores is not None:
-        store.claims.take_turns(is_any_failed=chores.is_any_failed)
+        store.claims.take_turns(destination, is_any_failed=chores.is_any_failed)
     return chores
 
 
@@ -79,11 +80,16 @@ def bring_back(store: Store, policy: Policy, chores: Chores, *, now_ms: int, end
     if chores.is_any_failed and not policy.is_original:
         attempt(
             "reviving",
-            lambda: store.revival.revive(now_ms=now_ms, policy=policy, ended_failures=ended_failures),
+            lambda: store.revival.revive(
+                chores.destination, now_ms=now_ms, policy=policy, ended_failures=ended_failures
+            ),
         )
     if chores.is_any_parked:
         limit, spread_ms = policy.unpark_limit, policy.unpark_spread_ms
-        attempt("unparking", lambda: store.revival.unpark(now_ms=now_ms, limit=limit, spread_ms=spread_ms))
+        attempt(
+            "unparking",
+            lambda: store.revival.unpark(chores.destination, now_ms=now_ms, limit=limit, spread_ms=spread_ms),
+        )
 
 
 def try_parked(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> None:
@@ -92,23 +98,25 @@ def try_parked(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> 
         spread_ms = policy.unpark_spread_ms
         attempt(
             "unparking",
-            lambda: store.revival.unpark_one(DEFAULT_DESTINATION, now_ms=now_ms, spread_ms=spread_ms),
+            lambda: store.revival.unpark_one(chores.destination, now_ms=now_ms, spread_ms=spread_ms),
         )
 
 
 def delete(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> None:
-    """Delete rows over the cap, and delivered rows that are old enough."""
+    """Delete rows of a destination over the cap, and delivered rows that are old enough."""
+    destination = chores.destination
     if chores.may_be_over_cap:
-        cap(store, policy, now_ms=now_ms)
+        cap(store, policy, destination, now_ms=now_ms)
     if chores.may_be_over_bounds:
-        attempt("trimming", lambda: store.bounds.trim(policy, now_ms=now_ms))
+        attempt("trimming", lambda: store.bounds.trim(policy, destination, now_ms=now_ms))
     if chores.is_any_expired:
-        attempt("expiring", lambda: store.deletion.expire(sent_before_ms=now_ms - (policy.keep_sent_ms or 0)))
+        sent_before_ms = now_ms - (policy.keep_sent_ms or 0)
+        attempt("expiring", lambda: store.deletion.expire(destination, sent_before_ms=sent_before_ms))
 
 
-def cap(store: Store, policy: Policy, *, now_ms: int) -> None:
+def cap(store: Store, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> None:
     """Delete the rows over the cap. A failure is only logged; the next enqueue or flush tries again."""
-    attempt("capping", lambda: store.deletion.trim(policy, now_ms=now_ms))
+    attempt("capping", lambda: store.deletion.trim(policy, destination, now_ms=now_ms))
 
 
 def attempt(what: str, operation: Callable[[], Result]) -> Result | None:

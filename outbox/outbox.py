@@ -11,6 +11,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from outbox import capture, maintenance, schema
+from outbox.destinations import stored
 from outbox.event_ids import add_event_ids
 from outbox.events import AnyEvent, with_type
 from outbox.failures import ConfigurationError
@@ -184,8 +185,10 @@ class Outbox:
         self._wake()
         return ids
 
-    def flush(self, client: UploadClient) -> FlushReport:
-        """Send one batch of due events. A failed upload is not raised; the report describes it.
+    def flush(self, client: UploadClient, *, destination: str | None = None) -> FlushReport:
+        """Send one batch of due events of a destination; None and `default` mean the default destination.
+
+        A failed upload is not raised; the report describes it. Each destination needs a client of its own.
 
         If the client is not logged in, or OUTBOX_CAPTURE=false is set in the environment, nothing is changed and
         the report's `skipped` says why. Any other `Exception` of the client is a bug and is raised; the events are
@@ -194,21 +197,23 @@ class Outbox:
         """
         from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
 
-        return flusher.flush(self.store, self.policy, client, hooks=self.hooks)
+        return flusher.flush(self.store, self.policy, client, destination=stored(destination), hooks=self.hooks)
 
     def flush_all(
         self,
         client: UploadClient,
         *,
+        destination: str | None = None,
         progress: Callable[[FlushReport], object] | None = None,
     ) -> FlushReport:
-        """Send batches until nothing is due or the service itself fails; return the sum of the reports.
+        """Send batches of a destination until nothing is due or its service fails; return the sum of the reports.
 
         `progress` is called with the report of each batch.
         """
         from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
 
-        return flusher.flush_all(self.store, self.policy, client, progress, hooks=self.hooks)
+        of = stored(destination)
+        return flusher.flush_all(self.store, self.policy, client, progress, destination=of, hooks=self.hooks)
 
     def retry_now(self) -> int:
         """Make all waiting and parked events due now; return how many. Events being sent are not changed."""

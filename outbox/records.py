@@ -12,13 +12,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.events import Event, decode
 from outbox.failures import InvalidEvent, UploadFailure
 from outbox.pauses import SharedPause
 from outbox.policy import Verdict
-
-DEFAULT_DESTINATION = ""
-"""The name in the database of the one service that events go to."""
 
 LOST_LEASES_ALONE = 2
 """A row is claimed alone from this `lost_leases` on: it may have killed its senders."""
@@ -68,6 +66,7 @@ class Claim(NamedTuple):
     is_probe: bool = False
     invalid: Mapping[int, str] = MappingProxyType({})
     due_at_ms: Mapping[int, int] = MappingProxyType({})
+    destination: str = DEFAULT_DESTINATION
 
     @property
     def failed_before(self) -> bool:
@@ -168,8 +167,9 @@ class FlushReport:
 
 
 class Chores(NamedTuple):
-    """What there is to do beside delivery."""
+    """What there is to do for a destination beside delivery."""
 
+    destination: str
     is_any_parked: bool
     is_any_expired: bool
     is_any_failed: bool

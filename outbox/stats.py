@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outbox import capture
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.reasons import in_words
@@ -66,7 +67,7 @@ def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
         waits_for={kind.value: seen.waiting[kind].events if kind in seen.waiting else 0 for kind in WaitsFor},
         pauses=seen.pauses,
         filling=filling_in_words(sum(counts.values()) - counts[Status.SENT], policy.max_undelivered),
-        likely_cause=_likely_cause(seen, counts, store.login_problem, now_ms=now_ms, lease_ms=policy.lease_ms),
+        likely_cause=_likely_cause(seen, counts, store.login_problems, now_ms=now_ms, lease_ms=policy.lease_ms),
     )
 
 
@@ -85,13 +86,16 @@ def counted(count: int, noun: str) -> str:
 
 
 def _likely_cause(
-    seen: Overview, counts: dict[str, int], login_problem: str | None, *, now_ms: int, lease_ms: int
+    seen: Overview, counts: dict[str, int], login_problems: dict[str, str], *, now_ms: int, lease_ms: int
 ) -> str | None:
     parked = seen.parked
     causes = [capture.IS_OFF] if capture.is_off() else []
     undelivered = counts["pending"] + counts["sending"] + counts["parked"]
-    if login_problem is not None and undelivered:
-        causes.append(f"{login_problem}; {_are(undelivered)} waiting")
+    if undelivered:
+        causes += [
+            f"{_of(destination)}{problem}; {_are(undelivered)} waiting"
+            for destination, problem in sorted(login_problems.items())
+        ]
     if seen.without_policy:
         causes.append(
             "row-level security hides events from this database user: the table observation_events has no policy"
@@ -137,6 +141,10 @@ def _why_waiting(seen: Overview, waits_for: WaitsFor | None, *, now_ms: int) -> 
     next_try_ms = max([waiting.next_attempt_at_ms, *(pause.until_ms for pause in seen.pauses)])
     next_try = f"in {duration(next_try_ms - now_ms)}" if next_try_ms > now_ms else "due now"
     return f"{in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
+
+
+def _of(destination: str) -> str:
+    return "" if destination == DEFAULT_DESTINATION else f"{destination}: "
 
 
 def _are(count: int) -> str:

@@ -124,7 +124,6 @@ def test_what_was_deleted_undelivered_is_told_by_the_ledger(url: str, registry: 
 @pytest.mark.usefixtures("exported")
 def test_a_pause_is_told(outbox: Outbox, registry: CollectorRegistry) -> None:
     client = ScriptedClient(SLOW_DOWN)
-    client.destination = "https://ingest.example.com"
     assert scrape(registry)["outbox_paused_destinations",] == 0
     outbox.enqueue(rule_fired())
     outbox.flush(client)

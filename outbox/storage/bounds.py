@@ -9,9 +9,9 @@ from typing import Any
 
 from sqlalchemy import Engine, Select
 
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.failures import QueueFull
 from outbox.policy import Policy
-from outbox.records import DEFAULT_DESTINATION
 from outbox.storage.counts import Counts, filling, filling_in_words
 from outbox.storage.deletion import TRIM_SLICE, Bound, Deletion, Trimmed
 from outbox.storage.dialects import dialect_of

@@ -10,10 +10,11 @@ from typing import Any
 from sqlalchemy import Engine, bindparam, update
 
 from outbox import outcomes
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.outcomes import Outcome
 from outbox.pauses import SharedPause
-from outbox.records import DEFAULT_DESTINATION, Claim
+from outbox.records import Claim
 from outbox.storage.claimed import Kind, Wanted
 from outbox.storage.counts import Counts
 from outbox.storage.dialects import dialect_of
@@ -115,7 +116,7 @@ class Claims:
             claimed = self._run(lambda transaction: self._dialect.claim_never_due(transaction, wanted))
         if claimed.rows and not claimed.is_probe:
             self._turns[destination].took_failed = claimed.failed_before
-        return with_ids(claimed, outbox_id)
+        return with_ids(claimed._replace(destination=destination), outbox_id)
 
     def take_turns(self, destination: str = DEFAULT_DESTINATION, *, is_any_failed: bool) -> None:
         """Tell whether there are rows that failed before; without any, no claim looks for them first."""

@@ -22,9 +22,9 @@ from sqlalchemy import (
 )
 
 from outbox.clock import monotonic_s
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.policy import Policy
-from outbox.records import DEFAULT_DESTINATION
 from outbox.storage.counts import Counts
 from outbox.storage.dialects import dialect_of
 from outbox.storage.indexes import DELIVERED_INDEX

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Insert, Select, Table, Text, Update, and_, bindparam, insert, select, update
 
-from outbox.records import DEFAULT_DESTINATION
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.storage.indexes import EVENT_ID_INDEX
 from outbox.storage.sql import CHUNK, columns, events, in_order
 from outbox.storage.transactions import Transaction

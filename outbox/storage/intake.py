@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ColumnElement, Connection, Dialect, Engine, func, select
 from sqlalchemy.orm import Session, scoped_session
 
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.failures import OutboxError, QueueFull, StorageError
 from outbox.policy import Policy
-from outbox.records import DEFAULT_DESTINATION
 from outbox.storage import callers
 from outbox.storage.bounds import Bounds, queue_full
 from outbox.storage.deletion import Deletion, Trimmed

@@ -9,10 +9,10 @@ from typing import Any
 from sqlalchemy import BigInteger, Engine, Select, and_, bindparam, case, or_, select, update
 
 from outbox import outcomes, revival
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.policy import Policy
-from outbox.records import DEFAULT_DESTINATION
 from outbox.storage.dialects import dialect_of
 from outbox.storage.indexes import QUEUE_INDEX, WAITING_INDEX
 from outbox.storage.pauses import RESUME_ALL, know

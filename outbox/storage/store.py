@@ -35,8 +35,8 @@ class Store:
         """Whether several hosts share the database."""
         self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms
         """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
-        self.login_problem: str | None = None
-        """Why the last flush was not logged in, None if it was. Here, because all flushers share the store."""
+        self.login_problems: dict[str, str] = {}
+        """Why the last flush of a destination was not logged in, by destination. All flushers share the store."""
         counts: defaultdict[str, Counts] = defaultdict(Counts)  # by destination
         self.deletion = Deletion(engine, self._writer, counts)
         self.bounds = Bounds(engine, self._writer, self.deletion, counts)

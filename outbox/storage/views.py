@@ -19,10 +19,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.policy import Policy
-from outbox.records import DEFAULT_DESTINATION, Chores, Deleted, Oddities, Overview, Pause, Trouble
+from outbox.records import Chores, Deleted, Oddities, Overview, Pause, Trouble
 from outbox.storage.bounds import Bounds
 from outbox.storage.column_types import INTEGERS, TIMES_BELOW
 from outbox.storage.deletion import Deletion, is_expired
@@ -205,6 +206,7 @@ class Views:
             lambda transaction: transaction.rows(CHORES, sent_before=sent_before_ms, destination=destination),
         )[0]
         return Chores(
+            destination,
             is_any_parked=parked is not None,
             is_any_expired=expired is not None,
             is_any_failed=failed is not None,

@@ -128,11 +128,6 @@ class HttpClient:
         self._credentials: Sequence[str] = self._known()
 
     @property
-    def destination(self) -> str:
-        """The name under which all hosts share the pauses of this service: the base URL."""
-        return self.base_url.rstrip("/")
-
-    @property
     def logged_in(self) -> bool:
         """Whether there are credentials. Calls the callable of the token or key, if there is one."""
         return self._login.logged_in

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from builders import NOON_MS, add_row, columns_of
-from outbox import Outbox, Policy, QueueFull
+from builders import NOON_MS, ScriptedClient, add_row, columns_of
+from outbox import ConfigurationError, Hooks, Outbox, Policy, QueueFull
 from outbox.outcomes import deliver
 from outbox.pauses import PROBE_AFTER, SharedPause
 from outbox.storage.engines import reading
@@ -193,6 +193,43 @@ def test_deleted_rows_are_counted_by_destination_and_summed(outbox: Outbox) -> N
             (BILLING, "sent", "rule_fired", "retention", 2)
         ]
     assert outbox.stats().deleted == [("sent", "rule_fired", "retention", 3)]
+
+
+@pytest.mark.parametrize("name", ["billing", "default", None])
+def test_a_flush_sends_the_events_of_its_destination_only(outbox: Outbox, name: str | None) -> None:
+    ids = {
+        destination: [add_row(outbox, destination=destination) for _ in range(2)] for destination in DESTINATIONS
+    }
+    heard: list[str] = []
+    outbox.hooks.append(
+        Hooks(
+            on_sent=lambda settled: heard.append(settled.destination),
+            on_upload=lambda upload: heard.append(upload.destination),
+        )
+    )
+    client = ScriptedClient()
+    assert outbox.flush_all(client, destination=name).sent == 2
+    own = BILLING if name == BILLING else DEFAULT
+    assert client.ids == [ids[own]]
+    assert heard == [own or "default"] * 2
+    assert outbox.flush(client, destination=name).claimed == 0
+
+
+@pytest.mark.parametrize("name", ["", "with blank", "ü", "x" * 192, 5, ["billing"]])
+def test_a_flush_names_a_destination_that_can_not_be(outbox: Outbox, name: Any) -> None:
+    with pytest.raises(ConfigurationError, match="^the destination is .*, expected a name: 1 to 191 printable"):
+        outbox.flush(ScriptedClient(), destination=name)
+
+
+def test_a_destination_that_is_not_logged_in_is_named_until_it_is(outbox: Outbox) -> None:
+    add_row(outbox, destination=BILLING)
+    outbox.flush(ScriptedClient(logged_in=False), destination=BILLING)
+    outbox.flush(ScriptedClient())
+    assert str(outbox.stats().likely_cause).startswith(
+        "billing: not logged in, the client has no token; 1 event is"
+    )
+    outbox.flush(ScriptedClient(), destination=BILLING)
+    assert outbox.stats().likely_cause is None
 
 
 def test_a_purge_counts_the_rows_of_each_destination(outbox: Outbox, places: dict[int, tuple[str, int]]) -> None:

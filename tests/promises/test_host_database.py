@@ -156,9 +156,7 @@ def flush(shop: Shop) -> None:
         Outbox(shop.url("outbox_flusher"), policy=Policy(batch_size=2, max_rows=2, when_full="trim")) as outbox,
     ):
         outbox.retry_now()  # a flush that lacked a privilege may have left a pause
-        failing = ScriptedClient(DOWN)
-        failing.destination = "https://ingest.example.com"
-        uncapped.flush(failing)
+        uncapped.flush(ScriptedClient(DOWN))
         outbox.retry_now()
         outbox.flush_all(ScriptedClient())
         outbox.retry_now()

@@ -20,7 +20,7 @@ from builders import (
     row,
     rule_fired,
 )
-from outbox import FlushReport, HttpClient, HttpFailure, Outbox, Policy, TransportFailure
+from outbox import FlushReport, HttpFailure, Outbox, Policy, TransportFailure
 from outbox.cli import main
 from outbox.cli.display import status_in_words
 from outbox.pauses import SharedPause
@@ -284,11 +284,6 @@ def test_a_rule_that_changes_nothing_writes_nothing(outbox: Outbox) -> None:
     refuse(outbox, "INSERT", "observation_destinations", "no pauses here")
     changed = outbox.store.pauses.change("", lambda pause: pause)
     assert changed == (SharedPause(), SharedPause())
-
-
-def test_the_http_client_is_known_by_its_base_url() -> None:
-    with HttpClient("http://127.0.0.1:8000/api/", token="t") as client:
-        assert client.destination == "http://127.0.0.1:8000/api"
 
 
 def test_the_status_page_says_who_is_left_alone_and_why(outbox: Outbox, noon) -> None:
