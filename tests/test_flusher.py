@@ -64,9 +64,9 @@ def jittered(delay: int, row_id: int, now: int = NOON_MS) -> int:
 
 
 @pytest.fixture
-def original(url: str) -> Iterator[Outbox]:
+def original(outbox_url: str) -> Iterator[Outbox]:
     """An outbox under the rules of the original uploader."""
-    with Outbox.open(url, policy=Policy.original()) as opened:
+    with Outbox.open(outbox_url, policy=Policy.original()) as opened:
         yield opened
 
 
