@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 
-# What only programs need that open an outbox, deliver or look, loaded on use; the client brings requests along.
+# Loaded on first use, because not every program needs these names, and the client loads requests.
 _ON_USE = {
     "outbox.upload.auth": ("NO_AUTH", "ApiKey"),
     "outbox.upload.client": ("HttpClient",),

@@ -9,5 +9,5 @@ IS_OFF = "capture is off (OUTBOX_CAPTURE=false)"
 
 
 def is_off() -> bool:
-    """Return whether nothing may be enqueued or sent. The environment is read on each call."""
+    """Return whether capture is off. The environment is read on each call."""
     return os.environ.get("OUTBOX_CAPTURE") == "false"

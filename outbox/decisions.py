@@ -1,4 +1,4 @@
-"""What becomes of a row after its upload failed. No I/O, no clock."""
+"""Decides the outcome of a row after its upload failed. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox.policy import Policy, Verdict, asked_delay_ms, is_recent, named_dela
 
 
 class Judged(Protocol):
-    """The columns of a row that decide what becomes of it."""
+    """The columns of a row on which its outcome depends."""
 
     @property
     def id(self) -> int:
@@ -55,7 +55,7 @@ def after_shared_failure(
     """Decide what a failure does to a row that probably did not cause it.
 
     401 and 403 park the row. After a 429 it waits for the delay, after any other failure for the backoff. It is
-    abandoned if it is too old. With `keeps_row`, a row that waited for `row` still does.
+    abandoned if it is too old. With `keeps_row`, a row that waited for `row` still waits for `row`.
     """
     judged = verdict(failure, policy)
     if judged is Verdict.AUTH_BLOCKED:
@@ -72,23 +72,23 @@ def after_shared_failure(
 
 
 def after_refused_size(failure: UploadFailure, row: Judged, *, now_ms: int, policy: Policy) -> Outcome:
-    """Let a row wait because a request of several rows was too large; that is no failure of the row."""
+    """Let a row wait because a request with several rows was too large. This is not a failure of the row."""
     delay_ms = backoff(row.retry_count, policy.backoff_ms)
     return _rescheduled(failure, row, WaitsFor.SERVICE, now_ms, delay_ms, retry_count=row.retry_count)
 
 
 def after_lone_failure(failure: UploadFailure, row: Judged, *, now_ms: int, policy: Policy) -> Outcome:
-    """Let a row wait that failed alone while its destination worked, until it is too old."""
+    """Let a row wait that failed alone while its destination worked, or abandon it if it is too old."""
     return _backed_off(failure, row, WaitsFor.ROW, now_ms=now_ms, policy=policy)
 
 
 def after_rejection(failure: UploadFailure, row: Judged, *, now_ms: int, policy: Policy) -> Outcome:
-    """Let a row wait for proof that was rejected alone; it is a suspect from its first rejection on."""
+    """Let a row that was rejected alone wait for proof. It is a suspect since its first rejection."""
     return _backed_off(failure, row, WaitsFor.PROOF, now_ms=now_ms, policy=policy)
 
 
 def after_proof(failure: UploadFailure) -> Outcome:
-    """Abandon a row that is proven to be rejected for its own sake."""
+    """Abandon a row, because it is proven that the row itself is rejected."""
     return abandonment(reasons.rejected(str(failure)))
 
 

@@ -23,5 +23,5 @@ def longest_backoff(backoff_ms: int | tuple[int, ...]) -> int:
 
 
 def jitter(base_ms: int, seed: int) -> int:
-    """Return 0 to a quarter of `base_ms`. The seed alone decides, so rows spread and tests know the value."""
+    """Return a value from 0 to a quarter of `base_ms`. It depends only on the seed, so tests know the value."""
     return seed % max(1, base_ms // 4)

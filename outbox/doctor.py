@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 def examine(engine: Engine, policy: Policy) -> list[Finding]:
     """Run every check without changing anything. An error of a check is a finding, too.
 
-    If the schema does not fit this program, or the file is damaged, the checks after that are left out.
+    If the schema does not fit this program, or the file is damaged, the later checks are skipped.
     """
     findings: list[Finding] = []
     checks: dict[str, Callable[[], Iterator[tuple[bool, str]]]] = {
@@ -66,7 +66,7 @@ def _schema(engine: Engine) -> Iterator[tuple[bool, str]]:
 
 
 def _identity(engine: Engine) -> Iterator[tuple[bool, str]]:
-    words = "which begins the ids of events, unless the program gave its own"
+    words = "the first part of each event id that the program did not give"
     advice = "a restored backup keeps it, so events that are sent again keep their ids"
     yield True, f"the outbox id is {Store(engine).views.outbox_id()}, {words}; {advice}"
 
@@ -110,6 +110,6 @@ def _destinations(engine: Engine) -> Iterator[tuple[bool, str]]:
     if others:
         events = f"undelivered events go to {others} {'destination' if others == 1 else 'destinations'}"
         danger = "a program that knows no destinations, such as difflore or an older version, would send them to"
-        yield True, f"{events} beside the default one: {danger} the default one, so none may flush this database"
+        yield True, f"{events} beside the default one: {danger} the default one; it must not flush this database"
     else:
         yield True, "every undelivered event goes to the default destination"

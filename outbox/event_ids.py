@@ -39,8 +39,8 @@ def add_event_ids(rows: Sequence[dict[str, Any]], event_ids: Iterable[str | None
 
 
 def derived(outbox_id: str, created_at_ms: int, row_id: int) -> str:
-    """Return the id of an event to which the caller gave none.
+    """Return the id of an event to which the caller gave no id.
 
-    A server that lost rows in a failover gives their row ids out again. The creation time keeps the events apart.
+    A server that lost rows in a failover reuses their row ids. The creation time keeps the event ids different.
     """
     return f"{outbox_id}-{created_at_ms}-{row_id}"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_settings: object) -> Callable[[type], type]:
-        """Do nothing: only type checkers need the decorator, and Python 3.10 has none."""
+        """Do nothing: only type checkers need the decorator, and Python 3.10 lacks it."""
         return lambda decorated: decorated
 
 
@@ -45,7 +45,7 @@ _INSTANT_IN_WORDS = "an RFC 3339 time with an offset, such as 2026-11-24T12:00:0
 _AnyEvent = TypeVar("_AnyEvent", bound="Event")
 _Decoded = TypeVar("_Decoded")
 
-# `Raw` checks the values and builds no objects of them.
+# `Raw` checks the values without building objects.
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 

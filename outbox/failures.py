@@ -3,7 +3,7 @@
 OutboxError
 ├── ConfigurationError      a setting is invalid (also a ValueError)
 ├── InvalidEvent            an event can't be stored or decoded (also a ValueError)
-├── QueueFull               the queue is at its cap, and the policy rejects new events
+├── QueueFull               the queue is full, and the policy rejects new events
 ├── IllegalTransition       the lifecycle does not allow a move
 ├── SchemaError             the database's schema is missing, or older or newer than this program's
 ├── StorageError            a database operation failed
@@ -32,7 +32,7 @@ class InvalidEvent(OutboxError, ValueError):  # noqa: N818 - the name says what 
 
 
 class QueueFull(OutboxError):  # noqa: N818 - the field's own term
-    """The queue is at its cap and the policy rejects new events. No event was recorded. Flush, then try again."""
+    """The queue is full and the policy rejects new events. No event was recorded. Flush, then try again."""
 
 
 class IllegalTransition(OutboxError):  # noqa: N818 - the field's own term
@@ -54,9 +54,9 @@ class UploadFailure(OutboxError):  # noqa: N818 - a failure is data that policy 
 class HttpFailure(UploadFailure):
     """The service answered with a status that is not 2xx.
 
-    `body_snippet` is the start of the body as one line without credentials. `retry_after_ms` is the delay that
-    the answer asks for in the Retry-After header or in the whole body; None means that it is read from the
-    snippet. It applies to 429 and 503, and is clamped to 1 000 … 300 000.
+    `body_snippet` is the start of the body as one line without credentials. `retry_after_ms` is the delay that the
+    answer asks for in the Retry-After header or in the whole body. With None, the delay is read from the snippet.
+    It applies to 429 and 503, and is clamped to 1 000 … 300 000.
 
     Raises `ConfigurationError` for a status or a delay that is not a whole number.
     """
@@ -79,7 +79,7 @@ class HttpFailure(UploadFailure):
 class TransportFailure(UploadFailure):
     """There was no complete answer: connection, DNS or TLS failure, time-out, or an invalid answer.
 
-    `is_timeout` tells that the service got a connection, but did not answer in time. One event may be the cause.
+    `is_timeout` means that there was a connection, but no answer in time. One event may be the cause.
     """
 
     def __init__(self, message: str, *, is_timeout: bool = False) -> None:
@@ -96,7 +96,7 @@ class ClientError(UploadFailure):
 
 
 def check_failure(failure: UploadFailure) -> None:
-    """Raise an exception if the failure can't be judged, because a client's own class or assignment broke it."""
+    """Raise an exception if a field of the failure is invalid. A client may have set it."""
     str(failure)
     if isinstance(failure, HttpFailure):
         _check_numbers(failure)

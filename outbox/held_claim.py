@@ -31,12 +31,12 @@ log = logging.getLogger("outbox")
 class HeldClaim:
     """The rows of one claim, from the lease to their outcomes.
 
-    It owns all that threads share of a flush. One thread flushes, and another may call `let_go` at any time.
-    The lock guards the lease, the rows without an outcome, and the counts. It is held while outcomes are written.
-    It is reentrant, because an exception from another thread may strike this one just before it would release the
-    lock. Only the flushing thread writes the other fields, each with a single assignment, so they need no lock. If
-    `let_go` reads `_accepted` too early, the flushing thread still records the delivery, because a delivery needs
-    no lease.
+    This object owns everything that threads share during a flush. One thread flushes, and another may call
+    `let_go` at any time. The lock guards the lease, the rows without an outcome, and the counts. It is held while
+    outcomes are written. It is reentrant, because an exception from another thread may occur just before the lock
+    is released. Only the flushing thread writes the other fields, each with a single assignment, so they need no
+    lock. If `let_go` reads `_accepted` too early, the flushing thread still records the delivery, because a
+    delivery needs no lease.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class HeldClaim:
         self._probe_lease_ms = lease_until_ms if claimed.is_probe else None
         self._has_failed = False
         self.ended_failures = 0
-        """How many failures in a row of the destination an acceptance of this claim ended."""
+        """Number of failures in a row of the destination that an acceptance of this claim ended."""
         # The first exception of the client that is no `UploadFailure`.
         self._bug: Exception | None = None
         self._lock = threading.RLock()
         self._lease_until_ms = lease_until_ms
-        # Rows without an outcome; and what the service took and the database does not know yet.
+        # Rows without an outcome, and rows that the service accepted and the database does not show as sent yet.
         self._open = {row.id for row in claimed.rows}
         self._accepted: list[int] = []
         self._landed: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class HeldClaim:
         return batch[:size]
 
     def _fitting(self, batch: list[BatchItem]) -> int:
-        """Return how many of the first rows fit in one request, by the client's `fit`. All, if it fails."""
+        """Return how many of the first rows fit in one request, by the client's `fit`. If that fails: all."""
         fit = getattr(self._client, "fit", None)
         if fit is None or len(batch) <= 1 or self._policy.is_original:
             return len(batch)
@@ -108,7 +108,7 @@ class HeldClaim:
         return size
 
     def next_part(self, search: Search[BatchItem]) -> tuple[BatchItem, ...]:
-        """Return what to upload next; before that, renew the lease if an eighth of it is gone."""
+        """Return the rows of the next request. First renew the lease if an eighth of it has passed."""
         now = self._store.now_ms()
         with self._lock:
             if self._lease_until_ms - now < self._policy.lease_ms * 7 // 8 and self._open:
@@ -152,13 +152,13 @@ class HeldClaim:
         self.settle(search.take_outcomes())
 
     def _upload(self, part: tuple[BatchItem, ...]) -> UploadFailure | dict[int, UploadFailure]:
-        """Return the failure of the part, or the failures of single rows by id, none if all were accepted."""
+        """Upload the part. Return its failure, or failures of single rows by id: none if all were accepted."""
         try:
             try:
                 answered = self._client.upload(part)
                 failures = _failures(answered, part)
                 for named in failures.values():
-                    check_failure(named)  # one that can't be judged is a bug, too
+                    check_failure(named)  # an invalid failure is a bug, too
             except UploadFailure as failure:
                 check_failure(failure)  # as above
                 return failure
@@ -172,11 +172,11 @@ class HeldClaim:
         return failures
 
     def settle(self, decided: list[tuple[int, Outcome]]) -> None:
-        """Write outcomes in one transaction. Those of rows with another owner are dropped, and counted."""
+        """Write outcomes in one transaction. Drop and count those of rows that another flusher owns."""
         if not decided:
             return
         with self._lock:
-            # A delivery is a fact, also of a row that was let go meanwhile.
+            # A delivery is also recorded for a row that was released meanwhile.
             ours = [settled for settled in decided if settled[1].trigger == "deliver" or settled[0] in self._open]
             landed = self._record(ours)
             self._open -= {row_id for row_id, _ in ours}
@@ -190,7 +190,7 @@ class HeldClaim:
             self.end_pause()
 
     def raise_bug(self, later: BaseException | None = None) -> None:
-        """Raise the client's exception, if there was one, unless what came later is an interrupt."""
+        """Raise the client's exception, if there was one, unless the later exception is an interrupt."""
         if self._bug is not None and (later is None or isinstance(later, OutboxError)):
             raise self._bug
 
@@ -204,7 +204,7 @@ class HeldClaim:
         return pause.when_accepted(seen=self._pause.number)
 
     def end(self, result: ClaimResult) -> int | None:
-        """Let all flushers know how the destination does; return until when it is paused, None if it is not."""
+        """Share the result of the claim with all flushers. Return when the destination's pause ends, or None."""
         if self._policy.is_original or (result.failure is None and self._probe_lease_ms is None):
             return None
         now = self._store.now_ms()
@@ -226,7 +226,7 @@ class HeldClaim:
         return maintenance.attempt(what, lambda: self._store.pauses.change(self.destination, rule))
 
     def report(self, search: Search[BatchItem], paused_until_ms: int | None, *, attempted: int) -> FlushReport:
-        """Return what became of the rows."""
+        """Return the report of the flush."""
         result = search.result
         is_over = search.verdict is not None if self._policy.is_original else result.is_failure
         return FlushReport(
@@ -244,9 +244,10 @@ class HeldClaim:
         )
 
     def let_go(self) -> None:
-        """Record what the service took, for that is a fact, and give back the rest.
+        """Record the accepted rows as sent, and release the others.
 
-        The thread that flushes finds nothing left to send. What it is sending meanwhile is still recorded.
+        The flushing thread then finds nothing left to send. If its current request is accepted, the delivery is
+        still recorded.
         """
         with self._lock:
             given_back, self._open = self._open, set()
@@ -291,7 +292,7 @@ class HeldClaim:
         )
 
     def tell(self, hooks: Sequence[Hooks]) -> None:
-        """Tell what became of the rows, when no lease runs any more that a slow hook could outlast."""
+        """Report the outcomes. Called after the leases, so that a slow hook can't outlast one."""
         with self._lock:
             news, lost_leases = tuple(self._news), self._lost_leases
         tell(hooks, self._rows, news, lost_leases, self.destination)

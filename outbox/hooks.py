@@ -37,7 +37,7 @@ class SettledEvent(NamedTuple):
     error: str | None
     """The text of `last_error`; None if the event was sent or released."""
     event_id: str
-    """The id of the event, your own or the outbox's. `id` is that of the row."""
+    """The id of the event, your own or the outbox's. `id` is the row id."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Hooks:
     on_parked: Callable[[Settled], object] | None = None
     on_abandoned: Callable[[Settled], object] | None = None
     on_released: Callable[[Settled], object] | None = None
-    """Events that were given back untried: by an interrupted flush or a stopping worker, or because they did not
-    fit in the request."""
+    """Events that were released without a try: by an interrupted flush or a stopping worker, or because they did
+    not fit in the request."""
     on_lost: Callable[[int], object] | None = None
     """Number of events that another flusher took over, after their lease ended, before an outcome was written."""
     on_upload: Callable[[Upload], object] | None = None
@@ -104,9 +104,7 @@ class Hooks:
         except Exception as error:
             is_first = name not in self._failing
             self._failing.add(name)
-            with suppress(
-                Exception
-            ):  # if a log filter of the application raises, the other hooks are called nevertheless
+            with suppress(Exception):  # the other hooks are called even if a log filter of the application raises
                 log.log(
                     logging.WARNING if is_first else logging.DEBUG,
                     "the hook %s failed; the recorded outcomes stay: %s",
@@ -154,7 +152,7 @@ def _settled(
 ) -> Iterator[tuple[str, Settled]]:
     outcomes, landed = settlement
     for trigger, (word, level) in OUTCOMES.items():
-        # Usually there are no hooks and the log level is higher; then nothing is built.
+        # Usually there are no hooks and the log level is higher. Then the arguments are not built.
         if landed[trigger] and (is_heard or log.isEnabledFor(level)):
             events = (
                 SettledEvent(row.id, row.event_type, outcome.values.get("last_error"), row.event_id)

@@ -27,7 +27,7 @@ from outbox.search import Row, Search
 from outbox.search_order import SearchOrder
 
 GIVE_UP_AFTER = 8
-"""The search ends after this many requests in a row that brought no acceptance and no proof."""
+"""The search ends after this many requests in a row in which no row was accepted or proven bad."""
 
 
 def isolate(rows: Sequence[Row], policy: Policy, *, one_by_one: bool = False) -> Search[Row]:
@@ -80,7 +80,7 @@ class Isolation(Search[Row]):
         return self._is_the_services(self._rows, failure, now_ms)
 
     def _is_the_services(self, rows: Sequence[Row], failure: UploadFailure, now_ms: int) -> bool:
-        """Tell whether the failure of a request with these rows can't be the fault of one of them."""
+        """Return whether the failure of a request with these rows can't have been caused by one of them."""
         if asked_delay_ms(failure, self._policy) is not None:
             return True
         if verdict(failure, self._policy) is Verdict.PERMANENT:
@@ -165,8 +165,8 @@ class Isolation(Search[Row]):
 class OneByOne(Isolation[Row]):
     """The search where each request holds one row. Each answer is judged like the answer to a claim of one row.
 
-    A failure that is the service's ends the search, and so do eight requests in a row without an acceptance or a
-    proof. The rows that were not sent are released.
+    A failure of the service ends the search. So do eight requests in a row in which no row was accepted or proven
+    bad. The rows that were not sent are released.
     """
 
     def next_part(self) -> tuple[Row, ...]:
@@ -199,7 +199,7 @@ class OneByOne(Isolation[Row]):
 class OriginalIsolation(Search[Row]):
     """The search of the original uploader: an acceptance proves every rejection in its claim.
 
-    A failure that is no rejection ends it. Acceptances in other claims prove nothing.
+    Any failure except a rejection ends the search. Acceptances in other claims prove nothing.
     """
 
     def _learn_from_failure(self, part: Sequence[Row], failure: UploadFailure, now_ms: int) -> None:

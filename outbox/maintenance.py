@@ -65,7 +65,7 @@ def purge(
 
 
 def look(store: Store, policy: Policy, destination: str, *, now_ms: int) -> Chores | None:
-    """Return what there is to do for a destination beside delivery, None if that can't be read."""
+    """Return the maintenance that is due for a destination, or None if the database can't be read."""
     chores = attempt("looking after", lambda: store.views.chores(policy, destination, now_ms=now_ms))
     if chores is not None:
         store.claims.take_turns(destination, is_any_failed=chores.is_any_failed)
@@ -73,9 +73,9 @@ def look(store: Store, policy: Policy, destination: str, *, now_ms: int) -> Chor
 
 
 def bring_back(store: Store, policy: Policy, chores: Chores, *, now_ms: int, ended_failures: int) -> None:
-    """Make rows due that wait or are parked, because the service accepted a row.
+    """Make waiting and parked rows due, because the service accepted a row.
 
-    `ended_failures` is how many failures in a row that ended.
+    `ended_failures` is the number of failures in a row before the acceptance.
     """
     if chores.is_any_failed and not policy.is_original:
         attempt(
@@ -93,7 +93,7 @@ def bring_back(store: Store, policy: Policy, chores: Chores, *, now_ms: int, end
 
 
 def try_parked(store: Store, policy: Policy, chores: Chores, *, now_ms: int) -> None:
-    """Make one parked row due, at most once a minute: nothing else would show that the service works again."""
+    """Make one parked row due, at most once a minute, to find out whether the service works again."""
     if chores.is_any_parked and not policy.is_original:
         spread_ms = policy.unpark_spread_ms
         attempt(
@@ -146,7 +146,7 @@ def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
 
 
 def cutoff_ms(older_than: datetime | int) -> int:
-    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` if it is none."""
+    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` for any other value."""
     if isinstance(older_than, datetime) and older_than.utcoffset() is not None:
         return epoch_ms(older_than)
     if isinstance(older_than, int) and abs(older_than) < 2**63:

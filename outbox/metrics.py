@@ -48,7 +48,7 @@ class OutboxMetrics(Collector):
     """Exports the queue in the database, and the outcomes of this `Outbox` object's flushes, to a registry.
 
     A scrape reads the database, unless the last figures are recent enough: reading takes at most a tenth of the
-    time. While the database can't be read, `outbox_up` is 0 and its other figures are left out. A registry holds
+    time. While the database can't be read, `outbox_up` is 0 and its other figures are missing. A registry holds
     one outbox.
     """
 

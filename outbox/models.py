@@ -11,7 +11,7 @@ from outbox.failures import InvalidEvent
 
 
 class PydanticModel(Protocol):
-    """A model of Pydantic 2, or anything that becomes JSON like one."""
+    """A model of Pydantic 2, or any other object with its `model_dump`."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         """Return the fields as values that JSON can hold."""
@@ -36,7 +36,7 @@ Model = PydanticModel | Dataclass | AttrsObject
 def mapping_of(model: object) -> dict[str, Any]:
     """Return the fields of a model as its own library converts them, and its attribute `event_type` if it has one.
 
-    Raises `InvalidEvent` if it is no model, or if its library can't convert it.
+    Raises `InvalidEvent` if the object is not a model, or if its library can't convert it.
     """
     kind = type(model)
     try:

@@ -42,7 +42,7 @@ def redacted(event: Event | dict[str, Any], redact: Redact, *, strict: bool) -> 
     try:
         found = redact(event)
     except Exception as error:
-        # Without the text of the exception, which may quote what `redact` should remove.
+        # The text of the exception is left out: it may quote what `redact` should remove.
         raise InvalidEvent(f"{name}: redact failed with {type(error).__name__}") from error
     try:
         return encode(found, strict=strict)

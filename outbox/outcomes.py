@@ -1,4 +1,4 @@
-"""What becomes of a row: one constructor for each move, which says what columns the move writes beside the status.
+"""The outcomes of a row: one constructor for each move, with the columns that the move writes beside the status.
 
 Policy, the methods of a row and the UPDATE statements use these constructors. A value is a number or a text, or
 the SQL expression for one.
@@ -27,19 +27,22 @@ class WaitsFor(str, Enum):
 
 
 class Outcome(NamedTuple):
-    """What becomes of one row: the trigger of its move, and the columns that the move writes."""
+    """The outcome of one row: the trigger of its move, and the columns that the move writes."""
 
     trigger: str
     values: dict[str, Any]
 
 
-# Whoever settles a row did not die of it.
+# The flusher is alive, so this row did not kill it.
 _SETTLED = {"lost_leases": 0}
 _UNSUSPECTED = {"waits_for": None, "suspected_at_ms": None}
 
 
 def claim(*, lease_until_ms: Any, lost_leases: Any) -> Outcome:
-    """Hold the row under a lease that ends then. `lost_leases` counts the leases that ran out on the row."""
+    """Hold the row under a lease until `lease_until_ms`.
+
+    `lost_leases` counts the leases that ran out on the row.
+    """
     return Outcome("claim", {"next_attempt_at_ms": lease_until_ms, "lost_leases": lost_leases})
 
 
@@ -68,12 +71,12 @@ def park(*, last_error: Any) -> Outcome:
 
 
 def abandon(*, last_error: Any) -> Outcome:
-    """Give the row up. It stays in the table, with its reason."""
+    """Give up on the row. It stays in the table, with the reason."""
     return Outcome("abandon", {"last_error": last_error, **_SETTLED})
 
 
 def release(*, next_attempt_at_ms: Any) -> Outcome:
-    """Give the row back untried."""
+    """Return the row to the queue without a try."""
     return Outcome("release", {"next_attempt_at_ms": next_attempt_at_ms, **_SETTLED})
 
 
@@ -83,13 +86,13 @@ def unpark(*, row_id: Any, now_ms: Any, spread_ms: Any) -> Outcome:
 
 
 def retry_now(*, now_ms: Any, is_parked: bool) -> Outcome:
-    """Make a row due. Its age starts anew if it was parked; its failures stay."""
+    """Make a row due. If it was parked, its age starts again. Its failures stay."""
     revived = {"revived_at_ms": now_ms, **_UNSUSPECTED} if is_parked else {}
     return Outcome("retry_now", {"next_attempt_at_ms": now_ms, **revived})
 
 
 def revive(*, next_attempt_at_ms: Any) -> Outcome:
-    """Make a row that waits due earlier; its failures stay."""
+    """Make a waiting row due earlier. Its failures stay."""
     return Outcome("revive", {"next_attempt_at_ms": next_attempt_at_ms})
 
 

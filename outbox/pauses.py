@@ -1,4 +1,4 @@
-"""When a destination is left alone, and who looks whether it works again. Pure: no clock, no database."""
+"""The rules for pauses of a destination, and for the probes after them. Pure: no clock, no database."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_PAUSE_MS = 20_000
 
 
 LONGEST_TRUSTED_MS = 3_600_000
-"""A pause or a probe that ends later than this was begun by a wrong clock, so it is over."""
+"""A pause or a probe that ends later than this was begun by a wrong clock, so it is ignored."""
 
 
 class ClaimResult(NamedTuple):
@@ -33,25 +33,25 @@ class ClaimResult(NamedTuple):
 
     @property
     def is_failure(self) -> bool:
-        """Whether the requests failed, and neither an acceptance nor a proof shows that the service works."""
+        """Whether a request failed, and no row was accepted or proven bad."""
         return self.failure is not None and not self.accepted and not self.proven
 
 
 class SharedPause(NamedTuple):
-    """What all flushers know of a destination that failed. The default stands for one that works."""
+    """What all flushers know of a destination. The defaults stand for a destination that works."""
 
     failures: int = 0
     """Failures in a row; only an acceptance ends the count."""
     number: int = 0
     """Pauses so far, never reset. A claim that saw another number began before the current pause."""
     until_ms: int = 0
-    """Until then nothing is claimed."""
+    """When the pause ends. Nothing is claimed before."""
     is_asked: bool = False
     """Whether an answer asked for the pause."""
     probe_until_ms: int = 0
-    """The lease of the probe under way. Until then nothing else is claimed."""
+    """When the lease of the current probe ends. Nothing else is claimed before."""
     next_probe_failed_before: bool = False
-    """Whether the next probe is the oldest row that failed before; otherwise the newest that did not."""
+    """Whether the next probe is the oldest row that failed before. Otherwise it is the newest row that did not."""
     last_error: str | None = None
     """The text of the last failure."""
 
@@ -62,7 +62,7 @@ class SharedPause(NamedTuple):
 
     @property
     def holds_until_ms(self) -> int:
-        """Until when nothing is claimed: the pause is over, and the result of the probe is known."""
+        """When the next claim is possible: after the pause, and after the lease of the probe."""
         return max(self.until_ms, self.probe_until_ms)
 
     def trusted(self, now_ms: int) -> SharedPause:
@@ -74,14 +74,14 @@ class SharedPause(NamedTuple):
         )
 
     def when_probed(self, *, lease_until_ms: int, failed_before: bool) -> SharedPause:
-        """Return the pause while a probe is under way with a row that failed before, or did not."""
+        """Return the pause during a probe. `failed_before` tells of which kind the row of the probe is."""
         return self._replace(probe_until_ms=lease_until_ms, next_probe_failed_before=not failed_before)
 
     def when_accepted(self, *, seen: int) -> SharedPause:
-        """Return the pause after a claim that saw pause number `seen` got a row accepted.
+        """Return the pause after the service accepted a row of a claim that saw pause number `seen`.
 
-        That ends the pause and the count of failures. One exception: an answer asked for the pause while the
-        accepted request was already under way. Then the service still wants no request.
+        An acceptance ends the pause and the count of failures, with one exception: if an answer asked for the
+        pause while the accepted request was already under way, the service still wants no request.
         """
         if self.is_asked and seen != self.number:
             return self._replace(failures=0)
@@ -92,7 +92,7 @@ class SharedPause(NamedTuple):
     ) -> SharedPause:
         """Return the pause after a claim that saw pause number `seen`.
 
-        `probe_lease_ms` is the lease that the claim had as a probe, None if it was none.
+        `probe_lease_ms` is the lease of the claim if it was a probe, else None.
 
         - A failure pauses the destination. A claim from before the current pause neither counts nor lengthens it.
         - A lone failure counts but pauses only if it was a probe.
@@ -117,9 +117,9 @@ class SharedPause(NamedTuple):
 
 
 def pause_ms(failures: int, policy: Policy) -> int:
-    """Return how long a destination is left alone after so many failures in a row, if no answer named a delay.
+    """Return the length of the pause after this many failures in a row, if no answer named a delay.
 
-    With the default of 1 000 ms for the first: 1 s, 2 s, 4 s, 8 s, 16 s, 20 s, 20 s, …
+    With the default `pause_ms` of 1 000: 1 s, 2 s, 4 s, 8 s, 16 s, 20 s, 20 s, …
     """
     return min(policy.pause_ms << min(failures - 1, 30), LONGEST_PAUSE_MS)
 

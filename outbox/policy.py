@@ -18,7 +18,7 @@ _AUTHENTICATION = (401, 403)
 _MISSING_ROUTE = (404, 405, 410)
 _SHARED_4XX = (408, 425)
 _OFTEN = 4
-"""From this `retry_count` on, a row is suspected even if nothing is known of its destination."""
+"""From this `retry_count` on, a row is suspected even if its destination accepted nothing recently."""
 _TWICE = 2
 """From this `retry_count` on, a row is suspected if its destination works."""
 
@@ -75,11 +75,11 @@ class Policy:
     proof_ms: int = 600_000
     """The shortest time between the first rejection of a row and its abandonment."""
     revive_limit: int = 256
-    """Number of waiting rows of each kind that return to the queue after each success."""
+    """Number of waiting rows of each kind that become due after each success."""
     unpark_limit: int = 256
     """Number of parked rows that return to the queue after each success."""
     unpark_spread_ms: int = 5_000
-    """Their due times are spread over this time, so that they do not all become due at once."""
+    """The due times of these rows are spread over this time, so that they do not all become due at once."""
     verdicts: Mapping[int, Verdict] = field(default_factory=dict, hash=False)
     """What an answer with one of these HTTP statuses (100 to 599) means, instead of the default, such as
     `{409: Verdict.TRANSIENT}`."""
@@ -161,7 +161,7 @@ def verdict(failure: UploadFailure, policy: Policy) -> Verdict:
     """Return the verdict on a failure by its HTTP status; a failure without a status is transient.
 
     `policy.verdicts` decides first. 404, 405 and 410 are transient: at a fixed URL they mean that the route is
-    missing. To the original they are permanent.
+    missing. Under the original policy they are permanent.
     """
     if not isinstance(failure, HttpFailure):
         return Verdict.TRANSIENT
@@ -191,7 +191,10 @@ def named_delay_ms(failure: UploadFailure, policy: Policy) -> int | None:
 
 
 def asked_delay_ms(failure: UploadFailure, policy: Policy) -> int | None:
-    """Return for how many ms the service wants no request. A 429 that names no delay asks for `rate_limit_ms`."""
+    """Return the delay in ms for which the service wants no request.
+
+    A 429 that names no delay asks for `rate_limit_ms`.
+    """
     named_ms = named_delay_ms(failure, policy)
     if named_ms is None and verdict(failure, policy) is Verdict.RATE_LIMITED:
         return policy.rate_limit_ms
@@ -220,7 +223,7 @@ def may_be_one_rows(failure: UploadFailure, *, rows: int, retry_count: int, work
       `retry_count` >= 4.
     - Transient with a 4xx (404, 405, 410, 408 and 425) or 5xx, and no answer before the deadline: with
       `retry_count` >= 2 if the destination works, else for claims of several rows with `retry_count` >= 4.
-    - Any other failure, and any failure to the original: never.
+    - Any other failure, and any failure under the original policy: never.
     """
     if policy.is_original or asked_delay_ms(failure, policy) is not None:
         return False
@@ -234,7 +237,7 @@ def may_be_one_rows(failure: UploadFailure, *, rows: int, retry_count: int, work
 
 
 def is_timeout(failure: UploadFailure) -> bool:
-    """Return whether there was no answer before the deadline; an event may take the service too long."""
+    """Return whether there was no answer before the deadline. One event may take the service too long."""
     return isinstance(failure, TransportFailure) and failure.is_timeout
 
 

@@ -23,7 +23,7 @@ LOST_LEASES_ALONE = 2
 
 
 class ClaimedRow(NamedTuple):
-    """What a flusher has to know of a row that it holds."""
+    """What a flusher needs to know about a row that it holds."""
 
     id: int
     event_type: str
@@ -36,11 +36,11 @@ class ClaimedRow(NamedTuple):
     lost_leases: int = 0
     occurred_at_ms: int = 0
     event_id: str = ""
-    """The caller's id, or one that is derived when the row is claimed."""
+    """The caller's id, or an id that is derived when the row is claimed."""
 
 
 class Pause(NamedTuple):
-    """A service that failed, and is left alone."""
+    """The pause of a service that failed."""
 
     destination: str
     failures: int
@@ -50,15 +50,15 @@ class Pause(NamedTuple):
 
     @property
     def until_ms(self) -> int:
-        """When the next flusher may try, as a probe."""
+        """When a flusher may send a probe."""
         return max(self.paused_until_ms, self.probe_until_ms)
 
 
 class Claim(NamedTuple):
-    """The rows that a flusher got, in the order of the claim, and what it knew of their destination.
+    """The rows that a flusher got, in the order of the claim, and the pause of their destination.
 
-    Without rows, a pause that holds is the reason. `invalid` says, by row id, which column holds an invalid value;
-    such a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
+    While that pause lasts, there are no rows. `invalid` says, by row id, which column holds an invalid value; such
+    a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
     """
 
     rows: list[ClaimedRow]
@@ -70,19 +70,20 @@ class Claim(NamedTuple):
 
     @property
     def failed_before(self) -> bool:
-        """Whether these rows failed before, or have lost their senders."""
+        """Whether these rows failed before, or their senders died."""
         return self.rows[0].waits_for is not None or self.rows[0].lost_leases >= LOST_LEASES_ALONE
 
 
 class BatchItem(ClaimedRow):
-    """One event of an upload. `payload_json` is sent as it is stored. `id` is that of the row."""
+    """One event of an upload. `payload_json` is sent as it is stored. `id` is the row id."""
 
     @cached_property
     def event(self) -> Event | Mapping[str, Any]:
-        """The event, decoded when this is first read.
+        """The event.
 
-        A mapping if this process can't decode it to the class of its type: the class is not imported, or has
-        changed. Raises `ConfigurationError` if the definition of a registered class is wrong.
+        It is decoded when this is first read. It is a mapping if this process can't decode it to the class of its
+        type: the class is not imported, or has changed. Raises `ConfigurationError` if the definition of a
+        registered class is wrong.
         """
         try:
             return decode(self.payload_json)
@@ -92,7 +93,7 @@ class BatchItem(ClaimedRow):
 
 
 class UploadClient(Protocol):
-    """What takes events to the service.
+    """Delivers events to a service.
 
     A client may have these attributes, too:
 
@@ -102,50 +103,50 @@ class UploadClient(Protocol):
     - `fit(batch)` returns how many of the first events fit in one request, at least 1. A flush sends these and
       releases the others, which the next claim takes again. Without it, a request holds all events of a claim.
     - `redact(text)` returns a text without the credentials that the client holds. It is applied to the text of an
-      exception that is no `UploadFailure` before that is stored.
+      exception that is not an `UploadFailure` before the text is stored.
     """
 
     @property
     def logged_in(self) -> bool:
-        """Whether it makes sense to try; a flush without leaves everything as it is."""
+        """Whether there are credentials. If not, a flush changes nothing."""
         ...
 
     def upload(self, batch: tuple[BatchItem, ...], /) -> Mapping[int, UploadFailure | None] | None:
-        """Deliver the batch, or raise an `UploadFailure` that holds for the whole batch.
+        """Deliver the batch, or raise an `UploadFailure` that applies to the whole batch.
 
         A client that knows an outcome for each event returns the failures by row id. A row that is not in the
         mapping, or has None there, is accepted.
 
-        An exception of `requests` is a failure with the status of its response. Any other `Exception` is taken for
-        a bug: the events wait as after a failure of the service, with `client error: …` as their `last_error`, and
-        the exception reaches the caller of `flush`.
+        An exception of `requests` is a failure with the status of its response. Any other `Exception` is a bug:
+        the events wait as after a failure of the service, with `client error: …` as their `last_error`, and the
+        exception reaches the caller of `flush`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FlushReport:
-    """What one flush did, in numbers of events; reports add up."""
+    """What one flush did, in numbers of events. Reports can be added."""
 
     claimed: int = 0
-    """Without the events that were released because they did not fit in the request."""
+    """Does not include events that were released because they did not fit in the request."""
     attempted: int = 0
-    """Claimed, and their payload is a JSON object."""
+    """Claimed events whose payload is a JSON object."""
     sent: int = 0
     rescheduled: int = 0
     parked: int = 0
     abandoned: int = 0
     lost_leases: int = 0
-    """Rows that had another owner when their outcome was to be written; it was dropped."""
+    """Rows that another flusher owned when their outcome was written. These outcomes were dropped."""
     verdict: Verdict | None = None
-    """The verdict that held for the whole batch, where one did."""
+    """The verdict that applied to the whole batch, or None."""
     failure: str | None = None
-    """The text of the last failure, or of the one that a pause is for."""
+    """The text of the last failure, or of the failure that caused the pause."""
     paused_until_ms: int | None = None
-    """Until then nothing is sent: the service failed, or asked to slow down. This holds for all flushers."""
+    """When the pause ends. Until then no flusher sends anything: the service failed, or asked to slow down."""
     skipped: str | None = None
-    """Why nothing was tried, in words: not logged in, capture is off, or the service is paused. None where events
-    were tried or nothing was due. In a sum: why the last flush tried nothing."""
+    """Why nothing was tried, in words: not logged in, capture is off, or the service is paused. None if events
+    were tried or nothing was due. In a sum of reports: why the last flush tried nothing."""
     goes_on: bool = False
     """Whether to flush again at once: rows were claimed, and the service works or only one row failed."""
 
@@ -167,7 +168,7 @@ class FlushReport:
 
 
 class Chores(NamedTuple):
-    """What there is to do for a destination beside delivery."""
+    """The maintenance that is due for a destination."""
 
     destination: str
     is_any_parked: bool
@@ -175,13 +176,13 @@ class Chores(NamedTuple):
     is_any_failed: bool
     """Whether any row waits because it failed."""
     is_troubled: bool
-    """Whether the destination is paused, or failed last."""
+    """Whether the destination failed and has accepted nothing since."""
     may_be_over_cap: bool
     may_be_over_bounds: bool
 
 
 class Trouble(NamedTuple):
-    """Rows that are kept back: their most frequent failure, a time that belongs to them, and how many they are."""
+    """Rows that are not delivered: their most frequent failure, one of their due times, and their number."""
 
     last_error: str
     next_attempt_at_ms: int
@@ -198,7 +199,7 @@ class Deleted(NamedTuple):
 
 
 class Overview(NamedTuple):
-    """What `Store.overview` sees, in one snapshot."""
+    """The numbers for `stats`, read in one snapshot."""
 
     counts: list[tuple[str, str, int]]
     oldest_pending_ms: int | None
@@ -230,7 +231,7 @@ class Listener(Protocol):
         """Return the file descriptor that can be read when there is a notification."""
 
     def hear(self) -> bool:
-        """Take what was notified; return False if the connection is broken."""
+        """Read the notifications; return False if the connection is broken."""
 
     def close(self) -> None:
         """Close the connection."""

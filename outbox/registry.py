@@ -30,7 +30,7 @@ class Registry(Generic[_Type]):
         self._decoder: tuple[object, msgspec.json.Decoder[_Type]] | None = None
 
     def add(self, known: type[_Type]) -> None:
-        """Register a type. Raises `ConfigurationError` for a tag that is no text, or is one of this package's."""
+        """Register a type. Raises `ConfigurationError` for a tag that is not a text, or that this package uses."""
         tag = known.__struct_config__.tag
         if not isinstance(tag, str) or not tag:
             raise ConfigurationError(f"{known.__qualname__} has the tag {tag!r}, expected a text")
@@ -63,7 +63,7 @@ class Registry(Generic[_Type]):
 
 
 def _is_redefined(known: type, other: type) -> bool:
-    # A notebook cell defines its type on each run, and a function on each call.
+    # A notebook cell defines its type again on each run, and a function on each call.
     same = (known.__module__, known.__qualname__) == (other.__module__, other.__qualname__)
     return same or "<locals>" in other.__qualname__
 

@@ -17,8 +17,8 @@ MIN_MS, MAX_MS = 1_000, 300_000
 def in_body(body: str) -> int | None:
     """Return the delay in ms that a response body asks for, clamped to 1 000 … 300 000, or None.
 
-    In a JSON body, the integer `retryAfterSec` of the outermost object that has one. In any other body, such as a
-    cut one, the digits after the first `"retryAfterSec"` and a colon.
+    In a JSON body, this is the integer `retryAfterSec` of the outermost object that has one. In any other body,
+    such as a cut one, it is the digits after the first `"retryAfterSec"` and a colon.
     """
     try:
         seconds = _outermost_retry_after(msgspec.json.decode(body))

@@ -1,4 +1,4 @@
-"""When rows that wait become due again because their destination accepted another row. Pure arithmetic."""
+"""When waiting rows become due because their destination accepted another row. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outbox.policy import Policy
 _YOUNG_SUSPECTS_AFTER_MS = _YOUNG_SUSPECTS_SPREAD_MS = 60_000
 
 ROWS_REVIVED_AFTER = 3
-"""A success that ends so many failures in a row also revives the rows that failed alone."""
+"""A success that ends this many failures in a row also revives the rows that failed alone."""
 
 
 class DueRange(NamedTuple):
@@ -20,9 +20,10 @@ class DueRange(NamedTuple):
 
     @property
     def end_ms(self) -> int:
-        """Only rows that are due later are revived.
+        """The end of the range.
 
-        Otherwise each success would choose the same rows again, and rows further back would wait.
+        Only rows that are due later are revived. Otherwise each success would choose the same rows again, and rows
+        further back would wait.
         """
         return self.begin_ms + self.spread_ms
 

@@ -18,7 +18,7 @@ Row = TypeVar("Row", bound=Judged)
 
 
 class Search(ABC, Generic[Row]):
-    """Decides which rows each request of a claim holds, and what becomes of each row."""
+    """Decides which rows each request of a claim holds, and the outcome of each row."""
 
     def __init__(self, rows: Sequence[Row], policy: Policy) -> None:
         self._policy = policy
@@ -35,7 +35,7 @@ class Search(ABC, Generic[Row]):
         self._is_lone_failure = False
         self._is_over = False
         self.verdict: Verdict | None = None
-        """The verdict that held for every row without an outcome, if the search ended with one."""
+        """The verdict that applied to all rows without an outcome, if the search ended with such a verdict."""
         self.not_sent = 0
         """How many rows the search released because it ended before their request."""
 
@@ -80,8 +80,8 @@ class Search(ABC, Generic[Row]):
     ) -> None:
         """Record that the upload of this part failed, for whatever reason.
 
-        `accepted_at_ms` is when the destination last accepted a row, as far as the database knows. The search adds
-        what it saw itself.
+        `accepted_at_ms` is when the destination last accepted a row, as far as the database knows. The search also
+        counts the acceptances that it saw itself.
         """
         self._failure = failure
         self._accepted_at_ms = _latest(self._accepted_at_ms, accepted_at_ms)
@@ -132,7 +132,7 @@ class Search(ABC, Generic[Row]):
         self._outcomes.append((row.id, outcome))
 
     def _settle_all(self, failure: UploadFailure, now_ms: int) -> None:
-        """End the search with a failure that holds for every row without an outcome."""
+        """End the search with a failure that applies to every row without an outcome."""
         self.verdict = verdict(failure, self._policy)
         for row in tuple(self._open.values()):
             self._settle(row, after_shared_failure(failure, row, now_ms=now_ms, policy=self._policy))

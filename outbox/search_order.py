@@ -20,10 +20,10 @@ Row = TypeVar("Row", bound=_Identified)
 class SearchOrder(Generic[Row]):
     """Which rows of a rejected claim go into the next request.
 
-    Row by row until something is accepted. Then each request holds as many rows as were accepted for each bad row
-    so far, so that it holds about one bad row. A rejected part is halved until one bad row is found. If its first
-    half is accepted, the second half holds a bad row and is halved without being sent whole. The rows behind a bad
-    row go back to those of which nothing is known.
+    Row by row until something is accepted. Then each request holds as many rows as were accepted per bad row so
+    far: about one of these rows is bad. A rejected part is halved until one bad row is found. If its first half is
+    accepted, the second half holds a bad row and is halved without being sent whole. Nothing is known then of the
+    rows behind a bad row.
 
     One bad row among 64 takes 14 requests on average and at most 16, the claim's first included; 16 bad rows take
     63 on average. Row by row all of these take 65.
@@ -31,7 +31,7 @@ class SearchOrder(Generic[Row]):
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._unknown = list(rows)
-        # These hold a bad row, as far as the answers so far can tell.
+        # By the answers so far, these rows contain a bad row.
         self._group: list[Row] = []
         self._good = self._bad = 0
         self._is_small = len(rows) <= ONE_BY_ONE

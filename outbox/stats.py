@@ -118,7 +118,7 @@ def _likely_cause(
         row = seen.waiting[WaitsFor.ROW]
         causes.append(
             f"{counted(row.events, 'event')} failed alone while the service accepted others ({row.last_error});"
-            " they are tried until they are too old; look for what the service can't handle in them"
+            " they are tried until they are too old; find out what the service can't handle in them"
         )
     if WaitsFor.PROOF in seen.waiting:
         suspects = seen.waiting[WaitsFor.PROOF]

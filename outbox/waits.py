@@ -17,9 +17,9 @@ class Look(NamedTuple):
     goes_on: bool = False
     """Whether to claim again at once: a row was accepted or proven bad, or the claim was a lone failure."""
     paused_until_ms: int | None = None
-    """Until when the destination is paused, or probed by another flusher."""
+    """When the pause of the destination, or the probe of another flusher, ends."""
     next_due_ms: int | None = None
-    """When the next row is due, if nothing was."""
+    """When the next row is due, if no row was due."""
     has_failed: bool = False
     """Whether the claim failed, or the look itself did, and no pause says how long to wait."""
 
@@ -27,11 +27,11 @@ class Look(NamedTuple):
 def wait_ms(look: Look, *, rounds: int, poll_interval_ms: int, now_ms: int) -> int:
     """Return how long to wait after a look at the queue, in ms.
 
-    `rounds` is the number of looks before this one that went the same way.
+    `rounds` is the number of looks before this one with the same result.
 
-    - Something to go on with: 0.
+    - `look.goes_on`: 0.
     - A pause: until its end, but at most the poll interval, because another flusher may end it.
-    - A failure without a pause: 1 s, doubled up to a minute, and up to a quarter more, decided by the time.
+    - A failure without a pause: 1 s, doubled up to a minute, plus a jitter of up to a quarter.
     - Nothing due: until a row is due, but at most 100 ms, doubled up to the poll interval.
 
     An enqueue ends the wait. The poll interval counts as 20 s at most.

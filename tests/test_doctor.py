@@ -52,7 +52,7 @@ def test_the_doctor_tells_the_id_of_the_outbox(outbox: Outbox) -> None:
     outbox_id = outbox.store.views.outbox_id()
     (found,) = [one for one in examine(outbox.engine, Policy()) if one.check == "identity"]
     assert found.is_well
-    assert found.words.startswith(f"the outbox id is {outbox_id}, which begins the ids of events")
+    assert found.words.startswith(f"the outbox id is {outbox_id}, the first part of each event id")
     assert "a restored backup keeps it" in found.words
 
 
@@ -188,4 +188,4 @@ def test_the_doctor_warns_of_programs_that_know_no_destinations(outbox: Outbox) 
     assert words.startswith(
         "undelivered events go to 2 destinations beside the default one: a program that knows no"
     )
-    assert words.endswith("would send them to the default one, so none may flush this database")
+    assert words.endswith("would send them to the default one; it must not flush this database")

@@ -63,7 +63,7 @@ def test_what_events_wait_for_is_counted_and_each_has_its_cause(outbox):
         "the service is failing (503); 1 event is waiting; the next try is due now",
         "the service asks to slow down (429); 2 events are waiting; the next try is due now",
         "3 events failed alone while the service accepted others (403); they are tried until they are too old;"
-        " look for what the service can't handle in them",
+        " find out what the service can't handle in them",
         "the service rejected 1 event alone (422 Bad); an event is abandoned if it is rejected again later,"
         " while the service accepts others; `outbox show ID` says when",
         "1 event is abandoned; `outbox list --status abandoned` shows why,"

@@ -1,4 +1,4 @@
-"""The answers of the test server: those that a script gives, and those of the contract of difflore's service."""
+"""The answers of the test server: scripted ones, and those that the contract of difflore's service defines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 Mode = Literal["ok", "down", "overloaded", "revoked", "hang", "drop"]
-"""The answer to all requests: 2xx, 503, 429, 401, none but only when the server stops, or none at once."""
+"""The answer to all requests, in order: 2xx; 503; 429; 401; none, but a wait until the server stops; none, at
+once."""
 
 _DEFINED_ERRORS = {400, 401, 403, 429}
 _CODES = {

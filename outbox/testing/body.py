@@ -93,7 +93,10 @@ _READERS: dict[str, Callable[[bytes], list[Found]]] = {
 
 
 def reader_of(name: str) -> Callable[[bytes], list[Found]]:
-    """Return what reads a body of the format with this name. Raises `ConfigurationError` for an unknown name."""
+    """Return the reader for bodies of the format with this name.
+
+    Raises `ConfigurationError` for an unknown name.
+    """
     if name.startswith("json:") and name != "json:":
         return _keyed(name.removeprefix("json:"))
     if name not in _READERS:

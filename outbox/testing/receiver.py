@@ -46,11 +46,11 @@ class IngestServer:
 
     With `port` 0 the server uses a free port, and keeps it for later starts. `path` is the only path for batches;
     None means any. `format` is the format of the bodies: a name that `HttpClient` knows, or `elasticsearch` for
-    the `create` actions of a bulk request. `token` is the bearer token that requests must have, and `secret` the
-    one that must have signed them as in Standard Webhooks; with None, any request is accepted. You may change
-    `format`, `token` and `secret` while the server runs. `store` names a file: the server appends each new event
-    to it as a line, and counts the events that are already in it as received. The line of an event with an id is
-    an array of the id and the event.
+    the `create` actions of a bulk request. Requests must have the bearer token `token`, and be signed with
+    `secret` as in Standard Webhooks. If one of these is None, it is not checked. You may change `format`, `token`
+    and `secret` while the server runs. `store` names a file: the server appends each new event to it as a line,
+    and counts the events that are already in it as received. The line of an event with an id is an array of the id
+    and the event.
 
     If the text of an event contains `poison`, the whole batch is answered with 422. With `results`, the answer is
     a 207 with a result for each event instead; with `elasticsearch` it is always that of a bulk request.

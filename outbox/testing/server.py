@@ -22,7 +22,7 @@ _LONGEST_NUMBER = 18  # longer lengths exceed the limit in any case
 
 
 class Service(NamedTuple):
-    """What answers the requests."""
+    """Answers the requests."""
 
     path: str | None
     """The only path for batches; None means any."""

@@ -1,4 +1,4 @@
-"""The adapter through which requests sends: our connections, and less of the answer than requests would read."""
+"""The adapter that gives requests our connections, and reads less of the answer than its own adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Adapter(HTTPAdapter):
         proxies: Mapping[str, str] | None = None,
         cert: tuple[str, str] | str | None = None,
     ) -> Any:
-        """Return the pool, which opens connections of ours."""
+        """Return the pool of our connections."""
         pool: Any = super().get_connection_with_tls_context(request, verify, proxies, cert)
         pool.ConnectionCls = TlsConnection if pool.scheme == "https" else Connection
         return pool

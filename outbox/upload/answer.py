@@ -52,7 +52,8 @@ def drain(answer: BaseHTTPResponse) -> None:
 def rejection(answer: BaseHTTPResponse, credentials: Sequence[str]) -> HttpFailure:
     """Convert an answer other than 2xx to a failure."""
     if answer.status < HTTPStatus.OK:
-        # After a 1xx the final answer follows. The next request on this connection would take it for its own.
+        # After a 1xx the final answer follows. The next request on this connection would read it as its own
+        # answer.
         answer.close()
     body, is_cut = body_of(answer, MAX_ANSWER_BYTES)
     text = body.decode(errors="replace")
@@ -110,5 +111,5 @@ def phrase(status: int) -> str:
 
 def one_line(text: str) -> str:
     """Return the text as it can be stored and displayed."""
-    # The text is stored: PostgreSQL refuses NUL. The text is displayed: a terminal obeys control characters.
+    # The text is stored: PostgreSQL refuses NUL. The text is displayed: a terminal executes control characters.
     return " ".join(text.split()).translate(_NOT_SHOWN)

@@ -26,7 +26,7 @@ _COMPUTED = {"content-encoding", "content-length", "idempotency-key", "transfer-
 
 
 class Login(Private):
-    """How requests log in. This way adds no credentials."""
+    """A way to log in. This one adds no credentials."""
 
     @property
     def logged_in(self) -> bool:
@@ -42,7 +42,7 @@ class Login(Private):
         return ()
 
     def refused(self, request: requests.PreparedRequest) -> bool:  # noqa: ARG002 - nothing can be renewed
-        """Return whether to try once more after a 401, because the next credentials will be other ones."""
+        """Return whether to send the request once more after a 401, because the credentials will be new ones."""
         return False
 
 
@@ -161,7 +161,7 @@ Auth = tuple[Secret, Secret] | ApiKey | NoAuth | Callable[[requests.PreparedRequ
 
 
 def login(token: Secret | None, auth: Auth | None) -> Login:
-    """Return the way that these arguments mean. Raises `ConfigurationError`, which shows no credential."""
+    """Return the login that these arguments describe. Raises `ConfigurationError`, which shows no credential."""
     if auth is None:
         return _Bearer(token)
     if token is not None:
@@ -196,7 +196,10 @@ class Headers(Login):
         )
 
     def apply(self, request: requests.PreparedRequest) -> tuple[str, ...]:
-        """Set the headers, and return what callables returned. A callable's None leaves its header out."""
+        """Set the headers, and return what callables returned.
+
+        If a callable returns None, its header is left out.
+        """
         secrets = []
         for name, given in self._headers.items():
             value = current(given)

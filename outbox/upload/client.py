@@ -46,7 +46,7 @@ class HttpClient:
     `format` is the shape of the body: `json`, `json:KEY`, `ndjson`, `single`, `cloudevents`, `cloudevents-batch`,
     or an object such as a `Format`.
     `sign` is a callable that returns the headers that sign a body, such as `StandardWebhooks`. `gzip` or `zstd`
-    compresses bodies over 1 KiB. `fit` counts up to `max_batch_bytes`, before compression.
+    compresses bodies over 1 KiB. `max_batch_bytes` limits a body before compression; `fit` applies it.
 
     `read_answer` reads an outcome for each event from a 2xx with at most `max_answer_bytes`: `results`, which is a
     list of objects with a `status`, or a callable. Without it, a 2xx accepts the whole batch, and its body is not
@@ -173,7 +173,7 @@ class HttpClient:
                 result = self._try(batch)
             except UploadFailure as raised:
                 result = raised
-                # What it was raised from may hold credentials.
+                # The exception that caused this one may hold credentials.
                 result.__cause__ = result.__context__ = None
         # Raised here, so that its traceback has no inner frames and no context.
         if isinstance(result, UploadFailure):

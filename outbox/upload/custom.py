@@ -17,7 +17,7 @@ def requests_failure(error: Exception, client: object) -> UploadFailure | None:
     It has the status of the error's response, if there is one, and the delay that the response asks for. Its texts
     hold no credentials.
     """
-    # A client that raised such an error has loaded the library. Without it, nothing is loaded for this question.
+    # A client that raised such an error has loaded the library. If it is not loaded, this check must not load it.
     requests: Any = sys.modules.get("requests")
     if requests is None or not isinstance(error, requests.RequestException):
         return None
@@ -29,7 +29,8 @@ def requests_failure(error: Exception, client: object) -> UploadFailure | None:
     response: Any = error.response
     if response is None or response.status_code is None:
         return TransportFailure(f"{type(error).__name__}: {shown(error)}".rstrip(": "))
-    # Only what was read. It has no public name, and `content` would read the rest, which can take any time.
+    # Only the part that was read, which has no public name. `content` would read the rest, which can take any
+    # time.
     content = vars(response).get("_content") or b""
     text = content[:MAX_ANSWER_BYTES].decode(errors="replace")
     delay_ms = retry_after.in_body(text)

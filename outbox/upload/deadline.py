@@ -41,7 +41,7 @@ class Progress:
         """The query of the request, with its question mark. It may contain a credential."""
 
     def part(self, total_ms: int, operation_s: float) -> Progress:
-        """Return the progress of an upload inside this one, which ends before this one does."""
+        """Return the progress of an upload inside this one. Its deadline is not later than this one's."""
         inner = Progress(total_ms, operation_s)
         inner._end = min(inner._end, self._end)
         return inner

@@ -40,9 +40,10 @@ class _Answer(msgspec.Struct):
 class ClientCredentials(Private):
     """Logs in with OAuth 2 client credentials: `HttpClient(url, auth=ClientCredentials(…))`.
 
-    Posts `client_id` and `client_secret` to `token_url` as Basic authentication, and sends the token that it gets
-    with each request. Before the token expires, and once after a 401, it gets a new one. `client_secret` may be a
-    callable, which is called each time. The time counts toward the deadline of the upload.
+    Posts `client_id` and `client_secret` to `token_url` as Basic authentication. The answer contains a token,
+    which is added to each request. A new token is requested before the old one expires, and once after a 401.
+    `client_secret` may be a callable, which is called each time. These requests count toward the deadline of the
+    upload.
 
     An answer 400, 401 or 403 of the token endpoint counts like a 401 of the service. The times and the settings of
     the connection mean the same as those of `HttpClient`. Raises `ConfigurationError` for an invalid setting.
@@ -104,7 +105,7 @@ class ClientCredentials(Private):
         request.headers["Authorization"] = f"Bearer {token.text}"
 
     def refused(self, request: requests.PreparedRequest) -> bool:
-        """Forget the token of this request, and return True: another one may be accepted."""
+        """Forget the token of this request, and return True: a new token may be accepted."""
         token = self._token
         if token is not None and request.headers.get("Authorization") == f"Bearer {token.text}":
             self._token = None

@@ -88,7 +88,7 @@ def client_error(error: Exception, client: object) -> UploadFailure:
 def without_credentials(text: object, client: object) -> str:
     """Return the text as one line without credentials, by `client.redact(text)` if there is one.
 
-    A text that can't be had, or that `redact` fails on, is empty.
+    If the text can't be read, or `redact` fails, the result is empty.
     """
     try:
         shown = str(text)[:_MOST_OF_A_MESSAGE]

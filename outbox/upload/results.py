@@ -25,7 +25,7 @@ _Found: TypeAlias = Sequence[UploadFailure | None] | Mapping[str, UploadFailure 
 ReadAnswer = Callable[[int, Mapping[str, str], bytes], _Found]
 """Returns failures from the status, headers and body of a 2xx: one for each event in batch order, or a mapping by
 event id. None stands for an accepted event, and so does an event that is not in the mapping. It may raise the
-`UploadFailure` of the whole batch. Whatever else it raises means that the answer can't be read."""
+`UploadFailure` of the whole batch. Any other exception means that the answer can't be read."""
 
 _LISTS = ("results", "items", "events", "responses")
 _IDS = ("event_id", "id")
@@ -38,7 +38,7 @@ def results(body: bytes, event_ids: Sequence[str]) -> list[UploadFailure | None]
     The list is the whole body, or the field `results`, `items`, `events` or `responses` of an object. If the
     objects have the ids of these events as `event_id` or `id`, their order does not matter.
 
-    Raises `TransportFailure` if some of the ids are theirs, but not all.
+    Raises `TransportFailure` if only some of the ids are ids of these events.
     """
     found = msgspec.json.decode(body)
     if isinstance(found, dict):
@@ -77,7 +77,10 @@ class AnswerReader:
     def outcomes(
         self, answer: BaseHTTPResponse, batch: Sequence[Item], credentials: Sequence[str]
     ) -> Outcomes | UploadFailure:
-        """Return the outcomes that a 2xx names, or the failure of the whole batch. With none, all are accepted."""
+        """Return the outcomes that a 2xx names, or the failure of the whole batch.
+
+        Without an outcome, an event is accepted.
+        """
         body, is_cut = body_of(answer, self._max_bytes)
         if is_cut:
             return TransportFailure(f"the answer has more than {self._max_bytes} bytes")
@@ -89,7 +92,7 @@ class AnswerReader:
                 found = self._read(answer.status, dict(answer.headers), body)
         except UploadFailure as failure:
             return _clean(failure, credentials)
-        except Exception as error:  # noqa: BLE001 - an unexpected answer makes a reader stumble in any way
+        except Exception as error:  # noqa: BLE001 - a reader may raise anything for an unexpected answer
             if answer.status == HTTPStatus.MULTI_STATUS:
                 return TransportFailure(f"a 207 that can't be read: {type(error).__name__}")
             self._warn(answer.status, error)

@@ -14,7 +14,7 @@ from outbox.upload.secrets import Private, Secret, current, texts
 
 
 class Sign(Protocol):
-    """Signs a request. A function will do."""
+    """A function, or another callable, that signs a request."""
 
     def __call__(self, body: bytes, message_id: str, now_ms: int, /) -> Mapping[str, str]:
         """Return the headers that sign these bytes, which are exactly those that are sent.
