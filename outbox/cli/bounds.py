@@ -75,7 +75,7 @@ def bounds_options(command: Decorated) -> Decorated:
 
 
 def policy_of(**options: Any) -> Policy:
-    """Return the policy of the current command: what its options or `outbox.toml` say, and no other bound."""
+    """Return the policy of the current command: the bounds of its options or `outbox.toml`, and no others."""
     context = click.get_current_context()
     given = {
         f"{name}_ms" if name == "keep_sent" else name: value

@@ -46,7 +46,7 @@ def in_variable(variable: str, *, setting: str, what: str = "secret", is_word: b
     """Return a function that reads a secret from an environment variable on each call, None if it is empty.
 
     With `is_word`, the function raises `ConfigurationError` if the secret contains white space or characters
-    outside ASCII. The error names `setting`, and calls the secret a `what`.
+    outside ASCII. The error names `setting`, and uses `what` as the word for the secret.
     """
     return lambda: _checked(os.environ.get(variable, ""), setting, what, is_word=is_word)
 

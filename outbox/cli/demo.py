@@ -94,9 +94,6 @@ def outbox_command() -> str:
     return str((scripts.relative_to(here) if scripts.is_relative_to(here) else scripts) / "outbox")
 
 
-# --- the scenes ---
-
-
 def _opening(play: _Play) -> None:
     first_ms = backoff(1, POLICY.backoff_ms)
     play.say("An outbox, its service, and a bad day", style="bold")
@@ -118,7 +115,7 @@ def _good_day(play: _Play) -> None:
 def _outage(play: _Play) -> None:
     play.scene(
         "2. The service is down",
-        "Enqueue still works. The outbox leaves the service alone for a second, then for two, and tries again.",
+        "Enqueue still works. The outbox pauses for a second, then for two, and tries again.",
     )
     play.service.stop()
     play.enqueue(play.examples(110))
@@ -134,7 +131,7 @@ def _outage(play: _Play) -> None:
 def _overload(play: _Play) -> None:
     play.scene(
         "3. 429: the service asks to slow down",
-        f"It asks for {RETRY_AFTER_SEC} seconds (Retry-After). The events wait that long; none of them failed.",
+        f"It asks for {RETRY_AFTER_SEC} seconds (Retry-After). The events wait that long. This is no failure.",
     )
     play.service.control(mode="overloaded", retryAfterSec=RETRY_AFTER_SEC)
     play.enqueue(play.examples(50))
@@ -224,9 +221,6 @@ def _what_next(play: _Play, url: str) -> None:
         play.say(f"  {line}", style="cyan")
 
 
-# --- who plays ---
-
-
 class _Play:
     """The outbox, its service and its client. Everything that they do is shown on the stage."""
 
@@ -268,7 +262,7 @@ class _Play:
         self.stage.mark(self.outbox.stats())
 
     def wait(self) -> None:
-        """Wait until all pending events are due, which is spread, and no pause holds them."""
+        """Wait until all pending events are due and no pause lasts."""
         pending = self.outbox.find(status=Status.PENDING, limit=_MORE_THAN_THERE_ARE)
         pauses = self.outbox.stats().pauses
         due_ms = max([0, *(row.next_attempt_at_ms for row in pending), *(pause.until_ms for pause in pauses)])

@@ -1,4 +1,4 @@
-"""What the command line prints, as text or JSON. It is escaped, so that no stored text steers a terminal."""
+"""What the command line prints, as text or JSON. Stored text is escaped, so it can't control the terminal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def escape(text: str) -> str:
 def say(text: str, *, err: bool = False) -> None:
     """Print lines; characters that the output's encoding lacks are escaped.
 
-    If standard error can't be written, the lines are lost: messages don't decide what a command does.
+    If standard error can't be written, the lines are lost, and the command continues.
     """
     stream = sys.stderr if err else sys.stdout
     with suppress(OSError) if err else nullcontext():
@@ -86,7 +86,7 @@ def _logging_to(handler: logging.Handler) -> Iterator[None]:
 
 
 def as_json(value: object) -> str:
-    """Return JSON in ASCII, so no text in it steers a terminal."""
+    """Return JSON in ASCII, so its text can't control the terminal."""
     return json.dumps(value, default=_plain).replace("\x7f", "\\u007f")
 
 
@@ -136,7 +136,7 @@ def status_as_dict(stats: Stats, database: str) -> dict[str, Any]:
 
 def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
     """Return what `outbox status` prints."""
-    # All known statuses are in the counts, and after them those that only another program knows.
+    # The counts contain all known statuses, and then those that another program wrote.
     rows: list[list[object]] = [["", *stats.counts]]
     rows += [[kind, *(counts.get(status, 0) for status in stats.counts)] for kind, counts in stats.by_type.items()]
     rows.append(["all", *stats.counts.values()])

@@ -31,7 +31,7 @@ from outbox.policy import Policy
 from outbox.stats import counted
 
 _ERRORS_SHOWN = 10
-# A smaller file is read in no time, so it gets no progress bar.
+# A smaller file is read so fast that it needs no progress bar.
 _BAR_FROM_BYTES = 1024 * 1024
 
 
@@ -187,7 +187,7 @@ def purge(database: str, *, event_type: str | None, older_than: int | None, dry_
     """Delete events of any status for good.
 
     Give --type, --older-than or both. `outbox status` shows how many events were deleted. Events that are being
-    sent are not deleted; exit code 1 says that there were some.
+    sent are not deleted. Exit code 1: there were such events.
     """
     with Outbox(database) as outbox:
         report = outbox.purge(event_type=event_type, older_than=older_than, dry_run=dry_run)

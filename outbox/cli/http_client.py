@@ -27,7 +27,7 @@ _CLOUDEVENTS = ("cloudevents", "cloudevents-batch")
 
 
 def http_client(service: Service, on_new_credentials: Callable[[], object] | None) -> HttpClient:
-    """Return the client. It calls `on_new_credentials` when it reads other credentials than before."""
+    """Return the client. It calls `on_new_credentials` when the credentials have changed."""
     table = service.config.destination
     settings = {name: table[name] for name in _SAME if name in table} | _connection(service)
     if "compression" in table:

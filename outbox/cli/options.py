@@ -111,7 +111,7 @@ def config_of(context: click.Context) -> config.Config:
 
 
 def config_option(*, envvar: str | None = None) -> Callable[[Decorated], Decorated]:
-    """Add --config. A command without `envvar` reads the file; the main group only hands its name down.
+    """Add --config. A command without `envvar` reads the file; the main group only passes its name on.
 
     It is eager, because other options take their defaults from the file.
     """
@@ -128,7 +128,7 @@ def config_option(*, envvar: str | None = None) -> Callable[[Decorated], Decorat
 
 
 def database_option(*, envvar: str | None = None) -> Callable[[Decorated], Decorated]:
-    """Add --database. The main group names the environment variable, and hands its value down as a default.
+    """Add --database. The main group names the environment variable, and passes its value on as a default.
 
     A command without `envvar` gets a URL in any case: the given one, or that of the default file. It is eager,
     because a relative path is resolved before modules of types are imported, which may change the directory.
@@ -145,7 +145,7 @@ def database_option(*, envvar: str | None = None) -> Callable[[Decorated], Decor
 
 
 def types_option(*, envvar: str | None = None) -> Callable[[Decorated], Decorated]:
-    """Add --types. A command without `envvar` imports the modules; the main group only hands them down."""
+    """Add --types. A command without `envvar` imports the modules; the main group only passes them on."""
     return click.option(
         "--types",
         metavar="MODULE",

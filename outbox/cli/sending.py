@@ -136,10 +136,10 @@ def run(  # noqa: PLR0913 - click passes each option by its name
 ) -> None:
     """Deliver events as soon as they are due, until SIGTERM or Ctrl-C.
 
-    Then batches that are being sent have the grace period to finish; events that were not sent by then return to
-    the queue. The token comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the file is read
-    before each request. Other credentials are named in outbox.toml. If the token or another credential changes,
-    parked and waiting events are retried immediately. The log goes to standard error.
+    After SIGTERM or Ctrl-C, batches that are being sent have the grace period to finish. Events that were not sent
+    by its end return to the queue. The token comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE
+    names; the file is read before each request. Other credentials are named in outbox.toml. If the token or
+    another credential changes, parked and waiting events are retried immediately. The log goes to standard error.
     """
     from outbox.worker import Worker  # noqa: PLC0415 - only this command needs it
 

@@ -99,7 +99,7 @@ _OPTIONS = (
         "factory",
         metavar="MODULE:FACTORY",
         callback=_factory,
-        help="Deliver by the client that this function of yours returns. The module is installed or in the current"
+        help="Deliver with the client that this function returns. The module is installed or in the current"
         " directory.",
     ),
 )
@@ -161,9 +161,9 @@ class Service(NamedTuple):
 
     @contextmanager
     def client(self, on_new_credentials: Callable[[], object] | None = None) -> Iterator[UploadClient]:
-        """Open the client, and close it in the end.
+        """Open the client, and close it at the end.
 
-        `on_new_credentials` is called when other credentials are read than before.
+        `on_new_credentials` is called when the credentials have changed.
         """
         if self.factory is not None:
             client = self.factory.client()

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent
 
 _WAITS: dict[str, str] = {
-    WaitsFor.SERVICE: "the service probably failed, not this event; when it accepts another, this one is due",
+    WaitsFor.SERVICE: "the service probably failed, not this event; it is due when the service accepts another",
     WaitsFor.DELAY: "the service asked for a delay",
     WaitsFor.PROOF: "the service rejected this event alone; it is a suspect until there is proof",
     WaitsFor.ROW: (
-        "this event failed alone while the service accepted others; events that wait for something else are sent"
-        " first, and only its age abandons it"
+        "this event failed alone while the service accepted others; the others are sent first,"
+        " and this one is abandoned only when it is too old"
     ),
 }
 
@@ -40,8 +40,8 @@ _IDLE: dict[str, str] = {
         "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all abandoned events to the queue"
     ),
     Status.PARKED: (
-        "it waits until the service accepts a token: set a new token, then run `outbox retry`. Until then, one"
-        " parked event is tried each minute in which nothing else is due"
+        "it waits until the service accepts a token: set a new token, then run `outbox retry`. Without a"
+        " retry, one parked event is tried each minute in which nothing else is due"
     ),
 }
 
@@ -110,7 +110,7 @@ def _when_tried(due_ms: int, *, now_ms: int, pauses: Sequence[Pause]) -> str:
         until = when(pause.until_ms, now_ms=now_ms)
         text += f", but a pause of the service holds it until {until}: {in_words(pause.last_error)}"
     if pause is not None and pause.failures >= PROBE_AFTER:
-        return f"{text}; then the service gets one event as a probe, and the others when it has accepted that"
+        return f"{text}; then one event is sent as a probe, and the others when the service accepts it"
     return f"{text}; then the next flush sends it"
 
 
@@ -128,7 +128,7 @@ def _why_it_waits(row: ObservationEvent, *, now_ms: int, policy: Policy) -> Iter
 
 
 def _lost_leases(count: int) -> str:
-    text = f"{count!r}: so often a flusher died, or lost its lease, while it held the event"
+    text = f"{count!r}, the number of times that a flusher died, or lost its lease, while it held the event"
     is_alone = isinstance(count, int) and count >= LOST_LEASES_ALONE
     return f"{text}; it is sent alone now" if is_alone else text
 

@@ -7,10 +7,10 @@ import sys
 
 
 def open_closed_streams() -> None:
-    """Let closed output streams lead nowhere, as to /dev/null.
+    """Replace closed output streams by /dev/null.
 
     Otherwise Python has no object to print to, and the next file or connection that is opened gets the number of
-    the stream. Standard input stays None, so that a command that reads it can tell.
+    the stream. Standard input stays None, so that a command that reads it can refuse it.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -20,7 +20,7 @@ def open_closed_streams() -> None:
 
 
 def drop_unwritten() -> None:
-    """Forget what an output stream could not take. Python would try again at its end, and exit with 120."""
+    """Drop what an output stream could not write. Python would try again at exit, and end with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -39,7 +39,7 @@ def pause(outbox, **fields):
         ({"status": "sent", "sent_at_ms": NOON_MS}, "nothing: it is delivered"),
         (
             {"status": "parked"},
-            "set a new token, then run `outbox retry`. Until then, one parked event is tried each",
+            "set a new token, then run `outbox retry`. Without a retry, one parked event is tried each",
         ),
         ({"status": "abandoned"}, "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all"),
         ({"payload_json": "oops"}, "the next flush abandons it, because its payload is no JSON object: "),
@@ -181,9 +181,12 @@ def test_a_row_that_failed_alone_says_nothing_about_the_service(run, outbox):
 @pytest.mark.parametrize(
     ("lost", "words"),
     [
-        (1, "1: so often a flusher died, or lost its lease, while it held the event"),
-        (2, "2: so often a flusher died, or lost its lease, while it held the event; it is sent alone now"),
-        ("x", "'x': so often a flusher died, or lost its lease, while it held the event"),
+        (1, "1, the number of times that a flusher died, or lost its lease, while it held the event"),
+        (
+            2,
+            "2, the number of times that a flusher died, or lost its lease, while it held the event; it is sent alone now",
+        ),
+        ("x", "'x', the number of times that a flusher died, or lost its lease, while it held the event"),
     ],
 )
 def test_lost_leases_are_told(run, outbox, lost, words):
@@ -208,5 +211,5 @@ def test_a_probe_comes_first_after_three_failures(run, outbox):
     add_row(outbox)
     pause(outbox, failures=3, until_ms=NOON_MS)
     assert facts(run)["next"].startswith(
-        "it has been due since 2026-11-24 12:00:00 UTC; then the service gets one event as a probe,"
+        "it has been due since 2026-11-24 12:00:00 UTC; then one event is sent as a probe,"
     )
