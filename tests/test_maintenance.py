@@ -212,7 +212,7 @@ def test_undelivered_events_that_the_cap_deletes_are_warned_of_once_a_minute(
         outbox.enqueue(rule_fired())
         assert caplog.messages == [
             "events that were deleted before they were delivered: 1; the queue is over the policy's"
-            " max_rows or max_undelivered, `outbox status` counts all that is deleted"
+            " max_rows or max_undelivered, `outbox status` counts all deleted events"
         ]
         now_s = 60.9
         outbox.enqueue_many([rule_fired()] * 3)

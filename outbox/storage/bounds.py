@@ -25,7 +25,7 @@ ValueOf = Callable[..., Any]
 
 
 class Bounds:
-    """Refuses events, warns, or deletes rows, where a bound is reached.
+    """Refuses events, warns, or deletes rows when a bound is reached.
 
     `enqueue` compares with a count of the undelivered rows that is at most 5 s or 1 000 enqueues old.
     """
@@ -55,8 +55,8 @@ class Bounds:
     ) -> None:
         """Raise `QueueFull` if there is no room for `own` more rows, and the policy is to reject.
 
-        `value_of` runs a query on the caller's connection. A host's engine may have no other one to spare, so a
-        count that is too old is replaced there; it is not used for an engine of our own.
+        `value_of` runs a query on the caller's connection. It refreshes a count that is too old if the engine is
+        the host's, whose pool may have no other connection left. It is not used for an engine of our own.
         """
         at_most = policy.max_undelivered
         if not at_most:
@@ -86,7 +86,7 @@ class Bounds:
             )
 
     def may_be_over(self, policy: Policy, destination: str = DEFAULT_DESTINATION) -> bool:
-        """Tell whether `trim` may have something to delete; otherwise it need not run."""
+        """Return whether `trim` may find rows to delete. Otherwise it need not run."""
         counts = self._counts[destination]
         pairs = ((counts.sent, policy.max_sent), (counts.undelivered, _trimmed_to(policy)))
         return any(at_most and (count.is_stale() or count.rows > at_most) for count, at_most in pairs)
@@ -116,10 +116,11 @@ class Bounds:
         now_ms: int,
         own: Sequence[int] = (),
     ) -> Trimmed:
-        """Delete a slice of the undelivered rows beyond the bound. This transaction inserted the rows `own`.
+        """Delete a slice of the undelivered rows beyond the bound.
 
-        They are counted anew, so that no row is deleted that another process has made room for. A large bound may
-        be exceeded by a thousandth, so that not every enqueue counts.
+        This transaction inserted the rows `own`. The rows are counted again, because another process may have
+        deleted the excess already. A large bound may be exceeded by a thousandth, so that not every enqueue
+        counts.
         """
         at_most = _trimmed_to(policy)
         undelivered = self._counts[destination].undelivered
@@ -151,7 +152,7 @@ class Bounds:
 
 
 def queue_full(undelivered: int, own: int, bound: str, at_most: int) -> QueueFull:
-    """Return the error for events that are too many: the numbers, and what to do."""
+    """Return the error for too many events. It gives the numbers, and says what to do."""
     return QueueFull(
         f"{undelivered} events are not delivered yet, and the policy's {bound} is {at_most}: there is no room for"
         f" {own} more; `outbox status` shows why they wait. Deliver or purge events, or raise {bound}"

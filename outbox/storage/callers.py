@@ -1,4 +1,4 @@
-"""What a caller of `enqueue` hands over, so that the event joins its transaction: a session or a connection."""
+"""The session or connection that a caller passes to `enqueue`, so that the event joins its transaction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _A_SESSION = "an SQLAlchemy Session"
 _RUN_SYNC = "await session.run_sync(lambda sync: outbox.enqueue(event, session=sync))"
 _IS_ASYNCHRONOUS = f"it is asynchronous: {_RUN_SYNC}"
 _IS_DJANGOS = "pass its connection.connection"
-# What to do instead, by the class that was handed over.
+# What to do instead, by the class that was passed.
 _ADVICE = {
     "sqlalchemy.engine.base.Connection": "pass it as connection",
     "sqlalchemy.engine.base.Engine": "pass a session or a connection of it",
@@ -55,7 +55,7 @@ def connection_of(session: object, engine: Engine, statement: Insert) -> Connect
 
     Raises `ConfigurationError` for anything but a session.
     """
-    # What `execute` would tell the session, which may choose its engine by that.
+    # `execute` would pass the statement to the session, which may choose its engine by that.
     this: dict[str, Any] = {"mapper": ObservationEvent.__mapper__, "clause": statement}
     try:
         found = session() if isinstance(session, scoped_session) else session
@@ -63,7 +63,7 @@ def connection_of(session: object, engine: Engine, statement: Insert) -> Connect
             _refuse("session", found, _A_SESSION)
         try:
             return found.connection(bind_arguments=this)
-        except UnboundExecutionError:  # a session that is bound by the host's own models
+        except UnboundExecutionError:  # the session is bound only for the host's own models
             return found.connection(bind_arguments={"bind": engine})
     except AttributeError as error:
         raise ConfigurationError(f"session is bound to something that is no engine: {error}") from error
@@ -101,7 +101,7 @@ def call_after_commit(session: Session | scoped_session[Session], call: Callable
 
 
 def is_two_phase(connection: Any, dialect: OutboxDialect) -> bool:
-    """Tell whether a caller's transaction is one of two phases, as far as that can be seen."""
+    """Return whether a caller's transaction is a two-phase one, as far as the driver shows that."""
     if isinstance(connection, Connection):
         return isinstance(connection.get_transaction(), TwoPhaseTransaction)
     return dialect.is_two_phase(connection)
@@ -128,7 +128,7 @@ def in_words(engine: Engine) -> Iterator[None]:
     except MissingGreenlet as error:
         raise ConfigurationError(f"the session or connection can't be used here; {_IS_ASYNCHRONOUS}") from error
     except InvalidRequestError as error:  # it is closed, or waits for a rollback
-        # What is cut off repeats a statement of the caller's, and its parameters.
+        # The part that is cut off repeats the caller's statement and its parameters.
         words = str(error.args[0]).partition(" Original exception")[0]
         raise StorageError(f"the session or connection can't be used: {words}") from error
 
@@ -152,5 +152,5 @@ def _refuse(name: str, given: object, expected: str) -> NoReturn:
 
 
 def _classes(given: object) -> list[str]:
-    # By __class__, which a proxy sets to what it stands for.
+    # By __class__, which a proxy sets to the class of its target.
     return [f"{one.__module__}.{one.__qualname__}" for one in given.__class__.__mro__]

@@ -58,7 +58,7 @@ class Part(Enum):
 
 
 class Wanted(NamedTuple):
-    """What a claim asks for, beside the kind."""
+    """What a claim asks for, besides the kind."""
 
     destination: str
     now_ms: int
@@ -67,11 +67,11 @@ class Wanted(NamedTuple):
     is_newest: bool = False
     """Whether it asks for the newest rows of the kind `FRESH`."""
     unless_paused: bool = False
-    """Where the dialect `checks_pause`: claim nothing while the destination is paused or probed."""
+    """If the dialect `checks_pause`: claim nothing while the destination is paused or probed."""
 
     @property
     def due(self) -> dict[str, Any]:
-        """The names that these have in queries for the rows that are due."""
+        """The parameters of queries for due rows."""
         return {"destination": self.destination, "now": self.now_ms, "batch_size": self.at_most}
 
 
@@ -86,14 +86,14 @@ waits_for_row = columns.waits_for == literal(WaitsFor.ROW)
 waits_for_other = columns.waits_for != literal(WaitsFor.ROW)
 lost_some = columns.lost_leases > literal_column("0")
 claims_alone = and_(is_sending, lost_some)
-"""Of a row that is due: a second lease ran out on it."""
+"""The condition that the last two leases on a due row ran out."""
 batch_size: Any = bindparam("batch_size", type_=BigInteger)
 newest_first = [column.desc() for column in oldest_first]
 
 _lost_leases = case((is_sending, columns.lost_leases + 1), else_=columns.lost_leases)
 CLAIM = outcomes.claim(lease_until_ms=lease_until, lost_leases=_lost_leases)
 CLAIM_ROWS = by_id(move(CLAIM).where(these_rows))
-# What is returned of rows that are read before they are claimed.
+# The columns of rows that are read before they are claimed.
 to_claim = [_lost_leases.label(name) if name == "lost_leases" else columns[name] for name in CLAIMED]
 is_due_or_never = or_(is_due, ~has_due_time)
 
@@ -105,7 +105,7 @@ CONDITIONS: dict[Part, ColumnElement[bool]] = {
     Part.LAST: and_(is_undelivered, waits_for_row, ~claims_alone),
     Part.ANY: is_undelivered,
 }
-"""The rows of each part, apart from their destination and from when they are due."""
+"""The condition of each part, without the destination and the due time."""
 
 
 def due(part: Part) -> Select[Any]:

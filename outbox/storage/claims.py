@@ -62,10 +62,10 @@ class _Turn:
 class Claims:
     """Takes rows for one flusher at a time, and writes what became of them.
 
-    On SQLite none of this waits for the disk: should a power cut undo a claim or an outcome, its events are sent
-    again, and no event is lost. Whatever later waits for the disk makes that last, too.
+    On SQLite none of this waits for the disk. If a power cut undoes a claim or an outcome, its events are sent
+    again, and no event is lost. The next commit that waits for the disk makes these changes durable, too.
 
-    Whose turn it is in a destination, rows that failed before or others, is known to this process alone. Threads
+    The turn of a destination (rows that failed before, or others) is known to this process alone. Threads
     share it without a lock: a race only makes two claims in a row of the same kind.
     """
 
@@ -107,8 +107,8 @@ class Claims:
             claimed = self._run(lambda transaction: self._dialect.claim(transaction, Kind.ANY, wanted))
         elif self._dialect.checks_pause:
             kind, unless_paused = self._kinds_in_turn(destination)[0], wanted._replace(unless_paused=True)
-            # A single statement is repeatable: should it have landed unseen, its rows are due again when their
-            # lease has run out.
+            # A single statement is repeatable: if the first one was committed unnoticed, its rows are due again
+            # when their lease has run out.
             claimed = look(self._writer, lambda found: self._dialect.claim(found, kind, unless_paused))
         if not claimed.rows and not is_original:
             claimed = self._run(lambda transaction: self._claim_unless_paused(transaction, wanted))
@@ -119,13 +119,13 @@ class Claims:
         return with_ids(claimed._replace(destination=destination), outbox_id)
 
     def take_turns(self, destination: str = DEFAULT_DESTINATION, *, is_any_failed: bool) -> None:
-        """Tell whether there are rows that failed before; without any, no claim looks for them first."""
+        """Note whether there are rows that failed before. Without any, no claim looks for them first."""
         self._turns[destination].is_any_failed = is_any_failed
 
     def renew(self, row_ids: Iterable[int], *, lease_until_ms: int, for_ms: int) -> tuple[set[int], int]:
-        """Let a lease end `for_ms` from now; return the ids of the rows that were still held, and the new end.
+        """Extend a lease to `for_ms` from now. Return the ids of the rows that were still held, and the new end.
 
-        Now is when the database is locked: until then this may have waited for another writer.
+        The time is read after the database is locked, because this may wait for another writer.
         """
 
         def renew(transaction: Transaction) -> tuple[set[int], int]:
@@ -147,10 +147,10 @@ class Claims:
         created_at_ms: Mapping[int, int],
         destination: str = DEFAULT_DESTINATION,
     ) -> Counter[str]:
-        """Make the move of each row of a destination, one statement a trigger; return how many landed, by trigger.
+        """Make the move of each row, with one statement per trigger. Return how many were made, by trigger.
 
-        A fenced move that finds its row with another owner is left out. `deliver` needs no lease; it is left out
-        where the row's creation time is not the one in `created_at_ms`, by id: then another event has the id.
+        A fenced move is dropped if another flusher owns the row. `deliver` needs no lease. It is dropped if the
+        row's creation time differs from that in `created_at_ms`, by id: then another event has the id.
         """
         delivered: dict[int, list[int]] = defaultdict(list)
         by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -174,7 +174,7 @@ class Claims:
             return landed
 
         is_single = self._dialect.delivers_at_once and not by_trigger and len(delivered) == 1
-        # Repeatable: the fence lets no outcome land twice, and a delivery is a fact.
+        # Repeatable: the fence lets no outcome be written twice, and a delivery may be.
         landed = self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
         self._counts[destination].delivered(landed["deliver"])
         return landed

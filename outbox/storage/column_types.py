@@ -56,7 +56,7 @@ INTEGERS = {
 
 
 def invalid_column(columns: Iterable[tuple[str, object]]) -> str | None:
-    """Return which integer column holds an invalid value, in words, or None. Other columns are passed over."""
+    """Return which integer column holds an invalid value, in words, or None. Other columns are ignored."""
     for name, value in columns:
         below = INTEGERS.get(name)
         if below is not None and value is not None and (type(value) is not int or value >= below):

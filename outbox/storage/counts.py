@@ -25,7 +25,7 @@ class Count:
         self._counted_s = 0.0
 
     def is_stale(self) -> bool:
-        """Tell whether to count again: other processes change the number, too."""
+        """Return whether to count again: other processes change the number, too."""
         return self._added >= self._most_added or monotonic_s() - self._counted_s >= _LONGEST_AGE_S
 
     def set(self, rows: int) -> None:
@@ -45,7 +45,7 @@ class Counts:
         self.sent = Count()
         self.undelivered = Count(most_added=_MOST_ENQUEUES)
         self.told_of = 0
-        """Which part of `max_undelivered` the log told of, in percent."""
+        """The part of `max_undelivered` that was logged last, in percent."""
 
     def delivered(self, rows: int) -> None:
         """Note that undelivered rows were delivered."""

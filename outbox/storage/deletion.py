@@ -49,12 +49,12 @@ log = logging.getLogger("outbox")
 
 TRIM_SLICE = 1_000
 """Number of rows that one transaction deletes at most."""
-# For how long nothing more is said of events that are deleted undelivered: at the cap each enqueue deletes one.
+# Shortest time between two warnings about deleted undelivered events: at the cap each enqueue deletes one.
 _QUIET_S = 60.0
 
 
 class Deletable(NamedTuple):
-    """What has to be known of a row to delete it in its turn, and to count it."""
+    """The columns of a row that are needed to delete it in order, and to count it."""
 
     id: int
     status: str
@@ -77,13 +77,13 @@ class Trimmed(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    """How many rows there were when the last id was this one."""
+    """The number of rows when the newest id was `last_id`."""
 
     last_id: int
     rows: int
 
     def rows_at_most(self, last_id: int) -> float:
-        """Return how many there are now, and what was deleted: a new row has a larger id than all before."""
+        """Return the largest possible number of rows now: each new row has a larger id than all before it."""
         return self.rows + last_id - self.last_id if last_id >= self.last_id else inf
 
 
@@ -98,7 +98,7 @@ Each query walks one index in order and stops at the limit.
 """
 
 TRIMMING: Select[Any] = select(literal_column("version_num")).select_from(table(VERSION_TABLE)).with_for_update()
-"""A row that is always there: on servers, who locks it trims."""
+"""A row that always exists: on servers, the transaction that locks it may trim."""
 
 is_expired = and_(is_one_of(unindexed_status, Status.SENT), columns.sent_at_ms < bindparam("sent_before"))
 EXPIRED = in_order(
@@ -125,7 +125,7 @@ class Bound(NamedTuple):
     """Find the rows to delete: those of the first queries, oldest first, then those of the next."""
     at_most: int
     reason: str
-    """What the ledger gives as the reason."""
+    """The reason in the ledger."""
 
 
 class Deletion:
@@ -140,7 +140,7 @@ class Deletion:
         """The rows to delete while there are too many: those of the first queries, oldest first, and so on."""
         self._all_rows = all_rows(self._dialect)
         self._counted: defaultdict[str, _Counted] = defaultdict(lambda: _Counted(0, 0))
-        # Deleted undelivered, and not warned of yet; and until when nothing is said.
+        # Undelivered events that were deleted since the last warning, and the earliest time of the next warning.
         self._untold = 0
         self._quiet_until_s = 0.0
 
@@ -152,7 +152,7 @@ class Deletion:
         return Bound(destination, self._all_rows, steps, policy.max_rows, reason="cap")
 
     def may_be_over(self, cap: Bound | None, *, last_id: int) -> bool:
-        """Tell whether there may be more rows than the cap allows, without counting them again."""
+        """Return whether there may be more rows than the cap allows, without counting them again."""
         return cap is not None and self._counted[cap.destination].rows_at_most(last_id) > cap.at_most
 
     def trim(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> int:
@@ -188,7 +188,7 @@ class Deletion:
         """
         rows = transaction.value(bound.counting, destination=bound.destination)
         if self._dialect.is_shared and rows - bound.at_most > len(own):
-            # Several transactions might count the same rows as too many, and each delete other rows.
+            # Otherwise several transactions might count the same excess, and each delete different rows.
             transaction.rows(TRIMMING)
             rows = transaction.value(bound.counting, destination=bound.destination)
         excess = min(rows - bound.at_most, TRIM_SLICE)
@@ -225,7 +225,7 @@ class Deletion:
         self._quiet_until_s = now_s + _QUIET_S
         log.warning(
             "events that were deleted before they were delivered: %d; the queue is over the policy's max_rows or"
-            " max_undelivered, `outbox status` counts all that is deleted",
+            " max_undelivered, `outbox status` counts all deleted events",
             untold,
             extra={"event_name": "outbox.deleted_undelivered", "events": untold},
         )
@@ -242,7 +242,7 @@ class Deletion:
 
     def delete(self, transaction: Transaction, rows: list[Deletable], *, reason: str) -> int:
         """Delete rows and count them in a ledger; return how many."""
-        if len(rows) == 1:  # mostly, at the cap
+        if len(rows) == 1:  # the usual case at the cap
             transaction.change(DELETE_ROW, row_id=rows[0].id)
         else:
             transaction.change_rows(DELETE_ROWS, [row.id for row in rows])
@@ -261,7 +261,7 @@ class Deletion:
 
 
 def _writable(found: str) -> str:
-    """Replace what is not UTF-8: it can be read as it is, but not written."""
+    """Replace text that is not UTF-8: it can be read, but not written."""
     return found.encode(errors="surrogateescape").decode(errors="replace")
 
 

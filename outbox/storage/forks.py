@@ -1,4 +1,4 @@
-"""Forks. Python announces its own, and everything is prepared for them here. One made in C is noticed afterwards.
+"""Forks. Before a fork by Python, this module closes connections. A fork by C code is noticed afterwards.
 
 SQLite's locks belong to a process, but a fork copies what SQLite remembers of them. A connection that the child
 opens while it has an inherited one to the same file takes no locks of its own. The next process that closes the
@@ -29,7 +29,7 @@ _POLL_S = 0.001
 _processes: weakref.WeakValueDictionary[int, Process] = weakref.WeakValueDictionary()
 
 # Single calls in C change these two. So an exception that a signal handler or another thread raises in the middle
-# of this module leaves nothing behind that blocks a thread for ever.
+# of this module can't block a thread for ever.
 _forking: dict[str, int] = {}
 _in_use: dict[Use, int] = {}
 
@@ -38,7 +38,7 @@ class Use(Protocol):
     """A use of a connection, which an exception from outside can end at any moment."""
 
     def is_over(self) -> bool:
-        """Tell whether the connection is not in use any more."""
+        """Return whether the connection is no longer in use."""
 
 
 class Process:
@@ -61,15 +61,15 @@ class Process:
         _processes[id(self)] = self
 
     def is_this(self) -> bool:
-        """Tell whether it is the process that runs this."""
+        """Return whether this is the current process."""
         return os.getpid() == self.id
 
     def check(self) -> None:
         """Raise `StorageError` in a process that was forked without Python's knowledge."""
         if not self.is_this():
             raise StorageError(
-                f"process {self.id} forked this process, {os.getpid()}, without Python's knowledge; what was"
-                " opened there can't be used here. Open outboxes and start workers after the fork: in uWSGI set"
+                f"process {self.id} forked this process, {os.getpid()}, without Python's knowledge; what the"
+                " parent opened can't be used here. Open outboxes and start workers after the fork: in uWSGI set"
                 " `lazy-apps = true`, or do it in a function that is decorated with @postfork"
             )
 
@@ -94,7 +94,7 @@ class OwnPool(QueuePool):
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold back the forks of other threads while a connection is in use."""
+    """Delay the forks of other threads while a connection is in use."""
     token = _Token()
     use = _UseOf(token)
     try:
@@ -117,7 +117,7 @@ class _UseOf:
 
 
 def enter(use: Use) -> None:
-    """Hold back the forks of other threads until `leave`, or until the use is over."""
+    """Delay the forks of other threads until `leave`, or until the use is over."""
     me = threading.get_ident()
     while True:
         _in_use[use] = me
@@ -128,7 +128,7 @@ def enter(use: Use) -> None:
 
 
 def leave(use: Use) -> None:
-    """Let forks go on."""
+    """Let forks continue."""
     _in_use.pop(use, None)
 
 
@@ -169,5 +169,5 @@ def _all_processes() -> list[Process]:
 
 
 if sys.platform != "win32":
-    # In the parent no function of Python's: an interrupt could strike it before it has done anything.
+    # In the parent, no Python function: an interrupt could occur before it has done anything.
     os.register_at_fork(before=_before_fork, after_in_parent=_forking.clear, after_in_child=_after_fork_in_child)

@@ -18,7 +18,7 @@ _AT = ClaimedRow._fields.index("event_id")
 
 
 class Identity:
-    """Knows the id of the outbox once it was read. It never changes, so threads and forked children share it."""
+    """Keeps the id of the outbox. The id never changes, so threads and forked children share it."""
 
     def __init__(self) -> None:
         self._outbox_id: str | None = None

@@ -21,7 +21,7 @@ DELIVERED_INDEX = "observation_events_delivered_idx"
 _PENDING = "status = 'pending' AND waits_for IS"
 _FRESH = f"{_PENDING} NULL AND next_attempt_at_ms <= created_at_ms"
 _BROUGHT_BACK = f"{_PENDING} NULL AND next_attempt_at_ms > created_at_ms"
-"""Rows that are to wait, but not because they failed."""
+"""Rows that wait, but not because they failed."""
 _FAILED = f"{_PENDING} NOT NULL"
 _UNDELIVERED = "status IN ('pending', 'sending') AND waits_for"
 
@@ -67,7 +67,7 @@ def event_indexes() -> list[Index]:
         ("delivered", ("status", "sent_at_ms", "id"), None),
     ]
     return [
-        # Those of difflore, for its file. On servers the first one leads planners astray, and the second one can't
+        # Those of difflore, for its file. On servers the first one misleads planners, and the second one can't
         # hold a long session.
         _index("pending", "status", "next_attempt_at_ms", "created_at_ms"),
         _index("recent", "event_type", "session_id", "occurred_at_ms"),

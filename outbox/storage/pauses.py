@@ -1,4 +1,4 @@
-"""The pauses of destinations: all flushers leave a failing service alone, and one of them probes it."""
+"""The pauses of destinations, which all flushers share, and the probes after them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PAUSED = (
     select(*(_known[name] for name in Pause._fields))
     .where(
         _known.paused_until_ms > 0,
-        # As `SharedPause.trusted`: what ends later was begun by a wrong clock.
+        # As in `SharedPause.trusted`: a pause that ends later was begun by a wrong clock.
         *(ends <= now + LONGEST_TRUSTED_MS for ends in (_known.paused_until_ms, _known.probe_until_ms)),
     )
     .order_by(_known.destination)
@@ -59,11 +59,11 @@ PAUSED = (
 IS_TROUBLED: Select[Any] = select(_known.pauses).where(
     this_destination, or_(_known.failures > 0, _known.paused_until_ms > 0)
 )
-"""A row if an acceptance has something to end."""
+"""Finds a row if there are failures or a pause that an acceptance ends."""
 
 
 NEW: dict[str, Any] = {column.name: 0 for column in destinations.c} | {"last_error": ""}
-"""A destination that never failed."""
+"""The values for a destination that never failed."""
 
 
 class Changed(NamedTuple):
@@ -101,18 +101,18 @@ class Pauses:
 
 
 def know(dialect: Dialect, transaction: Transaction, destination: str) -> None:
-    """Make a destination known, if it is not."""
+    """Insert a row for a destination, unless it has one."""
     dialect.insert_or_add(transaction, destinations, adds=None, **{**NEW, "destination": destination})
 
 
 def pause_of(transaction: Transaction, destination: str) -> SharedPause:
-    """Return what is known of a destination."""
+    """Return the pause of a destination."""
     found = transaction.rows(PAUSE, destination=destination)
     return _pause(found[0]) if found else SharedPause()
 
 
 def write_pause(transaction: Transaction, destination: str, pause: SharedPause) -> None:
-    """Write what is known of a destination, which has a row."""
+    """Write the pause of a destination, which has a row."""
     values = pause._replace(last_error=pause.last_error or "")
     numbers = (int(value) if isinstance(value, bool) else value for value in values)
     new = {f"new_{name}": value for name, value in zip(_STATE, numbers, strict=True)}

@@ -13,12 +13,12 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.clock import monotonic_s
 
-# For how long a connection that worked is taken to work still.
+# A connection that worked within this time is not checked.
 _TRUSTED_S = 0.1
 
 
 def ping_after_idling(engine: Engine, give_back: Callable[[Any], None]) -> None:
-    """Replace a connection that broke while nobody used it. One in steady use is not asked each time.
+    """Replace a connection that broke while nobody used it. One in steady use is not checked each time.
 
     `give_back` resets a connection that returns to the pool.
     """

@@ -40,7 +40,7 @@ from outbox.storage.tables import destinations
 from outbox.storage.transactions import Transaction
 
 _with_others = and_(is_undelivered, is_due, ~claims_alone)
-# An index of the due time tells at once, where the walk in the order of the claim would pass all that wait.
+# An index on the due time answers at once. A walk in the order of the claim would pass all waiting rows.
 _is_any_due = or_(
     *(
         exists().where(of_destination, is_undelivered, columns.waits_for == literal(one), is_due)
@@ -57,7 +57,7 @@ _seen = select(_known.pauses).where(this_destination).scalar_subquery()
 
 
 def _chosen(name: str, *conditions: Any, order: Any = oldest_first, at_most: Any = batch_size) -> CTE:
-    """Return the part of a claim that locks rows. What it has locked, the planner must not choose again."""
+    """Return the part of a claim that locks rows. MATERIALIZED keeps the planner from running it again."""
     due: Select[Any] = select(columns.id, columns.created_at_ms, columns.next_attempt_at_ms)
     due = due.where(of_destination, *conditions)
     return lock(due.order_by(*order).limit(at_most)).cte(name).prefix_with("MATERIALIZED")
@@ -87,7 +87,7 @@ def _failed(*conditions: Any) -> Update:
 
 
 class _Statements(NamedTuple):
-    """The claims of one kind: as they are, and unless a pause holds or a probe is due."""
+    """The claims of one kind: one ignores pauses, the other has no rows during a pause or if a probe is due."""
 
     claim: Update
     claim_unless_paused: Update

@@ -1,4 +1,4 @@
-"""What an operator deletes: the events of a type, or of an age."""
+"""Deletes the events that an operator chooses by type or age."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Purge:
     def purge(
         self, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
     ) -> tuple[Counter[tuple[str, str]], int]:
-        """Delete the rows that fit all that is given, but none in flight, and none that is inserted meanwhile.
+        """Delete the rows that match all conditions, except rows in flight and rows that are inserted meanwhile.
 
-        Return how many by status and event type, and how many are left because they are in flight. Rows are looked
-        for without a lock, and deleted in slices, each a transaction.
+        Return how many by status and event type, and how many stay because they are in flight. Rows are searched
+        without a lock, and deleted in slices. Each slice is a transaction.
         """
         query = to_purge(event_type=event_type, created_before_ms=created_before_ms)
         purged: Counter[tuple[str, str]] = Counter()
@@ -83,7 +83,7 @@ class Purge:
             seen = rows[-1][0]
 
     def _purge(self, row_ids: Sequence[int], *, now_ms: int) -> Sequence[Sequence[Any]]:
-        """Delete a slice of rows but those in flight; return all that were there."""
+        """Delete these rows, except those in flight. Return all of them that existed."""
 
         def purge(transaction: Transaction) -> Sequence[Sequence[Any]]:
             rows = transaction.rows_of(LOCK_ROWS_TO_PURGE, row_ids, now=now_ms)

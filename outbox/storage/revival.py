@@ -55,7 +55,7 @@ BEGIN_UNPARK = update(destinations).where(this_destination, _may_unpark).values(
 
 
 def _late(kind: WaitsFor, latest: Any) -> Select[Any]:
-    """Return the query for the oldest rows that wait for this and are due later than that."""
+    """Return the query for the oldest rows that wait for `kind` and are due later than `latest`."""
     # On SQLite by an index in this order, so that the due time is not looked up.
     waiting = select(columns.id, columns.suspected_at_ms).where(
         of_destination,
@@ -87,7 +87,7 @@ _REVIVE = outcomes.revive(
 )
 REVIVE_ROWS = by_id(move(_REVIVE).where(these_rows))
 
-# Two statements, for in one with a CASE on the status MySQL would look at the status that it has just set.
+# Two statements: in one with a CASE on the status, MySQL would read the status that it has just set.
 RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=columns.status).where(
     is_one_of(columns.status, Status.PARKED)
 )
@@ -140,7 +140,7 @@ class Revival:
             "young_since": now_ms - policy.proof_ms,
             "revive_limit": policy.revive_limit,
         }
-        # Mostly there are none, and then nothing is locked.
+        # Usually there are none. Then nothing is locked.
         first = {**limits, "revive_limit": 1}
         waiting = [kind for kind in kinds if look(self._writer, partial(_rows_late, kind=kind, limits=first))]
 
@@ -175,7 +175,7 @@ class Revival:
         return self._writer.run(unpark, survives_power_cut=False)
 
     def unpark_one(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int, spread_ms: int) -> int:
-        """Bring back the row that was not tried for longest, at most one a minute; return how many."""
+        """Bring back the row whose last try is the oldest, at most one a minute; return how many."""
         this = {"destination": destination, "now": now_ms}
         if look(self._writer, lambda transaction: transaction.rows(LAST_UNPARKED, **this)):
             return 0
@@ -194,7 +194,7 @@ class Revival:
         return self._writer.run(unpark, survives_power_cut=False) if found else 0
 
     def retry_now(self, *, now_ms: int) -> int:
-        """Make every row of all destinations due that is parked or waits, and end every pause; return how many."""
+        """Make all waiting and parked rows of all destinations due, and end every pause; return how many."""
 
         def retry_now(transaction: Transaction) -> int:
             transaction.change(RESUME_ALL)

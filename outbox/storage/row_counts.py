@@ -13,7 +13,7 @@ from outbox.storage.sql import is_one_of, of_destination, unindexed_status
 
 
 def _rows(*kinds: ColumnElement[bool]) -> Select[Any]:
-    """Return the query for how many rows of a destination there are of these kinds together."""
+    """Return the query that counts the rows of a destination that match one of these conditions."""
     counts = [select(func.count()).where(of_destination, kind).scalar_subquery() for kind in kinds]
     return select(sum(counts[1:], start=counts[0]))
 

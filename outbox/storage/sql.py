@@ -111,7 +111,7 @@ def move(outcome: Outcome, *, status: ColumnElement[str] = unindexed_status) -> 
 
 
 def move_held(outcome: Outcome) -> Update:
-    """Return the UPDATE of a fenced move: of the row `row_id` under the lease `lease_until`, both to be bound."""
+    """Return the UPDATE of a fenced move. Its parameters are the row `row_id` and its lease `lease_until`."""
     return by_id(move(outcome).where(this_row, held))
 
 
@@ -129,15 +129,15 @@ PRIMARY_KEY = "PRIMARY"
 
 
 def by_id(statement: _Statement) -> _Statement:
-    """Say that the rows are to be found by their ids: by the status, MySQL would lock rows that others work on."""
+    """Make MySQL find the rows by their ids: by the status, it would lock rows that others work on."""
     return statement.execution_options(outbox_index=PRIMARY_KEY)
 
 
 def in_order(statement: Select[Any], index: str) -> Select[Any]:
     """Name the index that has the order of a query with a limit.
 
-    MySQL would otherwise sort all rows that fit, and lock them, so that others would find nothing. It walks such
-    an index for one status at a time only.
+    Otherwise MySQL would sort and lock all matching rows, and other flushers would find none. It reads such an
+    index in order only for one status at a time.
     """
     return statement.execution_options(outbox_index=index)
 
@@ -152,7 +152,7 @@ def oldest_of(*kinds: Select[Any], at_most: str) -> CompoundSelect[Any]:
 # Lists of ids
 
 CHUNK = 64
-"""How many rows a statement for several names: always as many, so that it is compiled, and prepared, only once."""
+"""Number of rows that a statement for several rows names. It is fixed, so the statement is compiled only once."""
 
 _ids = [bindparam(f"id_{number}", type_=BigInteger) for number in range(CHUNK)]
 _created_at = [bindparam(f"created_at_ms_{number}", type_=BigInteger) for number in range(CHUNK)]
@@ -186,7 +186,7 @@ of_destination = columns.destination == bindparam("destination")
 
 LAST_ID = select(func.max(columns.id))
 
-# A row under a lease that runs is in flight.
+# A row under an unexpired lease is in flight.
 _not_in_flight = or_(columns.status != literal(Status.SENDING), columns.next_attempt_at_ms <= now)
 
 
@@ -211,7 +211,7 @@ def oldest(
 def upsert(insert: Callable[[Table], Any], table: Table, adds: str | None) -> Insert:
     """Return an INSERT … ON CONFLICT by the table's primary key, as SQLite and PostgreSQL know it.
 
-    `insert` is that of SQLAlchemy's dialect. A row that is there stays as it is, or its column `adds` grows by the
+    `insert` is that of SQLAlchemy's dialect. An existing row stays as it is, or its column `adds` grows by the
     value.
     """
     inserted = insert(table).values({column.name: bindparam(column.name) for column in table.c})

@@ -1,7 +1,7 @@
 """The calls of threads that share commits on a SQLite file, and the attempts to commit them.
 
-An exception can arrive in a thread from outside at any moment, as `sqlite_writer` says. So plain assignments
-change what threads share, and the frame of a call tells whether an attempt is over.
+An exception can arrive in a thread from outside at any moment, as `sqlite_writer` says. So only plain assignments
+change what threads share, and the frame of a call shows whether an attempt is over.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Attempt:
     def __init__(self, frame: FrameType | None, *committed: None) -> None:
         self.frame = frame
         self.committed: list[None] = [*committed]
-        """Holds something as soon as the calls are committed."""
+        """Not empty as soon as the calls are committed."""
 
     def is_over(self) -> bool:
-        """Tell whether the attempt ended, also where an exception ended it before it could say so."""
+        """Return whether the attempt ended, even if an exception ended it before it could record that."""
         frame = self.frame
         if frame is None:
             return True
@@ -79,14 +79,14 @@ class Call(Generic[Result]):
         self.is_synced = is_synced
         self.is_withdrawn = False
         self.attempt = NO_ATTEMPT
-        """The latest one."""
+        """The latest attempt to commit the call."""
         self.result: Any = None
-        """That of the call, if the attempt is committed."""
+        """The result of the call, if the attempt is committed."""
         self.failure: str | None = None
         self.deadline: float | None = None
 
     def is_left(self) -> bool:
-        """Tell whether nobody committed the call, or is about to."""
+        """Return whether no thread committed the call or is about to."""
         return not self.attempt.committed and not self.is_withdrawn and self.attempt.is_over()
 
     def fail(self, failure: str) -> None:
@@ -95,7 +95,7 @@ class Call(Generic[Result]):
         self.attempt = _FAILED
 
     def waited_too_long(self) -> bool:
-        """Tell, after another wait for the write lock, whether that was the last one."""
+        """Return, after another wait for the write lock, whether the call has waited long enough."""
         if self.deadline is None:
             self.deadline = monotonic_s() + (sqlite_file.BUSY_TIMEOUT_MS - POLL_MS) / 1_000
         return monotonic_s() >= self.deadline

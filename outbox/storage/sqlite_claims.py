@@ -41,13 +41,13 @@ from outbox.storage.sql import (
 from outbox.storage.transactions import Transaction
 
 Place = tuple[Any, ...]
-"""The rank of a row in its kind, when it was created, its id, and when it is due."""
+"""The place of a row: its rank in its kind, its creation time, its id, and its due time."""
 
 _ALONE, _NORMAL, _LAST = range(3)
 
 
 def places(*conditions: Any) -> Any:
-    """Return a query for the places of rows: what orders them in a claim, and when they are due."""
+    """Return a query for the places of rows, without the rank."""
     place = (columns.created_at_ms, columns.id, columns.next_attempt_at_ms)
     return select(*place).where(of_destination, *conditions)
 
@@ -61,7 +61,7 @@ class _Part(NamedTuple):
     """Pending rows that may wait for something: how to find the oldest ones that are due."""
 
     head: Select[Any]
-    """The oldest, due or not, by an index in the order of a claim. Mostly they are due, or no others are."""
+    """The oldest rows, due or not, by an index in the order of a claim. Usually they are due, or no rows are."""
     due: Select[Any]
     """The oldest that are due, by an index of the due time."""
     newest: Select[Any]
@@ -79,7 +79,7 @@ def _part(*conditions: Any) -> _Part:
     )
 
 
-# Each finds the oldest of its kind in an index of theirs.
+# Each finds the oldest rows of its kind in an index for that kind.
 DUE_NEVER_TRIED = _oldest(is_pending, did_not_fail, never_tried, is_due)
 NEWEST_NEVER_TRIED = _oldest(is_pending, did_not_fail, never_tried, is_due, order=newest_first)
 BROUGHT_BACK = _part(did_not_fail, was_tried)
@@ -131,7 +131,7 @@ def _due(transaction: Transaction, kind: Kind, wanted: Wanted) -> list[Place]:
     ]
     due = sorted([*sure, *(place for head in heads for place in head if place[-1] <= now)])[:at_most]
     if not all(len(head) < at_most or (len(due) == at_most and due[-1] <= head[-1]) for head in heads):
-        # Some that are due may be behind those of a head that are not.
+        # Some due rows may be behind rows of the head that are not due.
         others = [
             place
             for rank, part, waits_for in parts

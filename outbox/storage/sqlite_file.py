@@ -24,7 +24,7 @@ from outbox.storage import forks
 Check = Callable[[], Iterator[tuple[bool, str]]]
 
 BUSY_TIMEOUT_MS = 30_000
-"""How long a writer waits for another one before it gives up."""
+"""How long a writer waits for another writer before it gives up."""
 
 
 def create_sqlite_engine(url: URL, synchronous: str) -> Engine:
@@ -70,7 +70,7 @@ def file_of(url: URL) -> Path | None:
 
 
 def _is_uri(url: URL) -> bool:
-    """Tell whether SQLite reads the name of the database as a URI, such as `file:outbox.db?mode=ro`."""
+    """Return whether SQLite reads the name of the database as a URI, such as `file:outbox.db?mode=ro`."""
     return _has_uri_option(url) and str(url.database).startswith("file:")
 
 
@@ -81,7 +81,7 @@ def _has_uri_option(url: URL) -> bool:
 def create_file(url: URL) -> None:
     """Create the file of an SQLite database, readable by its owner only, unless it is there already.
 
-    SQLite gives the files of the write-ahead log the same mode. Raises `StorageError` where it can't be created.
+    SQLite gives the files of the write-ahead log the same mode. Raises `StorageError` if it can't be created.
     """
     path = file_of(url)
     if path is None:
@@ -95,7 +95,7 @@ def create_file(url: URL) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether there is such a file. Raises `StorageError` where that can't be told."""
+    """Return whether there is such a file. Raises `StorageError` if that can't be found out."""
     try:
         return path.exists()
     except (OSError, ValueError) as error:
@@ -128,7 +128,7 @@ def _set_up(engine: Engine, synchronous: str) -> None:
 
 
 def _watch_file(engine: Engine) -> None:
-    """Notice that the file was deleted or replaced: SQLite would go on writing to the one that has no name."""
+    """Notice that the file was deleted or replaced: SQLite would continue to write to the old file."""
     path = file_of(engine.url)
     if path is None:
         return
@@ -137,7 +137,7 @@ def _watch_file(engine: Engine) -> None:
     def _refuse_missing(_dialect: object, record: ConnectionPoolEntry, *_: object) -> None:
         if not is_there(path):  # SQLite would create it, empty and readable by all
             raise StorageError(f"there is no database {path}; restore it, or `outbox upgrade` creates a new one")
-        record.info["identity"] = identity(path)  # should the file be replaced just now, the next use notices
+        record.info["identity"] = identity(path)  # if the file is replaced right now, the next use notices
 
     @event.listens_for(engine, "connect")
     def _remember(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -168,14 +168,14 @@ class OpenFile:
         _open_files[id(self)] = self
 
     def is_replaced(self) -> bool:
-        """Tell whether another file, or none, has the name now."""
+        """Return whether another file, or no file, has the name now."""
         return identity(self.path) != self.identity
 
     def has_lost_log(self) -> bool:
-        """Tell whether the write-ahead log or its index was deleted.
+        """Return whether the write-ahead log or its index was deleted.
 
-        SQLite goes on with those that have no name any more, which no other process sees. When all connections are
-        closed in order, it brings what is in the log into the file.
+        SQLite continues with the deleted files, which no other process sees. When all connections are closed
+        normally, SQLite writes the contents of the log to the file.
         """
         return self._find_log() != self._log
 
@@ -204,7 +204,7 @@ def refuse_inherited(path: Path) -> None:
 
 
 def identity(path: Path | str) -> tuple[int, int] | None:
-    """Return what tells a file from another one of the same name; None where there is none."""
+    """Return a value that differs between two files of the same name; None if there is no file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - at each enqueue: `Path.stat` takes half a microsecond more
     except OSError:
@@ -232,9 +232,9 @@ def _tolerant_text(raw: bytes) -> str:
 
 @contextmanager
 def tolerant_text(connection: Any) -> Iterator[None]:
-    """Read a text that is not UTF-8: it must spoil its own row, not the claim that comes upon it.
+    """Read a text that is not UTF-8: only its own row must fail, not the whole claim.
 
-    A driver's connection of the host gets its own way to read back.
+    A connection of the host gets its own setting back.
     """
     before = connection.text_factory
     connection.text_factory = _tolerant_text

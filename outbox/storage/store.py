@@ -34,7 +34,7 @@ class Store:
         self.is_shared = self._dialect.is_shared
         """Whether several hosts share the database."""
         self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms
-        """Tells the time by which rows are due: the server's where hosts share one, else this machine's."""
+        """Returns the time by which rows are due: the server's if hosts share a server, else this machine's."""
         self.login_problems: dict[str, str] = {}
         """Why the last flush of a destination was not logged in, by destination. All flushers share the store."""
         counts: defaultdict[str, Counts] = defaultdict(Counts)  # by destination
@@ -49,5 +49,5 @@ class Store:
         self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)
 
     def _read_clock(self) -> int:
-        # As a writer, which tries again where the connection was broken.
+        # By the writer, which tries again if the connection is broken.
         return int(self._writer.run(lambda transaction: transaction.value(self._dialect.clock)))

@@ -53,9 +53,10 @@ class Base(DeclarativeBase):
 class ObservationEvent(Base):
     """One event on its way. All times are Unix epoch milliseconds, UTC.
 
-    `status` is changed by the methods that are named after the moves, never by assignment, and only the store
-    writes it: an ORM flush that would is refused, for it knows no lease. The methods of a row set its attributes
-    alone, they write nothing. Each raises `IllegalTransition` when the move does not start from the row's status.
+    The methods that are named after the moves change `status`; it can't be assigned. They only set attributes of
+    this object. Each raises `IllegalTransition` if the move does not start from the row's status. Only the store
+    writes `status` to the database: an ORM flush that would write it is refused, because it does not check the
+    lease.
     """
 
     __tablename__ = "observation_events"
@@ -134,14 +135,14 @@ class ObservationEvent(Base):
             setattr(self, name, value)
 
     def claim(self, *, now_ms: int, lease_ms: int) -> None:
-        """Take the row under a lease that ends at now + `lease_ms`; it has to be due."""
+        """Take the row under a lease that ends at now + `lease_ms`. The row has to be due."""
         if self.next_attempt_at_ms > now_ms:
             raise IllegalTransition(f"event {self.id} is not due before {self.next_attempt_at_ms}, it is {now_ms}")
         lost_leases = self.lost_leases + (self.status == Status.SENDING)
         self._move(outcomes.claim(lease_until_ms=now_ms + lease_ms, lost_leases=lost_leases))
 
     def deliver(self, *, sent_at_ms: int) -> None:
-        """Record that the server accepted the event."""
+        """Record that the service accepted the event."""
         self._move(outcomes.deliver(sent_at_ms=sent_at_ms))
 
     def reschedule(
@@ -159,15 +160,15 @@ class ObservationEvent(Base):
         )
 
     def park(self, *, error: str) -> None:
-        """Stop the row until the server accepts the token again."""
+        """Stop the row until the service accepts the token again."""
         self._move(outcomes.park(last_error=error))
 
     def abandon(self, *, error: str) -> None:
-        """Give the row up; it stays, with its reason."""
+        """Give up on the row. It stays in the table, with the reason."""
         self._move(outcomes.abandon(last_error=error))
 
     def release(self, *, now_ms: int) -> None:
-        """Give the row back untried."""
+        """Return the row to the queue without a try."""
         self._move(outcomes.release(next_attempt_at_ms=now_ms))
 
     def unpark(self, *, now_ms: int, spread_ms: int) -> None:
@@ -175,13 +176,13 @@ class ObservationEvent(Base):
         self._move(outcomes.unpark(row_id=self.id, now_ms=now_ms, spread_ms=spread_ms))
 
     def retry_now(self, *, now_ms: int) -> None:
-        """Make a row due that is parked or waits."""
+        """Make a waiting or parked row due."""
         if self.status == Status.PENDING and self.next_attempt_at_ms <= now_ms:
             raise IllegalTransition(f"event {self.id} is due already, since {self.next_attempt_at_ms}")
         self._move(outcomes.retry_now(now_ms=now_ms, is_parked=self.status == Status.PARKED))
 
     def revive(self, *, next_attempt_at_ms: int) -> None:
-        """Make a row that waits due earlier."""
+        """Make a waiting row due earlier."""
         if self.next_attempt_at_ms <= next_attempt_at_ms:
             raise IllegalTransition(f"event {self.id} is due no later, at {self.next_attempt_at_ms}")
         self._move(outcomes.revive(next_attempt_at_ms=next_attempt_at_ms))
@@ -194,7 +195,7 @@ class ObservationEvent(Base):
 ledger = Table(
     "observation_events_ledger",
     Base.metadata,
-    Column("status", Name, primary_key=True),  # where the events stood when they were deleted
+    Column("status", Name, primary_key=True),  # the status of the events when they were deleted
     Column("event_type", Name, primary_key=True),
     Column("reason", Name, primary_key=True),
     Column("events", BigInteger, nullable=False),
@@ -210,9 +211,9 @@ destinations = Table(
     Column("destination", Name, primary_key=True),
     # Failures in a row; only an acceptance ends the count.
     Column("failures", Integer, nullable=False),
-    # Until then nothing is claimed.
+    # When the pause ends. Nothing is claimed before.
     Column("paused_until_ms", BigInteger, nullable=False),
-    # Until then one flusher finds out whether the service works again, and the others wait.
+    # When the lease of the current probe ends. The other flushers wait until then.
     Column("probe_until_ms", BigInteger, nullable=False),
     Column("last_error", LongText, nullable=False),
     # Pauses so far. A flusher that saw another number reports on a time before the current pause.
@@ -224,7 +225,7 @@ destinations = Table(
     # When a parked row was last tried because nothing else was due.
     Column("unparked_at_ms", BigInteger, nullable=False, server_default=text("0")),
 )
-"""What all flushers of the database know of a destination that failed. A row stays once it is there."""
+"""The pauses of destinations that failed, which all flushers share. A row is never deleted."""
 
 destinations_ledger = Table(
     "observation_destinations_ledger",
@@ -248,7 +249,7 @@ holds = Table(
     Column("since_ms", BigInteger, nullable=False),
     Column("until_ms", BigInteger),  # NULL: until an operator ends the hold
 )
-"""The destinations that an operator holds: nothing is sent to them."""
+"""The destinations that an operator put on hold: nothing is sent to them."""
 
 tries = Table(
     "observation_tries",

@@ -52,7 +52,7 @@ from outbox.storage.sql import (
 from outbox.storage.tables import ObservationEvent, destinations_ledger, ledger
 from outbox.storage.transactions import Writer, look
 
-# Each in its order, or SQLite would rather walk the whole table until it comes upon one.
+# Each has an order. Otherwise SQLite would scan the table until it finds a row.
 CHORES = select(
     PARKED.limit(1).scalar_subquery(),
     select(columns.id)
@@ -87,7 +87,7 @@ COUNTS = (
 OLDEST_PENDING = select(cast(func.min(columns.created_at_ms), BigInteger)).where(_undelivered, has_creation_time)
 _waits = [columns.waits_for == literal(one) for one in WaitsFor]
 _pending = is_one_of(unindexed_status, Status.PENDING)
-# By one look-up for each status and each reason to wait: over several at once no index has the order of the times.
+# One look-up for each status and each reason to wait: no index has the order of the times over several of them.
 _due_by_status = union_all(
     # These are due since they were created, so the oldest one was due first.
     select(
@@ -103,7 +103,7 @@ _due_by_status = union_all(
         for conditions in (
             (_pending, did_not_fail, was_tried),
             *((_pending, waits) for waits in _waits),
-            # Whoever holds it has died, or will come late.
+            # Its flusher died, or will be late.
             *(
                 (is_one_of(columns.status, Status.SENDING), columns.next_attempt_at_ms <= now, waits)
                 for waits in (did_not_fail, *_waits)
@@ -199,7 +199,7 @@ class Views:
         self._identity = identity
 
     def chores(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> Chores:
-        """Tell what there is to do beside delivery: mostly nothing, and then this one query is all it costs."""
+        """Return the maintenance that is due. Usually there is none, and this costs one query."""
         sent_before_ms = now_ms - policy.keep_sent_ms if policy.keep_sent_ms else 0
         parked, expired, failed, troubled, last_id = look(
             self._writer,
@@ -238,7 +238,7 @@ class Views:
         return due_ms
 
     def overview(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> Overview:
-        """Count the rows of all destinations and find what keeps them back. `next_due_at_ms` is that of one."""
+        """Count the rows of all destinations, and find why they wait. `next_due_at_ms` is for one destination."""
         with reading(self._engine) as connection:
             parked = connection.execute(LAST_PARKED).first()
             waiting = connection.execute(WAITING).all()
@@ -264,7 +264,7 @@ class Views:
             return connection.scalar(OTHER_DESTINATIONS) or 0
 
     def oddities(self, *, now_ms: int, latest_lease_until_ms: int, soon_ms: int, latest_due_ms: int) -> Oddities:
-        """Count rows whose times lie where they should not."""
+        """Count rows whose times or numbers are implausible."""
         limits = {
             "now": now_ms,
             "latest_lease_until": latest_lease_until_ms,

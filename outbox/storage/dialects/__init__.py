@@ -23,7 +23,7 @@ _registered: dict[str, Dialect] = {}
 
 
 def register(dialect: Dialect) -> None:
-    """Make a dialect known by its names."""
+    """Register a dialect under its names."""
     _registered.update(dict.fromkeys(dialect.names, dialect))
 
 

@@ -39,7 +39,7 @@ _LOCK = {part: lock(due(part)) for part in Part}
 
 
 class Ending(NamedTuple):
-    """Which ends of a transaction a statement has to bring about, because the driver ignores the call."""
+    """Which ends of a transaction need a statement, because the driver ignores the call."""
 
     commit: bool = False
     rollback: bool = False
@@ -55,10 +55,10 @@ class Dialect:
     drivers: ClassVar[tuple[str, ...]]
     """The drivers that the tests run on, as SQLAlchemy names them; others are refused.
 
-    Each driver ends transactions, counts rows and tells errors in a way of its own.
+    Each driver ends transactions, counts rows and reports errors in its own way.
     """
     default_drivers: ClassVar[Mapping[str, str]] = {}
-    """The driver of a URL that names none, by the name of the database: the one that our extras install."""
+    """The driver of a URL without a driver, by the name of the database: the driver that our extras install."""
     connection_classes: ClassVar[Mapping[str, str]] = {}
     """The drivers whose own connections `enqueue` takes, by the classes of these connections."""
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -69,7 +69,7 @@ class Dialect:
         return connection.cursor()
 
     def is_two_phase(self, connection: Any) -> bool:
-        """Tell whether a driver's connection is in a transaction of two phases, in which it can't notify."""
+        """Return whether a driver's connection is in a two-phase transaction, in which it can't notify."""
         return False
 
     # Engines
@@ -82,7 +82,7 @@ class Dialect:
     ) -> Engine:
         """Return an engine of our own. By default a pool of connections that are READ COMMITTED.
 
-        At other isolation levels a claim that waited for another one fails.
+        At other isolation levels, a claim that waited for another claim fails.
         """
         url, connect_args = self.driver_options(url)
         engine = create_engine(
@@ -96,7 +96,7 @@ class Dialect:
         return engine
 
     def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
-        """Return the URL without the options that SQLAlchemy can't hand on, and these as the driver's arguments.
+        """Return the URL without options that SQLAlchemy can't pass on, and these options as driver arguments.
 
         By default there are none. Raises `ConfigurationError` for a wrong value.
         """
@@ -106,11 +106,11 @@ class Dialect:
         """Reset what the outbox changed on a driver's connection that returns to our pool."""
 
     def writer(self, engine: Engine, *, is_own: bool) -> Writer:
-        """Return what runs the writing transactions. By default on the engine's pooled connections."""
+        """Return the writer of transactions. By default it uses the engine's pooled connections."""
         return Writer(engine)
 
     def unprepared(self, connection: Any) -> AbstractContextManager[None]:
-        """Let a host's driver prepare no statement meanwhile. By default drivers prepare none by themselves."""
+        """Keep a host's driver from preparing statements. By default drivers prepare none by themselves."""
         return nullcontext()
 
     # Files
@@ -127,11 +127,11 @@ class Dialect:
         return url
 
     def is_in_memory(self, url: URL) -> bool:
-        """Tell whether the database is in the memory of this process, so a fork copies it."""
+        """Return whether the database is in the memory of this process, so a fork copies it."""
         return False
 
     def missing_file(self, url: URL) -> Path | None:
-        """Return the file of the database if it is not there. Raises `StorageError` where that can't be told."""
+        """Return the file of the database if it is missing. Raises `StorageError` if that can't be found out."""
         return None
 
     def create_file(self, url: URL) -> None:
@@ -150,12 +150,12 @@ class Dialect:
     # Transactions
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
-        """Begin what SQLAlchemy has not begun yet, and tell what `commit()` and `rollback()` will not do.
+        """Begin the transaction unless SQLAlchemy did. Return what `commit()` and `rollback()` will not do.
 
-        A transaction that `writes` is READ COMMITTED, another one reads a snapshot. The connection keeps the
+        A transaction that `writes` is READ COMMITTED; any other one reads a snapshot. The connection keeps the
         host's settings.
         """
-        if not (writes and is_own):  # our own are set up so
+        if not (writes and is_own):  # our own engines are set up so
             connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level(writes=writes)}")
         return Ending()
 
@@ -172,13 +172,13 @@ class Dialect:
         return False
 
     def migration_lock(self, connection: Connection) -> AbstractContextManager[None]:
-        """Hold off other migrations, here and on other hosts. By default the transaction's write lock does so."""
+        """Block other migrations, here and on other hosts. By default the transaction's write lock does so."""
         return nullcontext()
 
     begins_at_head: ClassVar[bool] = True
     """Whether an empty database gets the tables as they are declared, at the newest revision.
 
-    The released migrations know only the databases that there were when they were written.
+    Released migrations support only the databases that existed when they were written.
     """
 
     # Errors
@@ -186,11 +186,11 @@ class Dialect:
     code_attributes: ClassVar[tuple[str, ...]] = ()
     """The attributes in which drivers keep the code of an error, beside the first argument."""
     given_up: ClassVar[frozenset[object]] = frozenset()
-    """The codes by which the database says that it undid a transaction, to end a deadlock or a conflict."""
+    """The error codes of a transaction that the database aborted, to end a deadlock or a conflict."""
     read_only: ClassVar[frozenset[object]] = frozenset()
-    """The codes by which a server says that it takes no writes any more, as after a switchover."""
+    """The error codes of a server that became read-only, as after a switchover."""
     duplicate: ClassVar[frozenset[object]] = frozenset()
-    """The error codes that mean: there already is a row with this unique key."""
+    """The error codes of an INSERT whose unique key another row already has."""
     advice: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What to do about an error, by a part of its text."""
 
@@ -243,8 +243,8 @@ class Dialect:
     ) -> dict[str, int]:
         """Insert the rows whose event ids are not in the database yet; return their row ids by event id.
 
-        By default after a look, one by one. If another transaction inserts the same id meanwhile, the database
-        refuses the row as a duplicate, which must undo that statement alone.
+        By default, this looks for the ids, then inserts the rows one by one. If another transaction inserts the
+        same id meanwhile, the database refuses the row as a duplicate. This must undo that statement alone.
         """
         return insert_unknown(
             transaction, rows, is_duplicate=lambda error: not self.duplicate.isdisjoint(self.codes(error))
@@ -280,7 +280,7 @@ class Dialect:
         return transaction.rows(_LOCK[part], **wanted.due)
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
-        """Claim rows whose times are invalid, to abandon them. By default `claim` has found them."""
+        """Claim rows whose times are invalid, to abandon them. By default `claim` finds them."""
         return Claim([])
 
     def deliver(
@@ -294,7 +294,7 @@ class Dialect:
     pending: ClassVar[tuple[ColumnElement[bool], ...]] = (
         is_one_of(columns.status, Status.PENDING, Status.SENDING),
     )
-    """The conditions that together, and each row by one only, find the rows that are pending or sending."""
+    """Conditions that together match all pending and sending rows, each row by exactly one of them."""
 
     undelivered_to_trim: ClassVar[tuple[Select[Any] | CompoundSelect[Any], ...]] = tuple(
         oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)
@@ -304,10 +304,10 @@ class Dialect:
     Each walks one index in order and stops at the limit.
     """
 
-    # What goes on
+    # Monitoring
 
     def listen(self, engine: Engine) -> Listener | None:
-        """Return a connection that is notified of new events; None where flushers have to poll."""
+        """Return a connection that is notified of new events, or None if flushers have to poll."""
         return None
 
     def hidden_commands(self, connection: Connection) -> list[str]:
@@ -315,5 +315,5 @@ class Dialect:
         return []
 
     def checks(self, engine: Engine) -> Mapping[str, Callable[[], Iterator[tuple[bool, str]]]]:
-        """Return what `outbox doctor` checks on this database only: whether all is well, and in words."""
+        """Return the checks of `outbox doctor` for this database only. A result is: is all well, and in words."""
         return {}

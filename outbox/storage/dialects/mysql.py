@@ -89,13 +89,14 @@ _Statement = TypeVar("_Statement", Select[Any], Update)
 
 
 def _walk(statement: _Statement, index: str) -> _Statement:
-    # It locks each row that it looks at, also those that it does not return or change.
+    # Without the hint, MySQL may choose another index, and it locks each row that it reads, even if it does not
+    # return or change the row.
     for name in _NAMES:
         statement = statement.with_hint(selectable=events, text=f"FORCE INDEX ({index})", dialect_name=name)
     return statement
 
 
-# Locking what is due would lock every row that is looked at, a million that wait for example.
+# Locking the due rows in this query would lock every row that it reads, such as a million waiting rows.
 @cache
 def read_due(part: Part) -> Any:
     """Return the query for the ids of the first rows of a part that are due, or whose due time is invalid.
@@ -149,10 +150,10 @@ LOCK_ROWS_IF_DUE = by_id(
 
 
 def _lock_due(transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
-    """Lock the first rows of a part that are due and that nobody else has locked, and no other row.
+    """Lock the first due rows of a part that no other transaction has locked, and no other row.
 
-    Flushers that look at the same time find the same ids, so this looks further than one batch, and further still
-    until it has a batch or has tried all that is due.
+    Flushers that read at the same time find the same ids. So this reads more ids than one batch, and then still
+    more, until it has locked a batch or has tried all due rows.
     """
     locked: list[tuple[Any, ...]] = []
     tried: set[int] = set()
@@ -200,7 +201,7 @@ class MySQL(Dialect):
     duplicate = frozenset({1062})
     # There are no partial indexes: one for each order starts with the status.
     indexes = frozenset(f"observation_events_{name}_idx" for name in ("event_id", "queue", "waiting", "delivered"))
-    inserts_several = False  # the driver tells the id of a single row only
+    inserts_several = False  # the driver reports the id of a single row only
     last_insert_id = select(func.last_insert_id())
 
     def plain_cursor(self, connection: Any, driver: SQLAlchemyDialect) -> Any:
@@ -210,7 +211,7 @@ class MySQL(Dialect):
         return connection.cursor()
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
-        """Begin by a statement, for the driver may commit each. All drivers send what `commit()` says."""
+        """Begin with a statement, because the driver may commit each one. All drivers send `COMMIT`."""
         if writes and is_own:
             return Ending()
         super().begin(connection, writes=writes, is_own=is_own)
@@ -219,7 +220,7 @@ class MySQL(Dialect):
 
     @contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
-        """Hold a named lock, for each statement of a migration commits. Another migration is waited for."""
+        """Hold a named lock, because each statement of a migration commits. Wait for other migrations."""
         lock = f"SELECT GET_LOCK('{MIGRATION_LOCK}', {_MIGRATION_PATIENCE_S})"
         if connection.exec_driver_sql(lock).scalar() != 1:
             where = connection.engine.url.render_as_string(hide_password=True)
@@ -231,7 +232,7 @@ class MySQL(Dialect):
             connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{MIGRATION_LOCK}')")
 
     def table_options(self, table: Table) -> dict[str, Any]:  # noqa: ARG002 - every table has the same options
-        """Let texts be equal only if they are the same: its own collations take "A" for "a"."""
+        """Let texts be equal only if they are the same: the default collations treat "A" and "a" as equal."""
         options = {"engine": "InnoDB", "charset": "utf8mb4", "collate": "utf8mb4_bin"}
         return {f"{name}_{option}": value for name in _NAMES for option, value in options.items()}
 
@@ -249,7 +250,7 @@ class MySQL(Dialect):
         return known(transaction, event_ids, _KNOWN_NOW)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
-        """Lock the first rows of a part that are due and that nobody else has locked, and no other row."""
+        """Lock the first due rows of a part that no other transaction has locked, and no other row."""
         return _lock_due(transaction, part, wanted)
 
 

@@ -142,7 +142,7 @@ class SQLite(Dialect):
         return sqlite_file.absolute(url)
 
     def is_in_memory(self, url: URL) -> bool:
-        """Tell whether the database is in memory."""
+        """Return whether the database is in memory."""
         return sqlite_file.file_of(url) is None
 
     def missing_file(self, url: URL) -> Path | None:
@@ -155,7 +155,7 @@ class SQLite(Dialect):
         sqlite_file.create_file(url)
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:  # noqa: ARG002 - all engines take the same lock
-        """Take the write lock from the start: a transaction that read first fails when another one wrote since."""
+        """Take the write lock at the start: a transaction that reads first fails if another writes meanwhile."""
         driver: Any = connection.connection.dbapi_connection
         run = connection.exec_driver_sql
         autocommit = getattr(driver, "autocommit", None)  # True or False from Python 3.12 on, if the host says so
@@ -168,11 +168,11 @@ class SQLite(Dialect):
         return Ending(commit=by_statement, rollback=by_statement)
 
     def tolerant_text(self, connection: Any) -> AbstractContextManager[None]:
-        """Read a text that is not UTF-8: it must spoil its own row, not the claim that comes upon it."""
+        """Read a text that is not UTF-8: only its own row must fail, not the whole claim."""
         return sqlite_file.tolerant_text(connection)
 
     def table_options(self, table: Table) -> dict[str, Any]:
-        """Never use an id again."""
+        """Never reuse an id."""
         return {} if table.autoincrement_column is None else {"sqlite_autoincrement": True}
 
     def index_options(self, index: Index) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class SQLite(Dialect):
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
         """Look up the places of the rows in the indexes, then move these rows.
 
-        Nobody else writes in between, so no row has to be locked.
+        No other transaction writes in between, so no row has to be locked.
         """
         return sqlite_claims.take(transaction, kind, wanted)
 
