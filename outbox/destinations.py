@@ -6,6 +6,11 @@ do that know no destinations. The functions below `stored` pass names as they ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from reprlib import repr as short
+from typing import Any, NamedTuple
+
 from outbox.event_ids import EXPECTED, is_valid
 from outbox.failures import ConfigurationError
 
@@ -31,3 +36,66 @@ def stored(name: object) -> str:
 def shown(destination: str) -> str:
     """Return a stored name as callers and operators see it."""
     return destination or DEFAULT_NAME
+
+
+def of_destination(destination: str) -> str:
+    """Return " of billing" for messages, and nothing for the default destination."""
+    return "" if destination == DEFAULT_DESTINATION else f" of {destination}"
+
+
+def stored_names(named: object, what: str) -> tuple[str, ...]:
+    """Return the stored names for the name of one destination, or for a list or tuple of different names.
+
+    `what` says in the error where they come from. Raises `ConfigurationError` for anything else.
+    """
+    if isinstance(named, str):
+        return (stored(named),)
+    if not isinstance(named, list | tuple) or not named or None in named:
+        raise ConfigurationError(f"{what} is {short(named)}, expected a destination, or a list of destinations")
+    destinations = tuple(map(stored, named))
+    if len({*destinations}) < len(destinations):
+        raise ConfigurationError(f"{what} is {short(named)}, expected different destinations")
+    return destinations
+
+
+class Addressed(NamedTuple):
+    """Consecutive events for the same destinations, all with an id of the caller or all without one."""
+
+    destinations: tuple[str, ...]
+    has_ids: bool
+    rows: Sequence[dict[str, Any]]
+    """The columns of each event, the same for every destination."""
+
+
+class Routes:
+    """Which destinations the events of a type go to.
+
+    `routes` maps an event type to a destination or a list of destinations. `*` stands for all other types; without
+    it, they go to the default destination. Raises `ConfigurationError` for anything else.
+    """
+
+    def __init__(self, routes: Mapping[str, object] | None = None) -> None:
+        if routes is not None and not isinstance(routes, Mapping):
+            raise ConfigurationError(
+                f"routes is {short(routes)}, expected a mapping from event types to destinations"
+            )
+        self._by_type: dict[str, tuple[str, ...]] = {}
+        for event_type, named in (routes or {}).items():
+            if not isinstance(event_type, str) or not event_type:
+                raise ConfigurationError(f"routes has the key {event_type!r}, expected an event type or '*'")
+            self._by_type[event_type] = stored_names(named, f"routes[{event_type!r}]")
+        self._others = self._by_type.pop("*", (DEFAULT_DESTINATION,))
+
+    def address(
+        self, rows: Sequence[dict[str, Any]], to: object = None, *, may_have_ids: bool = True
+    ) -> list[Addressed]:
+        """Group events by their destinations, in order. `to` names those of all events, instead of the routes."""
+        everyones = self._others if to is None else stored_names(to, "to")
+        by_type = self._by_type if to is None else {}
+        if not may_have_ids and not by_type:  # mostly
+            return [Addressed(everyones, False, rows)]
+
+        def kind(row: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
+            return by_type.get(row["event_type"], everyones), "event_id" in row
+
+        return [Addressed(*of, list(group)) for of, group in groupby(rows, key=kind)]

@@ -238,6 +238,16 @@ def test_the_code_about_the_worker_runs(server: ScriptedServer, folder: Path) ->
     namespace["client"].close()
 
 
+@covers("docs/destinations.md", "python")
+def test_the_code_about_destinations_delivers_to_one(server: ScriptedServer, folder: Path, capsys) -> None:
+    namespace = run_python("docs/destinations.md", {}, url=server.url)
+    assert capsys.readouterr().out == "3 sent to billing\n"
+    assert [event["order_id"] for event in server.events] == ["o-17", "o-18", "o-19"]
+    assert namespace["outbox"].stats().counts["pending"] == 3
+    namespace["outbox"].close()
+    namespace["billing"].close()
+
+
 @covers("docs/scaling.md", "python")
 def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path}/{number}.db" for number in range(3)]

@@ -26,7 +26,8 @@ from outbox.cli.show import event_as_dict, event_in_words, what_next
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import InvalidEvent
 from outbox.lifecycle import Status
-from outbox.outbox import LARGEST_ID, Outbox
+from outbox.operations import LARGEST_ID
+from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.stats import counted
 

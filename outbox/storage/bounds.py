@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine, Select
 
-from outbox.destinations import DEFAULT_DESTINATION
+from outbox.destinations import DEFAULT_DESTINATION, of_destination, shown
 from outbox.failures import QueueFull
 from outbox.policy import Policy
 from outbox.storage.counts import Counts, filling, filling_in_words
@@ -66,7 +66,7 @@ class Bounds:
             self.count_undelivered(destination, value_of=None if self._is_own else value_of)
         rows = undelivered.rows
         if rows + own > at_most and policy.when_full == "reject":
-            raise queue_full(rows, own, "max_undelivered", at_most)
+            raise queue_full(destination, rows, own, "max_undelivered", at_most)
 
     def enqueued(self, policy: Policy, rows: int, destination: str = DEFAULT_DESTINATION) -> None:
         """Note that rows were inserted. Log a warning when half or nine tenths of the bound are reached."""
@@ -80,9 +80,14 @@ class Bounds:
         counts.told_of = max(told_of, filling(undelivered, policy.max_undelivered))
         if counts.told_of > told_of:
             log.warning(
-                "the queue is filling up: %s; `outbox status` shows why the events wait",
+                "the queue%s is filling up: %s; `outbox status` shows why the events wait",
+                of_destination(destination),
                 filling_in_words(undelivered, policy.max_undelivered),
-                extra={"event_name": "outbox.filling_up", "events": undelivered},
+                extra={
+                    "event_name": "outbox.filling_up",
+                    "events": undelivered,
+                    "destination": shown(destination),
+                },
             )
 
     def may_be_over(self, policy: Policy, destination: str = DEFAULT_DESTINATION) -> bool:
@@ -151,11 +156,12 @@ class Bounds:
         return look(self._writer, lambda transaction: transaction.value(query, **parameters))
 
 
-def queue_full(undelivered: int, own: int, bound: str, at_most: int) -> QueueFull:
+def queue_full(destination: str, undelivered: int, own: int, bound: str, at_most: int) -> QueueFull:
     """Return the error for too many events. It gives the numbers, and says what to do."""
+    events = f"{undelivered} events{of_destination(destination)}"
     return QueueFull(
-        f"{undelivered} events are not delivered yet, and the policy's {bound} is {at_most}: there is no room for"
-        f" {own} more; `outbox status` shows why they wait. Deliver or purge events, or raise {bound}"
+        f"{events} are not delivered yet, and the policy's {bound} is {at_most}: there is no room for {own}"
+        f" more; `outbox status` shows why they wait. Deliver or purge events, or raise {bound}"
     )
 
 

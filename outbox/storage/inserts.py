@@ -24,9 +24,7 @@ INSERTED = (
     "next_attempt_at_ms",
     "created_at_ms",
 )
-_WITH_ID = (*INSERTED, "event_id")
-INSERT = insert(events).values({name: bindparam(name) for name in INSERTED})
-_INSERT_WITH_ID = insert(events).values({name: bindparam(name) for name in _WITH_ID})
+_OPTIONAL = ("destination", "event_id")
 KNOWN = in_order(
     select(columns.event_id, columns.id).where(
         columns.destination == bindparam("destination"),
@@ -41,27 +39,39 @@ _INSERTED_AT_ONCE = (64, 16, 4, 1)
 Rows = Sequence[dict[str, Any]]
 
 
-@cache
-def insert_one(notification: ColumnElement[Any] | None) -> Insert:
-    """Return the statement that inserts a row, and notifies other processes at the commit."""
-    if notification is None:
-        return INSERT
-    # A new statement, not a copy of INSERT: a compiled INSERT stores which columns it returns, and a copy would
-    # keep these columns.
-    one = insert(events).values({name: bindparam(name) for name in INSERTED})
-    return one.returning(columns.id, notification)
+def names_of(rows: Rows) -> tuple[str, ...]:
+    """Return the columns to insert of rows that have the same ones. A default costs less if it is left out."""
+    row = rows[0]
+    if len(row) == len(INSERTED):
+        return INSERTED
+    return (*INSERTED, *(name for name in _OPTIONAL if name in row))
 
 
 @cache
-def insert_rows(number: int, notification: ColumnElement[Any] | None) -> Insert:
+def insert_one(notification: ColumnElement[Any] | None, names: tuple[str, ...]) -> Insert:
+    """Return the statement that inserts these columns of a row, and notifies other processes at the commit."""
+    one = insert(events).values({name: bindparam(name) for name in names})
+    return one if notification is None else one.returning(columns.id, notification)
+
+
+INSERT = insert_one(None, INSERTED)
+
+
+@cache
+def insert_rows(number: int, notification: ColumnElement[Any] | None, names: tuple[str, ...]) -> Insert:
     """Return the statement that inserts several rows and returns their ids. `named` gives its parameters."""
-    inserted = insert(events).values(_values(number, INSERTED)).returning(columns.id)
+    inserted = insert(events).values(_values(number, names)).returning(columns.id)
     return inserted if notification is None else inserted.returning(notification)
 
 
 @cache
-def _insert_new(insert: Callable[[Table], Any], number: int, notification: ColumnElement[Any] | None) -> Insert:
-    inserted: Insert = insert(events).values(_values(number, _WITH_ID)).on_conflict_do_nothing()
+def _insert_new(
+    insert: Callable[[Table], Any],
+    number: int,
+    notification: ColumnElement[Any] | None,
+    names: tuple[str, ...],
+) -> Insert:
+    inserted: Insert = insert(events).values(_values(number, names)).on_conflict_do_nothing()
     returned = inserted.returning(columns.event_id, columns.id)
     return returned if notification is None else returned.returning(notification)
 
@@ -84,7 +94,7 @@ def in_slices(rows: Rows) -> Iterator[Rows]:
         start += number
 
 
-def named(rows: Rows, names: Sequence[str] = INSERTED) -> dict[str, Any]:
+def named(rows: Rows, names: Sequence[str]) -> dict[str, Any]:
     """Return the parameters of a statement that inserts these rows."""
     values = [row[name] for row in rows for name in names]
     return dict(zip(_bound(len(rows), names), values, strict=True))
@@ -93,14 +103,15 @@ def named(rows: Rows, names: Sequence[str] = INSERTED) -> dict[str, Any]:
 def insert_new(
     transaction: Transaction, insert: Callable[[Table], Any], rows: Rows, notification: ColumnElement[Any] | None
 ) -> dict[str, int]:
-    """Insert rows by INSERT … ON CONFLICT DO NOTHING, as SQLite and PostgreSQL know it.
+    """Insert rows of a destination by INSERT … ON CONFLICT DO NOTHING, as SQLite and PostgreSQL know it.
 
     `insert` is that of SQLAlchemy's dialect. Return the row ids of the inserted rows, by event id.
     """
+    names = names_of(rows)
     inserted: dict[str, int] = {}
     for several in in_slices(rows):
-        statement = _insert_new(insert, len(several), notification)
-        found = transaction.rows(statement, **named(several, _WITH_ID))
+        statement = _insert_new(insert, len(several), notification, names)
+        found = transaction.rows(statement, **named(several, names))
         inserted |= {event_id: row_id for event_id, row_id, *_ in found}
     return inserted
 
@@ -108,17 +119,19 @@ def insert_new(
 def insert_unknown(
     transaction: Transaction, rows: Rows, *, is_duplicate: Callable[[Exception], bool]
 ) -> dict[str, int]:
-    """Insert the rows whose event ids are not there, one by one; return their row ids by event id.
+    """Insert the rows of a destination whose event ids are new, one by one; return their row ids by event id.
 
     `is_duplicate` gets the error of a driver. It returns whether the error means that another transaction has
     inserted a row with the same event id.
     """
-    there = known(transaction, [row["event_id"] for row in rows])
+    destination = rows[0].get("destination", DEFAULT_DESTINATION)
+    there = known(transaction, destination, [row["event_id"] for row in rows])
+    statement = insert_one(None, names_of(rows))
     inserted = {}
     for row in rows:
         if row["event_id"] not in there:
             try:
-                (inserted[row["event_id"]],) = transaction.insert(_INSERT_WITH_ID, [row])
+                (inserted[row["event_id"]],) = transaction.insert(statement, [row])
             except Exception as error:
                 if not is_duplicate(getattr(error, "orig", error)):
                     raise
@@ -147,6 +160,8 @@ def _insert(table: Table) -> Insert:
     return insert(table).values({column.name: bindparam(column.name) for column in table.c})
 
 
-def known(transaction: Transaction, event_ids: Sequence[str], query: Select[Any] = KNOWN) -> dict[str, int]:
-    """Return the row ids of those events that are in the database, by event id."""
-    return dict(transaction.rows_of(query, event_ids, destination=DEFAULT_DESTINATION))
+def known(
+    transaction: Transaction, destination: str, event_ids: Sequence[str], query: Select[Any] = KNOWN
+) -> dict[str, int]:
+    """Return the row ids of those events of a destination that are in the database, by event id."""
+    return dict(transaction.rows_of(query, event_ids, destination=destination))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Connection, Dialect, Engine, func, select
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox.destinations import DEFAULT_DESTINATION
+from outbox.destinations import DEFAULT_DESTINATION, Addressed
+from outbox.event_ids import derived
 from outbox.failures import OutboxError, QueueFull, StorageError
 from outbox.policy import Policy
 from outbox.storage import callers
@@ -21,7 +23,8 @@ from outbox.storage.bounds import Bounds, queue_full
 from outbox.storage.deletion import Deletion, Trimmed
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import translated
-from outbox.storage.inserts import INSERT, Rows, in_slices, insert_one, insert_rows, known, named
+from outbox.storage.identity import Identity
+from outbox.storage.inserts import INSERT, Rows, in_slices, insert_one, insert_rows, known, named, names_of
 from outbox.storage.sql import columns
 from outbox.storage.transactions import Transaction, Writer, look, running_on
 
@@ -37,63 +40,67 @@ _TRIES = 10
 
 
 class Inserted(NamedTuple):
-    """The row ids of all events in their order, and the ids of those rows that this call inserted."""
+    """The row ids of all events in their order; and by destination, those of the rows that this call inserted."""
 
     ids: list[int]
-    new: list[int]
+    new: dict[str, list[int]]
 
 
 class Intake:
     """Inserts events, and refuses them or trims the queue where it is full."""
 
-    def __init__(self, engine: Engine, writer: Writer, deletion: Deletion, bounds: Bounds) -> None:
+    def __init__(
+        self, engine: Engine, writer: Writer, deletion: Deletion, bounds: Bounds, identity: Identity
+    ) -> None:
         self._engine = engine
         self._writer = writer
         self._deletion = deletion
         self._bounds = bounds
+        self._identity = identity
         self._compiled: WeakKeyDictionary[Dialect, dict[Any, Any]] = WeakKeyDictionary()
         """What was compiled for the connections of callers, whose drivers may be others than ours."""
         self._dialect = dialect_of(engine)
 
-    def insert(self, rows: Rows, *, policy: Policy, now_ms: int) -> tuple[list[int], bool]:
-        """Insert rows and trim one slice of what is over the cap, in one transaction, for it costs one sync.
+    def insert(self, events: Sequence[Addressed], *, policy: Policy, now_ms: int) -> tuple[list[int], list[str]]:
+        """Insert a row of each event for each of its destinations, and trim one slice of what is over the cap.
 
-        Return the row ids in the order of the rows, and whether more may be over the cap. A row whose event id is
-        there is not inserted; the id of the first row is returned. A trim that fails is logged, and the rows are
-        inserted without it. Raises `QueueFull` where the policy is to reject: on a server only as far as other
-        transactions that enqueue right now have committed.
+        This is one transaction, for it costs one sync. Return the row ids, in the order of the events and of their
+        destinations, and the destinations that may still be over the cap. A row whose event id is there is not
+        inserted; the id of the first row is returned. A trim that fails is logged, and the rows are inserted
+        without it. Raises `QueueFull` where the policy is to reject: on a server only as far as other transactions
+        that enqueue right now have committed.
 
         On a file of SQLite, threads that insert at the same time share the commit.
         """
-        cap = self._deletion.cap(policy)
+        trims = bool(policy.max_rows) or policy.when_full == "trim"
         trimming = False
 
-        def insert(transaction: Transaction, *, trims: bool = False) -> tuple[Inserted, Trimmed]:
+        def insert(transaction: Transaction, *, trims: bool = False) -> tuple[Inserted, dict[str, Trimmed]]:
             nonlocal trimming
             trimming = False
-            self._refuse_when_full(transaction, policy, rows)
-            inserted = self._insert(transaction, rows)
-            trimmed = Trimmed()
-            if trims and inserted.new:
+            self._refuse_when_full(transaction, policy, events)
+            inserted = self._insert(transaction, events)
+            trimmed: dict[str, Trimmed] = {}
+            if trims:
                 trimming = True
-                trimmed = self._deletion.trim_slice(
-                    transaction, cap, now_ms=now_ms, last_id=max(inserted.new), own=inserted.new
-                )
-                if not trimmed.rows:
-                    trimmed = self._bounds.trim_slice(transaction, policy, now_ms=now_ms, own=inserted.new)
+                for destination, new in inserted.new.items():
+                    if new:
+                        trimmed[destination] = self._trim_slice(
+                            transaction, policy, destination, new, now_ms=now_ms
+                        )
                 trimming = False
             return inserted, trimmed
 
         _refuse_new(
-            lambda own: self._bounds.refuse(policy, own=own),
-            rows,
-            lambda event_ids: look(self._writer, lambda transaction: known(transaction, event_ids)),
+            partial(self._bounds.refuse, policy),
+            events,
+            lambda *of: look(self._writer, lambda transaction: known(transaction, *of)),
         )
         # If all have ids, a second try writes nothing that the first one wrote.
-        repeatable = _has_ids(rows) and all("event_id" in row for row in rows)
+        repeatable = events[0].has_ids and all(group.has_ids for group in events)
         try:
             inserted, trimmed = self._writer.run(
-                partial(insert, trims=True), repeatable=repeatable, shares_commit=True
+                partial(insert, trims=trims), repeatable=repeatable, shares_commit=True
             )
         except OutboxError as error:
             if not trimming:
@@ -104,14 +111,15 @@ class Intake:
                 extra={"event_name": "outbox.cap_failed"},
             )
             inserted, trimmed = self._writer.run(insert, repeatable=repeatable, shares_commit=True)
-        self._bounds.enqueued(policy, len(inserted.new))
-        self._deletion.warn_of_undelivered(trimmed)
-        return inserted.ids, trimmed.is_whole_slice
+        self._note(policy, inserted)
+        for one in trimmed.values():
+            self._deletion.warn_of_undelivered(one)
+        return inserted.ids, [destination for destination, one in trimmed.items() if one.is_whole_slice]
 
     def insert_in(
         self,
         session: Session | scoped_session[Session],
-        rows: Rows,
+        events: Sequence[Addressed],
         *,
         policy: Policy,
         after_commit: Callable[[Session], object] | None = None,
@@ -122,12 +130,12 @@ class Intake:
         is to reject; only for that it looks at what is there.
         """
         with callers.in_words(self._engine):
-            ids = self.insert_on(callers.connection_of(session, self._engine, INSERT), rows, policy=policy)
+            ids = self.insert_on(callers.connection_of(session, self._engine, INSERT), events, policy=policy)
         if after_commit is not None:
             callers.call_after_commit(session, after_commit)
         return ids
 
-    def insert_on(self, connection: Any, rows: Rows, *, policy: Policy) -> list[int]:
+    def insert_on(self, connection: Any, events: Sequence[Addressed], *, policy: Policy) -> list[int]:
         """Insert rows on the caller's connection, SQLAlchemy's or a driver's, like `insert_in`."""
         dialect, own = callers.dialect_and_connection(connection, self._engine)
         compiled = self._compiled.setdefault(dialect, {})
@@ -135,53 +143,77 @@ class Intake:
         if isinstance(own, Connection):
             with callers.in_words(self._engine), self._dialect.unprepared(own.connection.driver_connection):
                 transaction = Transaction(own.exec_driver_sql, dialect, compiled)
-                return self._insert_beside(transaction, rows, policy, is_two_phase=is_two_phase)
+                return self._insert_beside(transaction, events, policy, is_two_phase=is_two_phase)
         with (
             translated(self._engine, dialect.loaded_dbapi.Error),
             self._dialect.unprepared(own),
             closing(self._dialect.plain_cursor(own, dialect)) as cursor,
         ):
             transaction = Transaction(running_on(cursor), dialect, compiled)
-            return self._insert_beside(transaction, rows, policy, is_two_phase=is_two_phase)
+            return self._insert_beside(transaction, events, policy, is_two_phase=is_two_phase)
 
     def _insert_beside(
-        self, transaction: Transaction, rows: Rows, policy: Policy, *, is_two_phase: bool
+        self, transaction: Transaction, events: Sequence[Addressed], policy: Policy, *, is_two_phase: bool
     ) -> list[int]:
         """Insert rows in the caller's transaction."""
         _refuse_new(
-            lambda own: self._bounds.refuse(policy, own=own, value_of=transaction.value),
-            rows,
-            partial(known, transaction),
+            partial(self._bounds.refuse, policy, value_of=transaction.value), events, partial(known, transaction)
         )
-        self._refuse_when_full(transaction, policy, rows)
+        self._refuse_when_full(transaction, policy, events)
         # PostgreSQL can't prepare a transaction that has notified; flushers come upon its rows by polling.
-        inserted = self._insert(transaction, rows, notifies=not is_two_phase)
-        self._bounds.enqueued(policy, len(inserted.new))
+        inserted = self._insert(transaction, events, notifies=not is_two_phase)
+        self._note(policy, inserted)
         return inserted.ids
 
-    def _insert(self, transaction: Transaction, rows: Rows, *, notifies: bool = True) -> Inserted:
-        """Insert the rows except those whose event ids are already in the database."""
+    def _note(self, policy: Policy, inserted: Inserted) -> None:
+        for destination, new in inserted.new.items():
+            self._bounds.enqueued(policy, len(new), destination)
+
+    def _trim_slice(
+        self, transaction: Transaction, policy: Policy, destination: str, new: list[int], *, now_ms: int
+    ) -> Trimmed:
+        cap = self._deletion.cap(policy, destination)
+        trimmed = self._deletion.trim_slice(transaction, cap, now_ms=now_ms, last_id=max(new), own=new)
+        if trimmed.rows:
+            return trimmed
+        return self._bounds.trim_slice(transaction, policy, destination, now_ms=now_ms, own=new)
+
+    def _insert(self, transaction: Transaction, events: Sequence[Addressed], *, notifies: bool = True) -> Inserted:
+        """Insert the rows except those whose event ids are already in the database.
+
+        Within a destination in the given order: events of the same time are sent in the order of their row ids.
+        """
         notification = self._dialect.notification if notifies else None
-        if not _has_ids(rows):
-            ids = self._insert_all(transaction, rows, notification)
-            return Inserted(ids, ids)
-        inserted = Inserted([], [])
-        # In the given order: events of the same time are sent in the order of their row ids.
-        for has_id, group in groupby(rows, key=lambda row: "event_id" in row):
-            if has_id:
-                part = self._insert_or_find(transaction, list(group), notification)
-            else:
-                ids = self._insert_all(transaction, list(group), notification)
-                part = Inserted(ids, ids)
-            inserted.ids.extend(part.ids)
-            inserted.new.extend(part.new)
+        inserted = Inserted([], {})
+        for destinations, has_ids, rows in events:
+            found: list[list[int]] = []
+            for destination in destinations:
+                own = rows if destination == DEFAULT_DESTINATION else _for(destination, rows)
+                if has_ids:
+                    ids, new = self._insert_or_find(transaction, destination, own, notification)
+                else:
+                    if found:
+                        own = self._with_ids(transaction, own, found[0])
+                    ids = new = self._insert_all(transaction, own, notification)
+                found.append(ids)
+                inserted.new.setdefault(destination, []).extend(new)
+            inserted.ids.extend(ids if len(found) == 1 else chain.from_iterable(zip(*found, strict=True)))
         return inserted
+
+    def _with_ids(self, transaction: Transaction, rows: Rows, row_ids: Sequence[int]) -> Rows:
+        """Return rows for further destinations with the event ids that the first rows will have in a claim."""
+        outbox_id = self._identity.outbox_id(transaction.value)
+        return [
+            {**row, "event_id": derived(outbox_id, row["created_at_ms"], row_id)}
+            for row, row_id in zip(rows, row_ids, strict=True)
+        ]
 
     def _insert_all(
         self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
     ) -> list[int]:
         """Insert rows, and return their ids in the order of the rows."""
-        single = insert_one(notification)
+        names = names_of(rows)
+        single = insert_one(notification, names)
         if len(rows) == 1 or not self._dialect.inserts_several:
             return transaction.insert(single, rows)
         ids: list[int] = []
@@ -189,7 +221,8 @@ class Intake:
             if len(several) == 1:
                 ids += transaction.insert(single, several)
             else:
-                returned = transaction.rows(insert_rows(len(several), notification), **named(several))
+                statement = insert_rows(len(several), notification, names)
+                returned = transaction.rows(statement, **named(several, names))
                 if len(returned) < len(several):
                     raise _left_out(len(several))
                 # In whatever order they are returned, they were given in that of the rows.
@@ -197,9 +230,9 @@ class Intake:
         return ids
 
     def _insert_or_find(
-        self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
-    ) -> Inserted:
-        """Insert the rows whose event ids are new, and find the others."""
+        self, transaction: Transaction, destination: str, rows: Rows, notification: ColumnElement[Any] | None
+    ) -> tuple[list[int], list[int]]:
+        """Insert the rows whose event ids are new, and find the others. Return the ids of all, and of the new."""
         wanted: dict[str, dict[str, Any]] = {}
         for row in rows:
             wanted.setdefault(row["event_id"], row)
@@ -212,45 +245,62 @@ class Intake:
             found |= inserted
             if len(found) < len(wanted):
                 others = [event_id for event_id in wanted if event_id not in found]
-                found |= self._dialect.known_now(transaction, others)
+                found |= self._dialect.known_now(transaction, destination, others)
             if len(found) == len(wanted):
-                return Inserted([found[row["event_id"]] for row in rows], new)
+                return [found[row["event_id"]] for row in rows], new
         raise _left_out(len(rows))
 
-    def _refuse_when_full(self, transaction: Transaction, policy: Policy, rows: Rows) -> None:
+    def _refuse_when_full(self, transaction: Transaction, policy: Policy, events: Sequence[Addressed]) -> None:
         at_most = policy.max_rows
         if not at_most or policy.when_full != "reject":
             return
 
-        def refuse(own: int) -> None:
+        def refuse(destination: str, *, own: int) -> None:
             if (transaction.value(ROWS_AT_MOST) or 0) + own > at_most:
                 query = self._bounds.undelivered_rows
-                undelivered = transaction.value(query, destination=DEFAULT_DESTINATION)
+                undelivered = transaction.value(query, destination=destination)
                 if undelivered + own > at_most:
-                    raise queue_full(undelivered, own, "max_rows", at_most)
+                    raise queue_full(destination, undelivered, own, "max_rows", at_most)
 
-        _refuse_new(refuse, rows, partial(known, transaction))
+        _refuse_new(refuse, events, partial(known, transaction))
 
 
-def _has_ids(rows: Rows) -> bool:
-    return any("event_id" in row for row in rows)
+def _for(destination: str, rows: Rows) -> Rows:
+    return [{**row, "destination": destination} for row in rows]
 
 
 def _left_out(number: int) -> StorageError:
     return StorageError(f"a trigger of the database left out some of {number} events")
 
 
+def _by_destination(events: Sequence[Addressed]) -> Iterable[tuple[str, Rows]]:
+    if len(events) == 1:  # mostly
+        (group,) = events
+        return [(destination, group.rows) for destination in group.destinations]
+    rows_of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for destinations, _, rows in events:
+        for destination in destinations:
+            rows_of[destination].extend(rows)
+    return rows_of.items()
+
+
 def _refuse_new(
-    refuse: Callable[[int], None], rows: Rows, known_of: Callable[[Sequence[str]], dict[str, int]]
+    refuse: Callable[..., None],
+    events: Sequence[Addressed],
+    known_of: Callable[[str, Sequence[str]], dict[str, int]],
 ) -> None:
-    """Call `refuse` with the number of rows that need room. Events that are already in the database need none."""
-    try:
-        refuse(len(rows))
-    except QueueFull:
-        event_ids = {row["event_id"] for row in rows if "event_id" in row}
-        others = sum("event_id" not in row for row in rows)
-        new = others + len(event_ids.difference(known_of(sorted(event_ids))))
-        if new == len(rows):
-            raise
-        if new:
-            refuse(new)
+    """Call `refuse` with each destination and the number of rows that need room there.
+
+    Events that are already in the database need none.
+    """
+    for destination, rows in _by_destination(events):
+        try:
+            refuse(destination, own=len(rows))
+        except QueueFull:
+            event_ids = {row["event_id"] for row in rows if "event_id" in row}
+            others = sum("event_id" not in row for row in rows)
+            new = others + len(event_ids.difference(known_of(destination, sorted(event_ids))))
+            if new == len(rows):
+                raise
+            if new:
+                refuse(destination, own=new)

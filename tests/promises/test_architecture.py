@@ -43,6 +43,7 @@ TESTED_WITH = {
     "search_order.py": "test_isolation.py",
     "cli/demo_stage.py": "cli/test_demo.py",
     "cli/endings.py": "cli/test_sending.py",
+    "operations.py": "test_outbox.py",
     "storage/claimed.py": "test_flusher.py",
     "storage/claims.py": "test_flusher.py",
     "storage/column_types.py": "test_schema.py",

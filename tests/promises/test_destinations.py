@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
 
 from builders import NOON_MS, ScriptedClient, add_row, columns_of
 from outbox import ConfigurationError, Hooks, Outbox, Policy, QueueFull
@@ -178,7 +181,7 @@ def test_a_full_destination_refuses_its_own_events_only(outbox: Outbox) -> None:
     for _ in range(2):
         add_row(outbox, destination=BILLING)
     outbox.store.bounds.refuse(policy, DEFAULT, own=2)
-    with pytest.raises(QueueFull, match="2 events are not delivered yet"):
+    with pytest.raises(QueueFull, match="^2 events of billing are not delivered yet"):
         outbox.store.bounds.refuse(policy, BILLING, own=1)
 
 
@@ -193,6 +196,140 @@ def test_deleted_rows_are_counted_by_destination_and_summed(outbox: Outbox) -> N
             (BILLING, "sent", "rule_fired", "retention", 2)
         ]
     assert outbox.stats().deleted == [("sent", "rule_fired", "retention", 3)]
+
+
+# --- enqueue ---
+
+ROUTES = {"order_placed": ["billing", "search"], "*": "default"}
+
+
+def order(number: int = 0, event_type: str = "order_placed") -> dict[str, Any]:
+    return {"event_type": event_type, "order": number}
+
+
+def placed(outbox: Outbox) -> list[tuple[int, str, str | None]]:
+    """Row id, destination and event id of all rows."""
+    return sorted((found.id, found.destination, found.event_id) for found in outbox.find(limit=1_000))
+
+
+def test_an_event_has_a_row_for_each_destination_and_one_id(outbox: Outbox) -> None:
+    ids = outbox.enqueue(order(), to=["search", "default", "billing"])
+    first = f"{outbox.store.views.outbox_id()}-{NOON_MS}-{ids[0]}"
+    assert placed(outbox) == [(ids[0], "search", first), (ids[1], "", first), (ids[2], "billing", first)]
+    sent = {name: ScriptedClient() for name in ("search", "default", "billing")}
+    for name, client in sent.items():
+        assert outbox.flush(client, destination=name).sent == 1
+        assert [item.event_id for batch in client.batches for item in batch] == [first]
+
+
+def test_one_name_gets_one_row_id(outbox: Outbox) -> None:
+    row_id = outbox.enqueue(order(), to="billing")
+    assert placed(outbox) == [(row_id, "billing", ANY)]
+    assert outbox.enqueue(order(), to=["billing"]) == [row_id + 1]
+    assert outbox.enqueue_many([order(), order()], to="billing") == [row_id + 2, row_id + 3]
+
+
+def test_routes_name_the_destinations_unless_the_caller_does(outbox_url: str) -> None:
+    with Outbox(outbox_url, routes=ROUTES) as outbox:
+        events = [order(), order(1, "other"), order(2)]
+        ids = outbox.enqueue_many(events)
+        assert [(row_id, destination) for row_id, destination, _ in placed(outbox)] == sorted(
+            zip(ids, ["billing", "search", "", "billing", "search"], strict=True)
+        )
+        first = outbox.enqueue(order())
+        assert [destination for row_id, destination, _ in placed(outbox) if row_id >= first] == [
+            "billing",
+            "search",
+        ]
+        ids = outbox.enqueue_many(events, to=("default", "archive"))
+        of = {row_id: destination for row_id, destination, _ in placed(outbox)}
+        assert [of[row_id] for row_id in ids] == ["", "archive"] * 3
+
+
+def test_a_destination_gets_the_events_of_one_call_in_their_order(outbox_url: str) -> None:
+    routes = {"both": ["billing", "search"], "back": ["search", "billing"], "one": "search"}
+    kinds = ["both", "one", "both", "both", "back", "one", "both"]
+    with Outbox(outbox_url, routes=routes) as outbox:
+        outbox.enqueue_many([order(number, kind) for number, kind in enumerate(kinds)])
+        for name in ("billing", "search"):
+            client = ScriptedClient()
+            outbox.flush(client, destination=name)
+            (batch,) = client.batches
+            assert [item.event["order"] for item in batch] == [
+                number for number, kind in enumerate(kinds) if name == "search" or kind != "one"
+            ]
+
+
+def test_the_callers_id_is_unique_in_each_destination(outbox: Outbox) -> None:
+    (billing,) = outbox.enqueue(order(), event_id="o-1", to=["billing"])
+    ids = outbox.enqueue(order(), event_id="o-1", to=["search", "billing", "default"])
+    assert ids == [ANY, billing, ANY]
+    assert outbox.enqueue(order(), event_id="o-1") == ids[2]
+    assert (
+        outbox.enqueue_many([order()] * 2, event_ids=["o-1", "o-1"], to=["search", "default"])
+        == [ids[0], ids[2]] * 2
+    )
+    assert [(destination, event_id) for _, destination, event_id in placed(outbox)] == [
+        ("billing", "o-1"),
+        ("search", "o-1"),
+        ("", "o-1"),
+    ]
+
+
+@pytest.mark.parametrize("event_id", [None, "o-1"])
+def test_the_rows_of_an_event_are_part_of_the_callers_transaction(outbox: Outbox, event_id: str | None) -> None:
+    def enqueue(**where: Any) -> list[int]:
+        return outbox.enqueue(order(), event_id=event_id, to=["billing", "search"], **where)
+
+    engine = create_engine(outbox.engine.url)
+    with Session(engine) as session:
+        enqueue(session=session)
+        session.rollback()
+        assert placed(outbox) == []
+        in_session = enqueue(session=session)
+        session.commit()
+    with engine.begin() as connection:
+        if event_id is None:
+            on_connection = enqueue(connection=connection)
+        else:
+            assert enqueue(connection=connection) == in_session
+            on_connection = []
+    engine.dispose()
+    assert [row_id for row_id, *_ in placed(outbox)] == in_session + on_connection
+    assert len({event_id for *_, event_id in placed(outbox)}) == (1 if event_id else 2)
+
+
+def test_an_event_that_one_destination_has_no_room_for_is_recorded_nowhere(outbox_url: str) -> None:
+    with Outbox(outbox_url, policy=Policy(max_undelivered=2)) as outbox:
+        outbox.enqueue_many([order()] * 2, to="billing", event_ids=["o-1", "o-2"])
+        with pytest.raises(QueueFull, match="^2 events of billing are not delivered yet"):
+            outbox.enqueue(order(), to=["search", "billing"])
+        assert outbox.enqueue(order(), to=["search", "billing"], event_id="o-1")[1] == placed(outbox)[0][0]
+        assert [destination for _, destination, _ in placed(outbox)] == ["billing", "billing", "search"]
+
+
+def test_a_bound_trims_its_own_destination(outbox_url: str) -> None:
+    with Outbox(outbox_url, policy=Policy(max_undelivered=2, when_full="trim")) as outbox:
+        search = outbox.enqueue(order(), to="search")
+        ids = [outbox.enqueue(order(), to=["billing", "archive"]) for _ in range(4)]
+        assert [row_id for row_id, *_ in placed(outbox)] == [search, *ids[2], *ids[3]]
+        assert [(one.status, one.events) for one in outbox.stats().deleted] == [("pending", 4)]
+
+
+def test_nothing_is_recorded_while_capture_is_off(outbox: Outbox, monkeypatch) -> None:
+    monkeypatch.setenv("OUTBOX_CAPTURE", "false")
+    assert outbox.enqueue(order(), to=["billing", "search"]) == []
+    assert outbox.enqueue(order(), to="billing") is None
+
+
+@pytest.mark.parametrize("to", [[], {}, 5, ["with blank"], ["billing", "billing"]])
+def test_an_event_goes_nowhere_else(outbox: Outbox, to: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        outbox.enqueue(order(), to=to)
+    assert placed(outbox) == []
+
+
+# --- flush ---
 
 
 @pytest.mark.parametrize("name", ["billing", "default", None])

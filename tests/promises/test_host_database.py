@@ -136,7 +136,7 @@ def warnings_are_errors() -> Iterator[None]:
 def enqueue(shop: Shop) -> None:
     """Do all that who enqueues may do."""
     with warnings_are_errors(), Outbox(shop.url("outbox_enqueuer")) as outbox:
-        outbox.enqueue(rule_fired())
+        outbox.enqueue_many([rule_fired()] * 3, to=["default", "billing"])
         with Session(outbox.engine) as session:
             outbox.enqueue_many([rule_fired()] * 2, session=session)
             session.commit()
@@ -158,7 +158,8 @@ def flush(shop: Shop) -> None:
         outbox.retry_now()  # a flush that lacked a privilege may have left a pause
         uncapped.flush(ScriptedClient(DOWN))
         outbox.retry_now()
-        outbox.flush_all(ScriptedClient())
+        for destination in ("default", "billing"):
+            outbox.flush_all(ScriptedClient(), destination=destination)
         outbox.retry_now()
         outbox.requeue_abandoned(older_than=FAR_AWAY_MS)
         outbox.stats()
@@ -185,9 +186,9 @@ def test_the_listed_privileges_suffice(shop: Shop) -> None:
         enqueue(shop)
         flush(shop)
     with Outbox(shop.url("outbox_flusher")) as outbox:
-        assert outbox.stats().counts["sent"] == 2
-        assert [entry.events for entry in outbox.stats().deleted] == [6]
-        assert outbox.purge(event_type="rule_fired").total == 2
+        assert outbox.stats().counts["sent"] == 4
+        assert [entry.events for entry in outbox.stats().deleted] == [4, 10]
+        assert outbox.purge(event_type="rule_fired").total == 4
 
 
 @pytest.mark.parametrize(("role", "work"), [("outbox_enqueuer", enqueue), ("outbox_flusher", flush)])

@@ -119,11 +119,16 @@ def events(now: datetime) -> None:
     OrderNoted(occurred_at=now)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
+ROUTES: dict[str, list[str]] = {"order_placed": ["billing", "search"], "*": ["default"]}
+
+
 def opening(engine: Engine, path: Path) -> None:
     policy = Policy(
         max_rows=1_000, when_full="reject", backoff_ms=(5_000, 60_000), verdicts={409: Verdict.TRANSIENT}
     )
-    with Outbox.open(f"sqlite:///{path}", policy=policy, synchronous="NORMAL", strict=True) as opened:
+    with Outbox.open(
+        f"sqlite:///{path}", policy=policy, synchronous="NORMAL", strict=True, routes=ROUTES
+    ) as opened:
         assert_type(opened, Outbox)
     assert_type(Outbox(engine).engine, Engine)
     assert_type(schema.upgrade(engine), str | None)
@@ -145,8 +150,13 @@ def enqueueing(
     assert_type(outbox.enqueue_many(iter([event]), connection=connection), list[int])
     assert_type(outbox.enqueue(event, event_id="order-17"), int | None)
     assert_type(outbox.enqueue_many([event] * 2, event_ids=["order-17", None]), list[int])
-    outbox.enqueue(event, event_id=17)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    outbox.enqueue("order_shipped")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(outbox.enqueue(event, to="billing"), int | None)
+    assert_type(outbox.enqueue(event, to=["billing", "search"]), list[int])
+    assert_type(outbox.enqueue(event, to=("billing", "search")), list[int])
+    assert_type(outbox.enqueue_many([event], to="billing"), list[int])
+    outbox.enqueue(event, to={"billing"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    outbox.enqueue(event, event_id=17)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    outbox.enqueue("order_shipped")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def refused(_status: int, _headers: Mapping[str, str], _body: bytes) -> dict[str, HttpFailure]:
@@ -156,6 +166,7 @@ def refused(_status: int, _headers: Mapping[str, str], _body: bytes) -> dict[str
 def delivering(outbox: Outbox) -> None:
     own: UploadClient = Printer()
     assert_type(outbox.flush(own), FlushReport)
+    assert_type(outbox.flush(own, destination="billing"), FlushReport)
     HttpClient("https://ingest.example.com", path="", auth=NO_AUTH, format=Tagged(), cert=("a", Path("b")))
     HttpClient("https://ingest.example.com", auth=("user", lambda: "password"), sign=StandardWebhooks("a"))
     HttpClient("https://ingest.example.com", auth=ApiKey("X-Api-Key", lambda: None), headers={"X-Shop": "17"})

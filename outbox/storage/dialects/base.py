@@ -241,7 +241,7 @@ class Dialect:
     def insert_new(
         self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
     ) -> dict[str, int]:
-        """Insert the rows whose event ids are not in the database yet; return their row ids by event id.
+        """Insert the rows of a destination whose event ids are new there; return their row ids by event id.
 
         By default, this looks for the ids, then inserts the rows one by one. If another transaction inserts the
         same id meanwhile, the database refuses the row as a duplicate. This must undo that statement alone.
@@ -250,12 +250,12 @@ class Dialect:
             transaction, rows, is_duplicate=lambda error: not self.duplicate.isdisjoint(self.codes(error))
         )
 
-    def known_now(self, transaction: Transaction, event_ids: Sequence[str]) -> dict[str, int]:
-        """Return the row ids of those events that are in the database now, by event id.
+    def known_now(self, transaction: Transaction, destination: str, event_ids: Sequence[str]) -> dict[str, int]:
+        """Return the row ids of those events of a destination that are in the database now, by event id.
 
         The default is for databases where each query sees everything that was committed before the query began.
         """
-        return known(transaction, event_ids)
+        return known(transaction, destination, event_ids)
 
     # Claims and outcomes
 

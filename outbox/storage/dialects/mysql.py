@@ -245,9 +245,9 @@ class MySQL(Dialect):
         """Insert or add in one statement, so that no other transaction comes in between."""
         transaction.change(_upsert(table, adds), **values)
 
-    def known_now(self, transaction: Transaction, event_ids: Sequence[str]) -> dict[str, int]:
+    def known_now(self, transaction: Transaction, destination: str, event_ids: Sequence[str]) -> dict[str, int]:
         """Read with a lock, to see what is committed now. A plain read may see an older state."""
-        return known(transaction, event_ids, _KNOWN_NOW)
+        return known(transaction, destination, event_ids, _KNOWN_NOW)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
         """Lock the first due rows of a part that no other transaction has locked, and no other row."""
