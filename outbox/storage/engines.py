@@ -19,10 +19,10 @@ from outbox.storage.dialects import dialect_named, dialect_of
 Synchronous = Literal["FULL", "NORMAL"]
 """Whether a commit on our own SQLite engine waits for the disk. Servers have settings of their own."""
 
-# The search path says where the tables are. A map of the host's engine would hold for some statements only.
+# The search path selects the schema. The host's `schema_translate_map` would apply to some statements only.
 _UNTRANSLATED = {"schema_translate_map": None}
 MIGRATION_LOCK = 0x6F7574626F78
-"""The name of the lock under which servers migrate: any number that nobody else uses, here "outbox" in ASCII."""
+"""The name of the lock under which servers migrate, a number that no other program uses: "outbox" in ASCII."""
 
 _own_engines: weakref.WeakKeyDictionary[Engine, forks.Process] = weakref.WeakKeyDictionary()
 
@@ -53,7 +53,7 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
 
 
 def is_own(engine: Engine) -> bool:
-    """Tell whether `open_engine` made the engine: it is set up as the outbox needs it."""
+    """Return whether `open_engine` made the engine."""
     return engine in _own_engines
 
 
@@ -81,7 +81,7 @@ def file_of(engine: Engine) -> Path | None:
 
 def default_url() -> URL:
     """Return the URL of the per-user default file; the folder is created, readable by its owner only."""
-    from platformdirs import user_data_path  # noqa: PLC0415 - who names a database needs no default
+    from platformdirs import user_data_path  # noqa: PLC0415 - a caller that names a database needs no default
 
     folder = user_data_path("observation-outbox", appauthor=False)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def default_url() -> URL:
 def writing(engine: Engine) -> Iterator[Connection]:
     """Open a transaction that holds the write lock from its start; commit at the end, roll back on an exception.
 
-    On SQLite a transaction that read first fails as soon as it wants to write and another one wrote in between.
+    On SQLite, a transaction that reads first fails at its first write if another one wrote in between.
     Raises `StorageError` for what the database refuses.
     """
     with (
@@ -106,7 +106,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def migrating(engine: Engine) -> Iterator[Connection]:
-    """Open a transaction like `writing` that no other migration runs beside, here or on another host."""
+    """Open a transaction like `writing`, and keep other migrations out, here and on other hosts."""
     with writing(engine) as connection, dialect_of(engine).migration_lock(connection):
         yield connection
 
@@ -128,8 +128,8 @@ def begun(engine: Engine, connection: Connection, *, writes: bool) -> Iterator[N
     """Hold a transaction; commit at the end, roll back on an exception.
 
     SQLAlchemy begins and ends it, except where the driver commits each statement by itself: some drivers then
-    ignore `commit()` and `rollback()`. There a statement begins the transaction, and a statement ends it. The
-    connection keeps the host's settings.
+    ignore `commit()` and `rollback()`. In that case, statements begin and end the transaction. The connection
+    keeps the host's settings.
     """
     dialect, is_ours = dialect_of(engine), is_own(engine)
     hosts = nullcontext() if is_ours else dialect.unprepared(connection.connection.driver_connection)
@@ -160,7 +160,7 @@ def translated(engine: Engine, *others: type[Exception]) -> Iterator[None]:
 
 
 def refusals(engine: Engine) -> tuple[type[Exception], ...]:
-    """Return the errors by which a database says that it won't or can't."""
+    """Return the exceptions that mean that the database refused or failed."""
     # The driver's own errors come from where SQLAlchemy does not wrap them; the last two from values that the
     # database can't hold.
     driver: type[Exception] = engine.dialect.loaded_dbapi.Error
@@ -168,7 +168,7 @@ def refusals(engine: Engine) -> tuple[type[Exception], ...]:
 
 
 def in_words(engine: Engine, error: Exception) -> str:
-    """Say what a driver's error means: where, its own words, and for SQLite what to do."""
+    """Return a driver's error as text: the database, the driver's message, and for SQLite advice."""
     # Only the driver's own words: SQLAlchemy's would repeat the statement.
     words = " ".join(str(getattr(error, "orig", None) or error).split())
     advice = next((f"; {advice}" for part, advice in dialect_of(engine).advice if part in words), "")
@@ -219,7 +219,8 @@ def _process_of(engine: Engine) -> forks.Process:
             engine.pool.dispose()
 
     def forget_connections() -> None:
-        # A connection that parent and child both use would mix their transactions. One to memory is a copy.
+        # If parent and child shared a connection, their transactions would mix. A connection to an in-memory
+        # database is a copy and needs nothing.
         if not is_in_memory and (engine := this()) is not None:
             engine.dispose(close=False)
 

@@ -211,8 +211,8 @@ def oldest(
 def upsert(insert: Callable[[Table], Any], table: Table, adds: str | None) -> Insert:
     """Return an INSERT … ON CONFLICT by the table's primary key, as SQLite and PostgreSQL know it.
 
-    `insert` is that of SQLAlchemy's dialect. An existing row stays as it is, or its column `adds` grows by the
-    value.
+    `insert` is the function of SQLAlchemy's dialect. An existing row stays as it is, or its column `adds` grows by
+    the value.
     """
     inserted = insert(table).values({column.name: bindparam(column.name) for column in table.c})
     if adds is None:

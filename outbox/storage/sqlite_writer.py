@@ -5,8 +5,8 @@ one would cost as much for each event as the INSERT. Threads that enqueue while 
 together by the first of them: they wait for the disk once.
 
 An exception can arrive in a thread from outside at any moment: a signal handler raises it, or the time limit of a
-task queue. So no step here relies on a later one. Plain assignments and single calls in C change what threads
-share; a thread that waits looks again after a bounded time; and the frame of a call tells whether that is over.
+task queue. So no step relies on a later step. Only plain assignments and single calls in C change shared fields. A
+waiting thread checks again after a limited time. A call's stack frame shows whether the call has ended.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Result = TypeVar("Result")
 _LOOK_AGAIN_S = 0.1
 """How long a thread waits for another thread before it checks whether that thread is gone."""
 _LOOK_AT_LOG_S = 1.0
-"""How often it is noticed, at most, that the write-ahead log was deleted."""
+"""Minimum time between two checks whether the write-ahead log was deleted."""
 _NORMAL = 1
 """What PRAGMA synchronous calls NORMAL: a commit does not wait for the disk."""
 
 _commit = methodcaller("commit")
 
-# Kept, for a connection that is collected is closed, and that of a parent must not be.
-_of_parents: list[_Seat] = []
+# Keeps the parent's connections alive in the child: collecting one would close it and drop the parent's locks.
+_of_parents: list[_Permit] = []
 
 
 class SQLiteWriter(Writer):
@@ -52,7 +52,7 @@ class SQLiteWriter(Writer):
     def __init__(self, engine: Engine, path: Path) -> None:
         super().__init__(engine)
         self._path = path
-        self._seat = _Seat()
+        self._permit = _Permit()
         self._group = Group()
         self._process = forks.Process(before_fork=self._close_for_fork, in_child=self._begin_in_child)
         event.listen(engine, "engine_disposed", self._close)
@@ -68,12 +68,12 @@ class SQLiteWriter(Writer):
     ) -> Result:
         """Run an operation in a transaction, and return its result.
 
-        One that `is_single` is one query, and needs no transaction. One that need not survive a power cut does not
-        wait for the disk. One that `shares_commit` may be run by another thread, in one transaction with those of
-        others, and again where that fails.
+        An `is_single` operation is one query, and needs no transaction. Without `survives_power_cut`, the commit
+        does not wait for the disk. With `shares_commit`, another thread may run the operation in one transaction
+        with other operations, and run it again if that transaction fails.
 
         Raises `StorageError`, and what the operation raises; nothing is written then. An exception from outside
-        leaves it open whether the operation is committed, if it arrives while that may already be under way.
+        leaves unknown whether the operation is committed, if it arrives while the commit may be under way.
         """
         self._process.check()
         call = Call(operation, is_single=is_single, is_synced=survives_power_cut)
@@ -88,7 +88,7 @@ class SQLiteWriter(Writer):
         return result
 
     def _share(self, call: Call[Any]) -> None:
-        """Wait until another thread commits the call, or until it is this one's turn to."""
+        """Wait until another thread commits the call, or until this thread may commit it."""
         group = self._group
         group.calls.append(call)
         try:
@@ -105,47 +105,47 @@ class SQLiteWriter(Writer):
             raise
 
     def _try(self, own: Call[Any], group: Group | None = None, *, wait_s: float = _LOOK_AGAIN_S) -> bool:
-        """Commit a call, and with it the others of its group. Return False where it has to be tried again."""
-        seat = self._seat
+        """Commit a call, and with it the others of its group. Return False if the caller must try again."""
+        permit = self._permit
         attempt = Attempt(inspect.currentframe())
         try:
             forks.enter(attempt)
-            if not self._take(seat, wait_s):
+            if not self._take(permit, wait_s):
                 return False
             try:
-                is_nested = not seat.attempt.is_over()
+                is_nested = not permit.attempt.is_over()
                 if not is_nested:
-                    seat.attempt = attempt
+                    permit.attempt = attempt
                 # Another attempt may have committed the call meanwhile, or still be about to.
-                if self._seat is seat and own.is_left():
-                    self._commit(seat, attempt, own, group, is_nested=is_nested)
+                if self._permit is permit and own.is_left():
+                    self._commit(permit, attempt, own, group, is_nested=is_nested)
             finally:
                 attempt.frame = None
-                seat.lock.release()
+                permit.lock.release()
         finally:
             forks.leave(attempt)
         return bool(own.attempt.committed)
 
-    def _take(self, seat: _Seat, wait_s: float) -> bool:
-        """Take the seat; return False if it is not free within that time. Replace it if its last user is gone."""
-        last = seat.attempt
-        if seat.lock.acquire(timeout=wait_s):
+    def _take(self, permit: _Permit, wait_s: float) -> bool:
+        """Take the permit; return False if it isn't free within that time. Replace it if its last user is gone."""
+        last = permit.attempt
+        if permit.lock.acquire(timeout=wait_s):
             return True
-        if wait_s and seat.attempt is last and last.is_over():
-            successor = seat.successor.setdefault("", _Seat())  # the same one for all who come to this
-            if self._seat is seat:
-                self._seat = successor
-            seat.close()
+        if wait_s and permit.attempt is last and last.is_over():
+            successor = permit.successor.setdefault("", _Permit())  # the same one for all who come to this
+            if self._permit is permit:
+                self._permit = successor
+            permit.close()
         return False
 
     def _commit(
-        self, seat: _Seat, attempt: Attempt, own: Call[Any], group: Group | None, *, is_nested: bool
+        self, permit: _Permit, attempt: Attempt, own: Call[Any], group: Group | None, *, is_nested: bool
     ) -> None:
         calls = [own] if group is None else self._together(own, group)
         for call in calls:
             call.attempt = attempt
         try:
-            self._transact(seat, attempt, calls, is_nested=is_nested)
+            self._transact(permit, attempt, calls, is_nested=is_nested)
         except _SupersededError:
             pass
         except _LockedError as error:
@@ -153,11 +153,11 @@ class SQLiteWriter(Writer):
                 for call in calls:
                     call.fail(str(error))
         except OutboxError:
-            if self._seat is not seat:
+            if self._permit is not permit:
                 return  # the thread that replaced it has closed the connection
             if group is None or len(calls) == 1:
                 raise
-            group.is_split = True  # each by itself, so that only the one to blame is told
+            group.is_split = True  # run each call alone, so that only the failing call gets the error
 
     def _together(self, own: Call[Any], group: Group) -> list[Call[Any]]:
         if self._group is group:
@@ -166,18 +166,18 @@ class SQLiteWriter(Writer):
             return [own]
         return [own, *(call for call in group.calls if call is not own and call.is_left())]
 
-    def _transact(self, seat: _Seat, attempt: Attempt, calls: list[Call[Any]], *, is_nested: bool) -> None:
+    def _transact(self, permit: _Permit, attempt: Attempt, calls: list[Call[Any]], *, is_nested: bool) -> None:
         own = calls[0]
         try:
-            kept, synchronous = self._connected(seat, is_synced=own.is_synced, is_nested=is_nested)
-            # Its end would roll back as well, in C: so not even a second interrupt prevents that.
+            kept, synchronous = self._connected(permit, is_synced=own.is_synced, is_nested=is_nested)
+            # The end of this block also rolls back, in C, so a second interrupt can't prevent the rollback.
             with kept.connection:
                 try:
                     if not own.is_single:
                         kept.cursor.execute("BEGIN IMMEDIATE")
                     for call in calls:
                         call.result = call.operation(kept.transaction)
-                    self._check_that_nothing_came_between(seat, kept, synchronous)
+                    self._check_that_nothing_came_between(permit, kept, synchronous)
                     # A single call in C commits and says so: nothing comes between.
                     attempt.committed.extend(map(_commit, (kept.connection,)))
                 except BaseException:
@@ -187,19 +187,19 @@ class SQLiteWriter(Writer):
             kind = _LockedError if "locked" in str(error) else StorageError
             raise kind(in_words(self._engine, error)) from error
 
-    def _check_that_nothing_came_between(self, seat: _Seat, kept: _Kept, synchronous: list[int]) -> None:
-        # A signal handler may have written before BEGIN, or another thread have replaced the seat.
-        if self._seat is not seat or seat.kept is not kept or kept.synchronous is not synchronous:
+    def _check_that_nothing_came_between(self, permit: _Permit, kept: _Kept, synchronous: list[int]) -> None:
+        # A signal handler may have written before BEGIN, or another thread have replaced the permit.
+        if self._permit is not permit or permit.kept is not kept or kept.synchronous is not synchronous:
             raise _SupersededError
 
-    def _connected(self, seat: _Seat, *, is_synced: bool, is_nested: bool) -> tuple[_Kept, list[int]]:
+    def _connected(self, permit: _Permit, *, is_synced: bool, is_nested: bool) -> tuple[_Kept, list[int]]:
         """Return the connection, outside of any transaction, and how it was set to wait for the disk or not."""
-        kept = seat.kept
+        kept = permit.kept
         if kept is not None and not is_nested and self._is_outdated(kept):
-            seat.close()
+            permit.close()
             kept = None
         if kept is None:
-            kept = seat.kept = self._connect()
+            kept = permit.kept = self._connect()
         if kept.connection.in_transaction:
             if is_nested:
                 raise StorageError(f"{self._path}: this thread itself holds the write lock, it is interrupted")
@@ -221,7 +221,7 @@ class SQLiteWriter(Writer):
         kept.looked_at_s = now_s
         has_lost_log = kept.file.has_lost_log()
         if has_lost_log:
-            self._engine.pool.dispose()  # the last connection that is closed brings the log into the file
+            self._engine.pool.dispose()  # closing the last connection writes the log into the file
         return has_lost_log
 
     def _connect(self) -> _Kept:
@@ -231,7 +231,7 @@ class SQLiteWriter(Writer):
         cursor = connection.cursor()
         synchronous = cursor.execute("PRAGMA synchronous").fetchone()[0]
         kept = _Kept(connection, cursor, self.on(cursor), pooled.info["file"], synchronous)
-        pooled.detach()  # before it is set up as none of the pool is
+        pooled.detach()  # before its settings are changed, because pooled connections must not have them
         try:
             cursor.execute(f"PRAGMA busy_timeout = {min(POLL_MS, sqlite_file.BUSY_TIMEOUT_MS)}")
         except BaseException:
@@ -244,26 +244,26 @@ class SQLiteWriter(Writer):
         if not self._process.is_this():
             return
         with forks.held_back():
-            while not self._take(seat := self._seat, _LOOK_AGAIN_S):
+            while not self._take(permit := self._permit, _LOOK_AGAIN_S):
                 pass
             try:
-                if seat.attempt.is_over():  # else this thread uses it, and was interrupted
-                    seat.close()
+                if permit.attempt.is_over():  # else this thread uses it, and was interrupted
+                    permit.close()
             finally:
-                seat.lock.release()
+                permit.lock.release()
 
     def _close_for_fork(self) -> None:
-        if self._seat.attempt.is_over():
-            self._seat.close()
+        if self._permit.attempt.is_over():
+            self._permit.close()
 
     def _begin_in_child(self) -> None:
-        _of_parents.append(self._seat)
-        self._seat = _Seat()
+        _of_parents.append(self._permit)
+        self._permit = _Permit()
         self._group = Group()
 
 
 class _SupersededError(Exception):
-    """A signal handler or another thread came in between: the attempt is to be made again."""
+    """A signal handler or another thread interfered. Try again."""
 
 
 class _LockedError(StorageError):
@@ -279,26 +279,26 @@ class _Kept:
         self, connection: Any, cursor: Any, transaction: Transaction, file: sqlite_file.OpenFile, synchronous: int
     ) -> None:
         self.connection = connection
-        # One for all: its next statement ends one that was interrupted while it still returned rows.
+        # One cursor for all statements: its next statement ends an interrupted query.
         self.cursor = cursor
         self.transaction = transaction
         self.file = file
         self.own_synchronous = synchronous
         self.looked_at_s = monotonic_s()
-        """When the write-ahead log was looked for."""
+        """When the log was last checked."""
         self.synchronous = [synchronous]
         """Replaced by each call that changes it; empty while that is under way."""
 
 
-class _Seat:
-    """Where one thread at a time writes."""
+class _Permit:
+    """The right to use the connection. One thread has it at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.attempt = NO_ATTEMPT
-        """The latest one."""
+        """The latest attempt."""
         self.kept: _Kept | None = None
-        self.successor: dict[str, _Seat] = {}
+        self.successor: dict[str, _Permit] = {}
 
     def close(self) -> None:
         kept, self.kept = self.kept, None

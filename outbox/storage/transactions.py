@@ -26,7 +26,7 @@ _CREATED_NAMES = [f"created_at_ms_{number}" for number in range(CHUNK)]
 
 
 class _UndoneError(StorageError):
-    """The transaction did not happen, through no fault of its own."""
+    """The server aborted the transaction, for example to end a deadlock, or went away. It can be run again."""
 
 
 class _UnknownError(StorageError):
@@ -34,15 +34,16 @@ class _UnknownError(StorageError):
 
 
 class _UnreachableError(StorageError):
-    """There was no connection to be had."""
+    """No connection could be opened."""
 
 
 class Transaction:
     """A transaction, which its owner begins and ends. Each statement is compiled only once.
 
     `run` gets the text of a statement and its parameters, or a list of them to run it once for each. It returns
-    what has the rows, their number and the last id. `Connection.exec_driver_sql` is one: the engine's listeners,
-    log and traces see its statements like all others, and it costs a fraction of SQLAlchemy's usual way.
+    a result with the rows, their number and the last id. `Connection.exec_driver_sql` is such a function: the
+    engine's listeners, log and traces see its statements like all others, and it costs a fraction of SQLAlchemy's
+    usual way.
     """
 
     def __init__(self, run: Callable[[str, Any], Any], dialect: Dialect, compiled: dict[Any, _Compiled]) -> None:
@@ -73,17 +74,17 @@ class Transaction:
         return int(self._run(compiled.text, [compiled.arguments(parameters) for parameters in several]).rowcount)
 
     def rows_of(self, statement: Returning, row_ids: Sequence[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a statement that returns rows, for those that are named by their row ids or event ids."""
+        """Run a statement that returns rows, for the rows with these row ids or event ids."""
         return [row for ids in _chunks(row_ids) for row in self.rows(statement, **ids, **parameters)]
 
     def change_rows(self, statement: UpdateBase, row_ids: Sequence[int], /, **parameters: Any) -> int:
-        """Run a statement for rows that are named by their ids; return how many it changed."""
+        """Run a statement for the rows with these ids. Return how many it changed."""
         return sum(self.change(statement, **ids, **parameters) for ids in _chunks(row_ids))
 
     def change_events(
         self, statement: UpdateBase, row_ids: Sequence[int], created_at_ms: Sequence[int], /, **parameters: Any
     ) -> int:
-        """Run a statement for rows that are named by id and creation time; return how many it changed."""
+        """Run a statement for the rows with these ids and creation times. Return how many it changed."""
         chunks = zip(_chunks(row_ids), _chunks(created_at_ms, _CREATED_NAMES), strict=True)
         return sum(self.change(statement, **ids, **created, **parameters) for ids, created in chunks)
 
@@ -111,7 +112,7 @@ class Transaction:
 
 
 def running_on(cursor: Any) -> Callable[[str, Any], Any]:
-    """Return what runs statements on a driver's cursor."""
+    """Return the function that runs statements on a driver's cursor."""
 
     def run(text: str, arguments: Any) -> Any:
         (cursor.executemany if isinstance(arguments, list) else cursor.execute)(text, arguments)
@@ -121,7 +122,7 @@ def running_on(cursor: Any) -> Callable[[str, Any], Any]:
 
 
 def _chunks(values: Sequence[Any], names: Sequence[str] = _ID_NAMES) -> Iterator[dict[str, Any]]:
-    """Give the ids, or another column, of rows the names that they have in a statement for several rows."""
+    """Yield, for each chunk, the parameters of a statement for several rows: one per id or other value."""
     for start in range(0, len(values), CHUNK):
         chunk = values[start : start + CHUNK]
         # Naming the last row several times is naming it once.
@@ -155,7 +156,7 @@ def without_nul(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Writer:
-    """Runs writing transactions on one engine, and keeps what they compiled: once for each statement."""
+    """Runs writing transactions on one engine, and caches their compiled statements."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -174,13 +175,13 @@ class Writer:
     ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
 
-        One that `is_single` runs one statement, which is a transaction by itself: where that is known to hold, it
-        is not wrapped in another one, which saves PostgreSQL two round trips of three.
+        An `is_single` operation runs one statement. If the driver commits each statement, no transaction is opened
+        around it. This saves two of three round trips on PostgreSQL.
 
-        It is run again, a few times at most, when a server gave the transaction up, to end a deadlock for example,
-        or when the connection broke before the commit; a server that goes away is then waited for. When it breaks
-        during the commit nobody knows whether that was done, so then only if the operation is `repeatable`. Raises
-        `StorageError`, and at once where there is no server to begin with.
+        The operation is run again, a few times at most, if the server aborted the transaction, for example to end
+        a deadlock, or if the connection broke before the commit; this also waits for a server that went away. If
+        the connection breaks during the commit, the result is unknown. Then only a `repeatable` operation is run
+        again. Raises `StorageError`, and does so at once if the first connection can't be opened.
         """
         began = False
         with forks.held_back(), translated(self._engine):

@@ -178,11 +178,11 @@ def test_a_call_that_another_thread_is_about_to_commit_is_not_committed_twice(ou
     queue.wait("b", enqueuing(outbox, "b"))
     queue._goes_on.set()
     is_under_way.wait()
-    seat, writer._seat = writer._seat, sqlite_writer._Seat()  # as if the slow one were believed gone
-    until(lambda: writer._seat.attempt is not sqlite_calls.NO_ATTEMPT)  # the other one looked again
+    permit, writer._permit = writer._permit, sqlite_writer._Permit()  # as if the slow one were believed gone
+    until(lambda: writer._permit.attempt is not sqlite_calls.NO_ATTEMPT)  # the other one looked again
     goes_on.set()
     returned = queue.go_on()
-    seat.close()
+    permit.close()
     assert sorted(returned) == ["b", "slow"]
     check_rows(url, {name: row_id for name, row_id in returned.items() if name != "slow"})
 
@@ -192,7 +192,7 @@ def test_where_a_thread_is_gone_with_the_lock_held_and_a_transaction_open_others
     outbox: Outbox, url: str
 ) -> None:
     outbox.enqueue(rule_fired(session_id="before"))
-    left = outbox.store._writer._seat
+    left = outbox.store._writer._permit
 
     def go() -> None:
         left.lock.acquire()
@@ -217,8 +217,8 @@ def test_a_transaction_whose_connection_was_closed_by_a_thread_that_took_over_is
     def write(transaction) -> int:
         tries.append(transaction)
         if len(tries) == 1:
-            seat, writer._seat = writer._seat, sqlite_writer._Seat()
-            seat.close()
+            permit, writer._permit = writer._permit, sqlite_writer._Permit()
+            permit.close()
         return transaction._run("SELECT 1", ()).fetchone()[0]
 
     assert writer.run(write) == 1
@@ -301,7 +301,7 @@ def test_an_enqueue_is_synced_though_a_signal_handler_flushes_at_any_instruction
         number = 0
         while not handler.is_done:
             outbox.flush(ScriptedClient(OK))
-            kept = outbox.store._writer._seat.kept
+            kept = outbox.store._writer._permit.kept
             kept.connection.set_trace_callback(ran.append)
             assert handler.run(lambda: outbox.enqueue(rule_fired()))
             number += 1
@@ -349,7 +349,7 @@ def test_a_transaction_that_an_interrupted_call_left_open_is_rolled_back_by_the_
     outbox: Outbox, url: str
 ) -> None:
     outbox.enqueue(rule_fired())
-    outbox.store._writer._seat.kept.connection.execute("BEGIN IMMEDIATE")
+    outbox.store._writer._permit.kept.connection.execute("BEGIN IMMEDIATE")
     assert outbox.enqueue(rule_fired()) == 2
     with Outbox(url) as another:
         assert another.enqueue(rule_fired()) == 3
@@ -361,7 +361,7 @@ def test_after_an_interrupted_flush_events_are_still_synced(outbox: Outbox, url:
         with interrupting_after("_connected", "execute"):
             synced.flush(ScriptedClient(OK))
         synced.enqueue(rule_fired())
-        connection = synced.store._writer._seat.kept.connection
+        connection = synced.store._writer._permit.kept.connection
         assert connection.execute("PRAGMA synchronous").fetchone() == (FULL,)
 
 
@@ -371,7 +371,7 @@ def test_after_an_interrupted_flush_events_are_still_synced(outbox: Outbox, url:
 def test_disposing_of_the_engine_closes_the_connection_and_the_next_use_opens_another(outbox: Outbox) -> None:
     outbox.enqueue(rule_fired())
     outbox.close()
-    assert outbox.store._writer._seat.kept is None
+    assert outbox.store._writer._permit.kept is None
     assert outbox.enqueue(rule_fired()) == 2
 
 
@@ -379,13 +379,13 @@ def test_disposing_of_the_engine_closes_the_connection_and_the_next_use_opens_an
 def test_closing_waits_for_the_thread_that_writes(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = outbox.store._writer
     outbox.enqueue(rule_fired())
-    kept = writer._seat.kept
+    kept = writer._permit.kept
     queue = Queue(outbox)
     tries = threading.Event()
     take = writer._take
 
-    def take_and_tell(seat, wait_s: float) -> bool:
-        is_taken = take(seat, wait_s)
+    def take_and_tell(permit, wait_s: float) -> bool:
+        is_taken = take(permit, wait_s)
         tries.set()
         return is_taken
 
@@ -393,7 +393,7 @@ def test_closing_waits_for_the_thread_that_writes(outbox: Outbox, monkeypatch: p
     queue.start("close", outbox.close)
     tries.wait()
     queue.go_on()
-    assert writer._seat.kept is None
+    assert writer._permit.kept is None
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         kept.connection.execute("SELECT 1")
 

@@ -44,9 +44,9 @@ from outbox.storage.transactions import Transaction
 log = logging.getLogger("outbox")
 
 CHANNEL = "observation_events"
-"""What is notified at the commit of new events.
+"""The channel that the commit of new events notifies.
 
-Outboxes in other schemas of a database share it; a flusher that is woken for one of theirs finds nothing.
+Outboxes in other schemas share it: a flusher that wakes for their events finds none.
 """
 
 
@@ -95,11 +95,12 @@ class PostgreSQL(Dialect):
         f"observation_events_{name}_idx"
         for name in ("event_id", "claim", "others", "later", "lost", "sent", "parked", "abandoned")
     )
-    # In the INSERT itself it needs no further round trip. Equal ones of a transaction are sent once.
+    # Part of the INSERT, so it needs no extra round trip. PostgreSQL sends equal notifications of a transaction
+    # once.
     notification = literal_column(f"pg_notify('{CHANNEL}', '')")
     checks_pause = True
     delivers_at_once = True
-    # By the index of each.
+    # One condition for each index.
     pending = tuple(and_(*Dialect.pending, waits) for waits in (did_not_fail, failed_before))
     undelivered_to_trim = (
         *(
@@ -119,7 +120,7 @@ class PostgreSQL(Dialect):
         return connection.cursor()
 
     def is_two_phase(self, connection: Any) -> bool:
-        """Look where psycopg and pg8000 note it. psycopg2 shows it nowhere."""
+        """Works for psycopg and pg8000. psycopg2 does not show whether a transaction has two phases."""
         return any(getattr(connection, name, None) is not None for name in ("_tpc", "_xid"))
 
     def create_engine(self, url: URL, *, synchronous: Synchronous) -> Engine:
@@ -133,7 +134,7 @@ class PostgreSQL(Dialect):
         return engine
 
     def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
-        """Take `prepare_threshold` for psycopg, which is no text."""
+        """Convert `prepare_threshold`, because psycopg needs a number."""
         return _psycopgs_options(url)
 
     def give_back(self, connection: Any) -> None:
@@ -142,7 +143,7 @@ class PostgreSQL(Dialect):
 
     @contextmanager
     def unprepared(self, connection: Any) -> Iterator[None]:
-        """Let psycopg prepare nothing on a host's connection, in front of which a pooler may stand."""
+        """Let psycopg prepare nothing on a host's connection, because it may lead to a pooler."""
         threshold = getattr(connection, "prepare_threshold", None)
         if threshold is None:
             yield
@@ -161,7 +162,7 @@ class PostgreSQL(Dialect):
         return super().begin(connection, writes=writes, is_own=is_own)
 
     def commits_each_statement(self, connection: Connection, *, is_own: bool) -> bool:
-        """Save two round trips of three. Engines of hosts have settings of their own."""
+        """Save two of three round trips. A host's engine keeps its settings."""
         if is_own:
             driver: Any = connection.connection.dbapi_connection
             driver.autocommit = True
@@ -198,7 +199,7 @@ class PostgreSQL(Dialect):
         return postgresql_claims.take(transaction, kind, wanted)
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
-        """Look for huge times. The other statements walk indexes that end before these."""
+        """Find rows with huge times, which the other statements' index scans never reach."""
         return postgresql_claims.take_never_due(transaction, wanted)
 
     def deliver(
@@ -210,7 +211,7 @@ class PostgreSQL(Dialect):
         )
 
     def listen(self, engine: Engine) -> Listener | None:
-        """Listen on a connection of its own. Only psycopg tells of notifications, and only without a pooler."""
+        """Listen on a connection of its own. Only psycopg reports notifications, and only without a pooler."""
         return _listen(engine) if engine.dialect.driver == "psycopg" else None
 
     def hidden_commands(self, connection: Connection) -> list[str]:
@@ -266,7 +267,7 @@ def _listen(engine: Engine) -> _Listener | None:
 def is_behind_pooler(connection: Any) -> bool:
     """Tell whether a pooler, such as PgBouncer, stands between psycopg's connection and PostgreSQL.
 
-    A pooler makes up the process id that it tells its clients, for it lends them processes of the server in turns.
+    A pooler reports a process id of its own, because its clients share the server's processes.
     """
     ((process_id,),) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchall()
     return bool(process_id != connection.info.backend_pid)
@@ -292,7 +293,7 @@ def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
 
 
 def _psycopgs_options(url: URL) -> tuple[URL, dict[str, Any]]:
-    """Return the URL without the options of psycopg that are no texts, and what they mean."""
+    """Return the URL without the psycopg options that are not texts, and the values of these options."""
     if url.get_driver_name() != "psycopg":
         return url, {}
     for name in ("autocommit", "context", "cursor_factory", "row_factory"):
