@@ -1,7 +1,7 @@
 """Where events go: the names of destinations, and the routes from event types to destinations. Pure.
 
-Callers and operators call the default destination `default`. The database stores an empty text for it, as programs
-do that know no destinations. The functions below `stored` pass names as they are stored.
+Callers and operators call the default destination `default`. The database stores an empty text for it, like
+programs that know no destinations. All code below the facade uses stored names.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def flush_all(  # noqa: PLR0913 - what only a facade gives is optional
     destination: str = DEFAULT_DESTINATION,
     hooks: Sequence[Hooks] = (),
 ) -> FlushReport:
-    """Flush batch after batch until nothing is due or the service fails; call `progress` after each."""
+    """Send batches until nothing is due or the service fails. Call `progress` after each batch."""
     total = FlushReport()
     while True:
         report = flush(store, policy, client, destination=destination, hooks=hooks)
@@ -53,9 +53,9 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
     """Send one batch of a destination.
 
     An exception that is no `UploadFailure` reaches the caller. If the client raised it, the rows are settled first
-    as after an answer with status 500. After KeyboardInterrupt and the like the rows are released. `on_claim` is
-    given what releases them early, which another thread may call at any time. `before_upload` is called before
-    each request.
+    as after an answer with status 500. An interrupt, such as KeyboardInterrupt, releases the rows. `on_claim`
+    receives a function that releases the rows early. Another thread may call that function at any time.
+    `before_upload` is called before each request.
     """
     if capture.is_off():
         return FlushReport(skipped=capture.IS_OFF)
@@ -89,7 +89,7 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
             if before_upload is not None:
                 before_upload()
             claim.send(part, search)
-        claim.settle(search.take_outcomes())  # of rows that waited for the answer to others, which were lost
+        claim.settle(search.take_outcomes())  # outcomes of rows that depended on rows whose lease was lost
         _look_after(store, policy, claim)
         report = claim.report(search, claim.end(search.result), attempted=len(batch) - search.not_sent)
     except BaseException as error:
@@ -103,7 +103,7 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
 
 
 def _look_after(store: Store, policy: Policy, claim: HeldClaim) -> None:
-    """Do what there is to do beside delivery. A failure is only logged; the next flush tries again."""
+    """Do the maintenance that is due. A failure is only logged; the next flush tries again."""
     now = store.now_ms()
     chores = maintenance.look(store, policy, claim.destination, now_ms=now)
     if chores is None:

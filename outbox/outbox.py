@@ -70,7 +70,7 @@ class Outbox(Operations):
         self.heartbeats: set[Callable[[], int | None]] = set()
         """Functions that return the time since a worker's last sign of life, in ms, or None if it is off."""
         self.hooks: list[Hooks] = []
-        """Called with the outcomes of events that this object, or a worker of it, flushes."""
+        """Called with the outcomes of events that this object or one of its workers flushes."""
         from outbox.storage.store import Store  # noqa: PLC0415 - slow: it builds all statements, which only an open outbox needs
 
         self.store = Store(self.engine)
@@ -162,9 +162,9 @@ class Outbox(Operations):
         its type if the event has no key or attribute of this name. The fields of a registered type are checked. In
         an event of another type, a field `occurred_at` is the time of the event if it is RFC 3339 with an offset.
 
-        `event_id` is your own id of the event: 1 to 191 printable ASCII characters without blanks. If an event
-        with this id goes to the destination already, nothing is recorded, and its row id is returned. If another
-        transaction is recording one, this waits for its end.
+        `event_id` is your own id of the event: 1 to 191 printable ASCII characters without blanks. If the
+        destination already has an event with this id, nothing is recorded and that event's row id is returned. If
+        another transaction is recording the same id, this waits for that transaction.
 
         Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if the
         session or connection can't be used, `QueueFull` if the policy rejects events at the cap, and
@@ -194,7 +194,7 @@ class Outbox(Operations):
         An event for several destinations has a row for each. The list has their ids one after the other, in the
         order of `to` or of the route.
 
-        `event_ids` holds an id for each event, or None for an event without an id of yours. Of events with equal
+        `event_ids` holds an id for each event, or None for an event without your own id. Of events with equal
         ids the first one is recorded. Otherwise it works like `enqueue`. The list is empty if OUTBOX_CAPTURE=false
         is set in the environment.
         """

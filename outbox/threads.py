@@ -21,7 +21,7 @@ from outbox.wakeup import Wakeup
 
 log = logging.getLogger("outbox")
 
-# This share of a stop's timeout is reserved for giving claims back.
+# This share of a stop's timeout is reserved for releasing claims.
 _RELEASE_SHARE = 0.2
 # A waiting worker gives a sign of life this often, and touches the heartbeat file no more often.
 _BEAT_S = 10.0
@@ -107,7 +107,8 @@ class Threads:
         if self._held:
             # In a thread, because the database may need more time than is left.
             releasing = threading.Thread(target=self._release, name="outbox-release", daemon=True)
-            with suppress(RuntimeError):  # at the end of the interpreter no thread starts; the leases run out
+            # No thread can start while the interpreter exits; then the leases run out.
+            with suppress(RuntimeError):
                 releasing.start()
                 self._join(releasing, end)
         self._close_if_all_left()

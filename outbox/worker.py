@@ -61,7 +61,7 @@ class Worker:
         self._process = forks.Process(in_child=self._begin_child)
 
     def start(self) -> None:
-        """Start the threads, unless they run already. If one of them died, replace all.
+        """Start the threads, unless they run already. If a thread died, all threads are replaced.
 
         Raises `ConfigurationError` if the heartbeat file can't be written, `StorageError` in a process that was
         forked without Python's knowledge, and RuntimeError or OSError if no thread or socket is available.

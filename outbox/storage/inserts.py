@@ -49,7 +49,10 @@ def names_of(rows: Rows) -> tuple[str, ...]:
 
 @cache
 def insert_one(notification: ColumnElement[Any] | None, names: tuple[str, ...]) -> Insert:
-    """Return the statement that inserts these columns of a row, and notifies other processes at the commit."""
+    """Return the statement that inserts these columns of a row.
+
+    With a `notification`, it also notifies other processes when the transaction commits.
+    """
     one = insert(events).values({name: bindparam(name) for name in names})
     return one if notification is None else one.returning(columns.id, notification)
 
@@ -105,7 +108,7 @@ def insert_new(
 ) -> dict[str, int]:
     """Insert rows of a destination by INSERT … ON CONFLICT DO NOTHING, as SQLite and PostgreSQL know it.
 
-    `insert` is that of SQLAlchemy's dialect. Return the row ids of the inserted rows, by event id.
+    `insert` is the function of SQLAlchemy's dialect. Return the row ids of the inserted rows, by event id.
     """
     names = names_of(rows)
     inserted: dict[str, int] = {}

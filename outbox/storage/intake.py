@@ -30,7 +30,8 @@ from outbox.storage.transactions import Transaction, Writer, look, running_on
 
 log = logging.getLogger("outbox")
 
-# No more rows than this. SQLite looks only at the ends of the primary key, provided each is asked for alone.
+# An upper limit for the number of rows. SQLite reads only the ends of the primary key if each end has its own
+# query.
 ROWS_AT_MOST = select(
     select(func.max(columns.id)).scalar_subquery() - select(func.min(columns.id)).scalar_subquery() + 1
 )
@@ -58,17 +59,17 @@ class Intake:
         self._bounds = bounds
         self._identity = identity
         self._compiled: WeakKeyDictionary[Dialect, dict[Any, Any]] = WeakKeyDictionary()
-        """What was compiled for the connections of callers, whose drivers may be others than ours."""
+        """Compiled statements for callers' connections, which may use other drivers than ours."""
         self._dialect = dialect_of(engine)
 
     def insert(self, events: Sequence[Addressed], *, policy: Policy, now_ms: int) -> tuple[list[int], list[str]]:
-        """Insert a row of each event for each of its destinations, and trim one slice of what is over the cap.
+        """Insert a row of each event for each of its destinations, and delete one slice of the rows over the cap.
 
-        This is one transaction, for it costs one sync. Return the row ids, in the order of the events and of their
-        destinations, and the destinations that may still be over the cap. A row whose event id is there is not
-        inserted; the id of the first row is returned. A trim that fails is logged, and the rows are inserted
-        without it. Raises `QueueFull` where the policy is to reject: on a server only as far as other transactions
-        that enqueue right now have committed.
+        This is one transaction, because each costs a disk sync. Return the row ids, in the order of the events and
+        of their destinations, and the destinations that may still be over the cap. A row whose event id already
+        exists is not inserted; the existing row's id is returned. A trim that fails is logged, and the rows are
+        inserted without it. Raises `QueueFull` if the queue is full and the policy is to reject; on a server,
+        transactions that have not committed yet do not count.
 
         On a file of SQLite, threads that insert at the same time share the commit.
         """
@@ -126,8 +127,8 @@ class Intake:
     ) -> list[int]:
         """Insert rows on the connection of the caller's session, in its transaction, and do nothing else.
 
-        `after_commit` is called after each commit of the session from now on. Raises `QueueFull` where the policy
-        is to reject; only for that it looks at what is there.
+        `after_commit` is called after each commit of the session from now on. Raises `QueueFull` if the queue
+        is full and the policy is to reject; rows are counted only for this check.
         """
         with callers.in_words(self._engine):
             ids = self.insert_on(callers.connection_of(session, self._engine, INSERT), events, policy=policy)
@@ -160,7 +161,7 @@ class Intake:
             partial(self._bounds.refuse, policy, value_of=transaction.value), events, partial(known, transaction)
         )
         self._refuse_when_full(transaction, policy, events)
-        # PostgreSQL can't prepare a transaction that has notified; flushers come upon its rows by polling.
+        # PostgreSQL can't prepare a transaction that sent a notification; flushers find its rows by polling.
         inserted = self._insert(transaction, events, notifies=not is_two_phase)
         self._note(policy, inserted)
         return inserted.ids
@@ -225,7 +226,7 @@ class Intake:
                 returned = transaction.rows(statement, **named(several, names))
                 if len(returned) < len(several):
                     raise _left_out(len(several))
-                # In whatever order they are returned, they were given in that of the rows.
+                # The ids may be returned in any order, but they grow in the order of the rows.
                 ids += sorted(row_id for row_id, *_ in returned)
         return ids
 
