@@ -50,6 +50,7 @@ COVERED: dict[tuple[str, str], str] = {
     ("docs/testing.md", "text"): "testing/test_pytest_outbox.py",
     ("docs/monitoring.md", "python"): "promises/test_monitoring.py",
     ("docs/monitoring.md", "yaml"): "promises/test_monitoring.py",
+    ("docs/receive.md", "python"): "promises/test_receive.py",
     ("docs/host-database.md", "sql"): "promises/test_host_database.py",
     ("docs/host-database.md", "console"): "promises/test_host_database.py",
     ("README.md", "mermaid"): "test_lifecycle.py",
