@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from outbox.clock import monotonic_s, now_ms
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.flusher import flush
+from outbox.lanes import Lane
 from outbox.outbox import Outbox
-from outbox.policy import Verdict
-from outbox.reasons import without_answer
 from outbox.records import FlushReport, UploadClient
-from outbox.waits import Look, wait_ms
+from outbox.waits import Look
 from outbox.wakeup import Wakeup
 
 log = logging.getLogger("outbox")
@@ -26,9 +27,6 @@ _RELEASE_SHARE = 0.2
 # A waiting worker gives a sign of life this often, and touches the heartbeat file no more often.
 _BEAT_S = 10.0
 
-# An exception of the application's log filter or handler must neither stop the delivery nor fail an enqueue.
-unbroken = suppress(Exception)
-
 
 class _StoppedError(BaseException):
     """The thread claimed rows although the worker is stopping."""
@@ -37,11 +35,13 @@ class _StoppedError(BaseException):
 class Threads:
     """The threads of a worker, from a start to a stop, and the only owner of what they share.
 
-    One thread, the holder of `_turn`, waits for work. On claiming a batch it passes `_turn` on, unless delivery is
-    failing: then it tries alone.
+    There is one lane for each destination. One thread, the holder of `_turn`, waits until it may look in a lane,
+    then passes `_turn` on. The thread that holds the turn of the lane looks for due events. On claiming a batch,
+    it passes this turn on as well, unless delivery is failing: then it tries alone. A thread stays in its lane
+    while there is work.
 
-    The other fields need no lock. Each is written by single assignments, and a count that two threads change at
-    the same moment only changes the length of one wait.
+    There are at least as many threads as lanes, and no lane gets a further thread that another lane may need. So
+    however long the uploads to one destination take, each other one has a thread.
 
     An exception may occur anywhere in a thread, because another thread can raise one in it. It is logged, and the
     thread continues.
@@ -50,7 +50,7 @@ class Threads:
     def __init__(
         self,
         outbox: Outbox,
-        client: UploadClient,
+        clients: Mapping[str, UploadClient],
         concurrency: int,
         poll_interval_ms: int,
         heartbeat: Path | None,
@@ -58,8 +58,8 @@ class Threads:
         self._store = outbox.store  # a second store would estimate the server's clock differently
         self._policy = outbox.policy
         self._hooks = outbox.hooks
-        self._client = client
-        self._poll_interval_ms = poll_interval_ms
+        self._lanes = [Lane(to, client, poll_interval_ms) for to, client in clients.items()]
+        self._size = max(concurrency, len(self._lanes))
         self._heartbeat = heartbeat
         self._touch_at = self._seen_at = monotonic_s()
         self._beat(is_first=True)
@@ -69,14 +69,12 @@ class Threads:
         self._turn = threading.RLock()
         # By thread id: the function that releases the claim that the thread holds.
         self._held: dict[int, Callable[[], None]] = {}
-        self._next_look = self._not_before = monotonic_s()
-        self._idle_rounds = self._failed_rounds = 0
-        self._trouble: object = None
-        self._is_trouble_until_sent = False
+        # By thread id: the lane in which the thread looks or delivers.
+        self._working: dict[int, Lane] = {}
         self._threads: list[threading.Thread] = []
         self._left: set[int | None] = set()
         try:
-            for _ in range(concurrency):
+            for _ in range(self._size):
                 thread = threading.Thread(target=self._work, name="outbox-worker", daemon=True)
                 thread.start()
                 self._threads.append(thread)
@@ -128,7 +126,7 @@ class Threads:
         try:
             self._take_turns()
         finally:
-            self._give_up_turn()
+            self._give_up_lane()
             self._drop_claim()
             self._left.add(threading.get_ident())
             if self._stopping.is_set():
@@ -149,46 +147,70 @@ class Threads:
                 failure = error
 
     def _recover_from(self, failure: BaseException) -> None:
-        self._give_up_turn()
+        lane = self._give_up_lane()
         had_claimed = self._drop_claim()
-        self._plan(Look(has_failed=True), now_ms())
         bug = None if isinstance(failure, OutboxError) else failure
-        self._say_trouble(type(failure), failure, until_sent=had_claimed, bug=bug)
+        for failed in self._lanes if lane is None else (lane,):
+            failed.plan(Look(has_failed=True), now_ms())
+            failed.say_trouble(type(failure), failure, until_sent=had_claimed, bug=bug)
 
-    def _give_up_turn(self) -> None:
+    def _give_up_lane(self) -> Lane | None:
+        """Give up all turns of this thread. Return the lane in which it worked."""
         with suppress(RuntimeError):  # this thread does not hold the turn, or no longer
             while True:
                 self._turn.release()
+        for lane in self._lanes:
+            lane.give_up_turn()
+        left = self._working.pop(threading.get_ident(), None)
+        self._nudge()
+        return left
 
     def _drop_claim(self) -> bool:
         """Forget the claim of this thread. Return whether it had one."""
         return self._held.pop(threading.get_ident(), None) is not None
 
     def _take_turn(self) -> None:
-        self._turn.acquire()
-        try:
-            self._wait()
-            if not self._stopping.is_set():
-                self._look()
-        finally:
-            self._give_up_turn()
+        lane = self._wait()
+        self._turn.release()
+        while lane is not None:
+            self._look(lane)
+            # The other destinations have threads, so this one may go on.
+            goes_on = not self._stopping.is_set() and lane.left_s <= 0
+            if not (goes_on and lane.turn.acquire(blocking=False)):
+                break
+        self._give_up_lane()
 
-    def _wait(self) -> None:
-        self._wait_after_failure()
+    def _wait(self) -> Lane | None:
+        """Take the turn, and wait for a lane in which to look. Return None if the worker stops."""
+        self._turn.acquire()
         while not self._stopping.is_set():
             self._beat()
-            left_s = self._next_look - monotonic_s()
-            if self.wakeup.sleep(min(left_s, _BEAT_S)):
-                # By this host's estimate of the server's clock, the event may be due in a few milliseconds.
-                self._idle_rounds = 0
-                break
-            if left_s <= _BEAT_S:
-                break
-        self._wait_after_failure()  # another thread may have failed meanwhile
+            wait_s = _BEAT_S
+            for lane in sorted(self._lanes, key=attrgetter("left_s")):
+                left_s = lane.left_s
+                if left_s > 0:
+                    wait_s = min(left_s, wait_s)
+                    break
+                if self._may_work_in(lane) and lane.turn.acquire(blocking=False):
+                    self._working[threading.get_ident()] = lane
+                    return lane
+            if self.wakeup.sleep(wait_s):
+                for lane in self._lanes:
+                    lane.wake()
+        return None
 
-    def _wait_after_failure(self) -> None:
-        while (left_s := self._not_before - monotonic_s()) > 0 and not self._stopping.wait(min(left_s, _BEAT_S)):
-            self._beat()
+    def _may_work_in(self, lane: Lane) -> bool:
+        """Return whether a thread is left for each other lane that has none, however long this one takes."""
+        working = [*self._working.values()]
+        if lane not in working:
+            return True
+        idle = self._size - len(working)
+        return idle > sum(other not in working for other in self._lanes)
+
+    def _nudge(self) -> None:
+        """Let the thread that waits look again for what it may do."""
+        if self._size > 1:
+            self.wakeup.nudge()
 
     def _beat(self, *, is_first: bool = False) -> None:
         """Give a sign of life."""
@@ -206,64 +228,32 @@ class Threads:
                 raise ConfigurationError(words) from None
             log.debug("%s", words, extra={"event_name": "outbox.heartbeat_failed"})
 
-    def _look(self) -> None:
+    def _look(self, lane: Lane) -> None:
+        lane.begin_look()
         report = flush(
-            self._store, self._policy, self._client, self._hold, hooks=self._hooks, before_upload=self._beat
+            self._store,
+            self._policy,
+            lane.client,
+            partial(self._hold, lane),
+            destination=lane.destination,
+            hooks=self._hooks,
+            before_upload=self._beat,
         )
         self._drop_claim()
+        lane.report(report)
         is_paused = report.paused_until_ms is not None
-        if report.skipped is not None and not is_paused:
-            self._say_trouble(report.skipped, report.skipped, until_sent=False)
-        elif report.verdict is not None or (is_paused and not self._is_trouble_until_sent):
-            is_login = report.verdict is Verdict.AUTH_BLOCKED
-            kind = Verdict.AUTH_BLOCKED if is_login else Verdict.TRANSIENT
-            self._say_trouble(kind, without_answer(report.failure), until_sent=True)
-        # After a failed upload, only a successful one shows that the service is back.
-        elif report.sent or not (is_paused or self._is_trouble_until_sent):
-            self._say_recovery()
-        self._plan(self._seen_in(report), now_ms() if report.skipped and not is_paused else self._store.now_ms())
+        now = now_ms() if report.skipped and not is_paused else self._store.now_ms()
+        lane.plan(self._seen_in(report, lane.destination), now)
 
-    def _seen_in(self, report: FlushReport) -> Look:
+    def _seen_in(self, report: FlushReport, destination: str) -> Look:
         next_due_ms = None
         if not report.claimed and report.skipped is None:
-            next_due_ms = self._store.views.next_due_ms(now_ms=self._store.now_ms())
+            next_due_ms = self._store.views.next_due_ms(destination, now_ms=self._store.now_ms())
         return Look(report.goes_on, report.paused_until_ms, next_due_ms, has_failed=report.verdict is not None)
 
-    def _hold(self, let_go: Callable[[], None]) -> None:
+    def _hold(self, lane: Lane, let_go: Callable[[], None]) -> None:
         self._held[threading.get_ident()] = let_go
         if self._stopping.is_set():
             raise _StoppedError
-        if self._trouble is None:
-            self._next_look = monotonic_s()
-            self._turn.release()
-
-    def _plan(self, seen: Look, now_ms: int) -> None:
-        has_failed = seen.has_failed and not seen.goes_on
-        rounds = self._failed_rounds if has_failed else self._idle_rounds
-        longest_ms = wait_ms(seen, rounds=rounds, poll_interval_ms=self._poll_interval_ms, now_ms=now_ms)
-        self._next_look = monotonic_s() + longest_ms / 1_000
-        if has_failed or seen.paused_until_ms is not None:
-            self._not_before = self._next_look
-        self._failed_rounds = self._failed_rounds + 1 if has_failed else 0
-        self._idle_rounds = 0 if seen.goes_on or has_failed else self._idle_rounds + 1
-
-    def _say_trouble(
-        self, kind: object, why: object, *, until_sent: bool, bug: BaseException | None = None
-    ) -> None:
-        self._is_trouble_until_sent = until_sent
-        if kind != self._trouble:
-            self._trouble = kind
-            with unbroken:
-                log.warning(
-                    "can't deliver: %s",
-                    why,
-                    exc_info=bug,
-                    extra={"event_name": "outbox.cannot_deliver"},
-                )
-
-    def _say_recovery(self) -> None:
-        if self._trouble is not None:
-            self._trouble = None
-            # Also a warning: whoever logs the trouble must also log its end.
-            with unbroken:
-                log.warning("delivering again", extra={"event_name": "outbox.delivering_again"})
+        if lane.pass_turn_on():
+            self._nudge()

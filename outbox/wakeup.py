@@ -41,7 +41,14 @@ class Wakeup:
         self._listener: Listener | None = None
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        self._is_rung = False
+        self._is_rung = self._is_nudged = False
+
+    def nudge(self) -> None:
+        """End the current sleep, or the next one, as if its time were over."""
+        if not self._is_nudged:
+            self._is_nudged = True
+            with suppress(OSError):  # the socket is closed
+                self._sender.send(b"!")
 
     def ring(self) -> None:
         """End the current sleep at once, or the next one if no thread sleeps."""
@@ -64,10 +71,13 @@ class Wakeup:
         if self._receiver in rung:
             self._receiver.recv(_PIECE_BYTES)
         # Cleared before the caller looks for due events: a later ring must end the next sleep.
-        self._is_rung = False
-        if self._listener is not None and self._listener in rung and not self._listener.hear():
-            self._stop_listening()
-        return bool(rung)
+        self._is_nudged = False
+        is_rung, self._is_rung = self._is_rung, False
+        if self._listener is not None and self._listener in rung:
+            is_rung = True
+            if not self._listener.hear():
+                self._stop_listening()
+        return is_rung
 
     def close(self) -> None:
         """Close the sockets and the listening connection."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from outbox.destinations import DEFAULT_DESTINATION, stored
 from outbox.failures import ConfigurationError, OutboxError
+from outbox.lanes import unbroken
 from outbox.outbox import Outbox
 from outbox.records import UploadClient
 from outbox.storage import forks
-from outbox.threads import Threads, unbroken
+from outbox.threads import Threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,9 +27,13 @@ log = logging.getLogger("outbox")
 class Worker:
     """Delivers events in background threads of this process.
 
+    `client` is the client of the destination `default`, or a mapping from the names of destinations to their
+    clients. The events of other destinations are left to other flushers.
+
     It wakes at once when this `Outbox` enqueues, and on PostgreSQL when any process enqueues. In other cases it
     polls, at least every `poll_interval_ms`. `concurrency` is the number of batches that are sent at once; each
-    uses a thread.
+    uses a thread. There are at least as many threads as destinations, and each destination always has one, however
+    long the uploads to the others take.
 
     The threads are daemons, so they do not delay the end of the program. Events that they held then are due again
     when their lease ends. `stop`, or the end of a `with` block, gives the events back at once. No exception ends a
@@ -40,7 +47,7 @@ class Worker:
     def __init__(
         self,
         outbox: Outbox,
-        client: UploadClient,
+        client: UploadClient | Mapping[str, UploadClient],
         *,
         concurrency: int = 1,
         poll_interval_ms: int = 5_000,
@@ -50,7 +57,7 @@ class Worker:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} is {value!r}, expected a whole number above 0")
         self._outbox = outbox
-        self._client = client
+        self._clients = _by_destination(client)
         self._concurrency = concurrency
         self._poll_interval_ms = poll_interval_ms
         self._heartbeat = None if heartbeat is None else Path(heartbeat).absolute()
@@ -80,7 +87,7 @@ class Worker:
                 self._threads = None
             if self._threads is None:
                 self._threads = Threads(
-                    self._outbox, self._client, self._concurrency, self._poll_interval_ms, self._heartbeat
+                    self._outbox, self._clients, self._concurrency, self._poll_interval_ms, self._heartbeat
                 )
             self._starts_when_woken = False
             self._why_not_started = None
@@ -160,3 +167,12 @@ class Worker:
         if threads is not None:
             threads.wakeup.leave_to_parent()
             self._starts_when_woken = True
+
+
+def _by_destination(client: UploadClient | Mapping[str, UploadClient]) -> dict[str, UploadClient]:
+    if not isinstance(client, Mapping):
+        return {DEFAULT_DESTINATION: client}
+    clients = {stored(name): one for name, one in client.items()}
+    if not clients:
+        raise ConfigurationError("client is an empty mapping, expected a client for each destination")
+    return clients

@@ -243,10 +243,12 @@ def test_the_code_about_the_worker_runs(server: ScriptedServer, folder: Path) ->
 def test_the_code_about_destinations_delivers_to_one(server: ScriptedServer, folder: Path, capsys) -> None:
     namespace = run_python("docs/destinations.md", {}, url=server.url)
     assert capsys.readouterr().out == "3 sent to billing\n"
-    assert [event["order_id"] for event in server.events] == ["o-17", "o-18", "o-19"]
-    assert namespace["outbox"].stats().counts["pending"] == 3
+    assert [event["order_id"] for event in server.events][:3] == ["o-17", "o-18", "o-19"]
+    for name in ("billing", "search"):
+        namespace["outbox"].flush_all(namespace[name], destination=name)
+        namespace[name].close()
+    assert namespace["outbox"].stats().counts["pending"] == 1
     namespace["outbox"].close()
-    namespace["billing"].close()
 
 
 @covers("docs/scaling.md", "python")

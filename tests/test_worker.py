@@ -39,6 +39,7 @@ from outbox import (
     Policy,
     UploadFailure,
     Worker,
+    lanes,
     threads,
 )
 from outbox.clock import now_ms
@@ -63,32 +64,32 @@ def is_idle(look: Look) -> bool:
 @pytest.fixture
 def no_polling(monkeypatch) -> None:
     """Let a worker that was not woken for a while sleep for an hour; one that was woken looks a few times."""
-    wait_ms = threads.wait_ms
+    wait_ms = lanes.wait_ms
 
     def wait(look: Look, *, rounds: int, **options) -> int:
         if not is_idle(look):
             return wait_ms(look, rounds=rounds, **options)
         return 20 if rounds < LOOKS - 1 else NEVER_MS
 
-    monkeypatch.setattr(threads, "wait_ms", wait)
+    monkeypatch.setattr(lanes, "wait_ms", wait)
 
 
 @contextmanager
 def idle(outbox: Outbox, client, **options) -> Iterator[Worker]:
     """A worker that has looked at the queue, and sleeps; it keeps what its looks saw."""
-    plan = threads.Threads._plan
+    plan = lanes.Lane.plan
 
-    def planned(run, look, now_ms) -> None:
-        plan(run, look, now_ms)
+    def planned(lane, look, now_ms) -> None:
+        plan(lane, look, now_ms)
         started.looks.append(look)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threads.Threads, "_plan", planned)
+        patch.setattr(lanes.Lane, "plan", planned)
         started = Worker(outbox, client, **{"poll_interval_ms": NEVER_MS, **options})
         started.looks = []
         started.start()
         try:
-            until(lambda: started.looks[LOOKS - 1 if threads.wait_ms is not wait_ms else 0 :])
+            until(lambda: started.looks[LOOKS - 1 if lanes.wait_ms is not wait_ms else 0 :])
             yield started
         finally:
             started.stop()
@@ -248,18 +249,19 @@ def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypat
     monkeypatch.setattr(threads, "_BEAT_S", 0.01)
     client = Gated(DOWN)
     with idle(outbox, client, concurrency=2) as running:
-        stopping = running._threads._stopping
-        waits: list[tuple[int, float]] = []
-        wait = stopping.wait
-        stopping.wait = lambda seconds: waits.append((threading.get_ident(), seconds)) or wait(seconds)
+        bell, (lane,) = running._threads.wakeup, running._threads._lanes
+        waits: list[int] = []
+        sleep = bell.sleep
+        bell.sleep = lambda longest_s: waits.append(threading.get_ident()) or sleep(longest_s)
         outbox.enqueue(rule_fired())
         client.wait_for_upload()
-        until(lambda: running._threads._idle_rounds > 1)  # the other one has looked, too, and is asleep
+        until(lambda: lane._idle_rounds > 1)  # the other one has looked, too, and is asleep
         client.gate.set()
-        until(lambda: running._threads._failed_rounds)
+        until(lambda: lane._failed_rounds)
         outbox.enqueue(rule_fired())
+        waits.clear()
         until(lambda: len(waits) > 2)
-        assert waits[-1][0] not in client.threads
+        assert waits[-1] not in client.threads
         assert statuses(outbox) == ["pending"] * 2
 
 
@@ -307,13 +309,13 @@ def test_the_end_of_a_pause_is_awaited_by_the_servers_clock(outbox: Outbox, monk
     paused_until_ms = outbox.store.now_ms() + NEVER_MS
     outbox.store.pauses.change("", lambda pause: pause._replace(until_ms=paused_until_ms))
     outbox.enqueue(rule_fired())
-    wait_ms, left_ms = threads.wait_ms, []
+    wait_ms, left_ms = lanes.wait_ms, []
 
     def wait(look: Look, *, now_ms: int, **options) -> int:
         left_ms.append(look.paused_until_ms - now_ms)
         return wait_ms(look, now_ms=now_ms, **options)
 
-    monkeypatch.setattr(threads, "wait_ms", wait)
+    monkeypatch.setattr(lanes, "wait_ms", wait)
     monkeypatch.setattr(threads, "now_ms", lambda: paused_until_ms)  # this host's clock is an hour ahead
     with Worker(outbox, ScriptedClient()):
         until(lambda: left_ms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import ANY
@@ -10,8 +12,27 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from builders import NOON_MS, ScriptedClient, add_row, columns_of
-from outbox import ConfigurationError, Hooks, Outbox, Policy, QueueFull
+from builders import (
+    DOWN,
+    NOON_MS,
+    REJECTED,
+    REVOKED,
+    SLOW_DOWN,
+    ScriptedClient,
+    add_row,
+    columns_of,
+)
+from conditions import FOREVER_S, until, worker_threads
+from outbox import (
+    ConfigurationError,
+    Hooks,
+    Outbox,
+    Policy,
+    QueueFull,
+    TransportFailure,
+    UploadFailure,
+    Worker,
+)
 from outbox.outcomes import deliver
 from outbox.pauses import PROBE_AFTER, SharedPause
 from outbox.storage.engines import reading
@@ -377,3 +398,150 @@ def test_a_purge_counts_the_rows_of_each_destination(outbox: Outbox, places: dic
         for table in (ledger, destinations_ledger):
             counted = connection.execute(table.select()).all()
             assert sum(entry.events for entry in counted) == len(places) // 2
+
+
+# --- workers: trouble at A leaves B alone ---
+
+
+class Gate:
+    """A service that does not answer until it is opened."""
+
+    logged_in = True
+
+    def __init__(self) -> None:
+        self.batches: list[object] = []
+        self.is_open = threading.Event()
+
+    def upload(self, batch: object) -> None:
+        self.batches.append(batch)
+        assert self.is_open.wait(FOREVER_S)
+
+
+class SlowLogin(Gate):
+    """A service whose credentials take long to get."""
+
+    @property
+    def logged_in(self) -> bool:
+        self.upload(())
+        return True
+
+
+def sent_of(outbox: Outbox, destination: str) -> int:
+    return sum(found.destination == destination for found in outbox.find(status="sent", limit=1_000))
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 5])
+@pytest.mark.parametrize("kind", [Gate, SlowLogin])
+def test_uploads_that_hang_hold_up_no_other_destination(
+    outbox: Outbox, kind: type[Gate], concurrency: int
+) -> None:
+    outbox.policy = Policy(batch_size=1)
+    hung = {"a": kind(), "b": kind()}
+    with Worker(outbox, {**hung, "default": ScriptedClient()}, concurrency=concurrency):
+        outbox.enqueue_many([order()] * 5, to=["a", "b"])
+        until(lambda: all(gate.batches for gate in hung.values()))
+        for number in range(1, 4):
+            outbox.enqueue(order())
+            until(lambda number=number: sent_of(outbox, DEFAULT) == number)
+        assert sent_of(outbox, "a") == sent_of(outbox, "b") == 0
+        for gate in hung.values():
+            gate.is_open.set()
+        until(lambda: sent_of(outbox, "a") == sent_of(outbox, "b") == 5)
+
+
+def test_a_destination_uses_the_threads_that_no_other_one_needs(outbox: Outbox) -> None:
+    outbox.policy = Policy(batch_size=1)
+    hung = Gate()
+    with Worker(outbox, {"a": hung, "b": ScriptedClient(), "default": ScriptedClient()}, concurrency=5):
+        outbox.enqueue_many([order()] * 5, to="a")
+        until(lambda: len(hung.batches) == 3)
+        outbox.enqueue(order(), to=["b", "default"])
+        until(lambda: sent_of(outbox, "b") == sent_of(outbox, DEFAULT) == 1)
+        assert len(hung.batches) == 3
+        assert len(worker_threads()) == 5
+        hung.is_open.set()
+
+
+TROUBLE: dict[str, UploadFailure] = {
+    "down": TransportFailure("connection refused"),
+    "503": DOWN,
+    "429": SLOW_DOWN,
+    "401": REVOKED,
+    "422": REJECTED,
+}
+
+
+class Failing:
+    logged_in = True
+
+    def __init__(self, failure: UploadFailure) -> None:
+        self.failure = failure
+        self.batches: list[object] = []
+
+    def upload(self, batch: object) -> None:
+        self.batches.append(batch)
+        raise self.failure
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+@pytest.mark.parametrize("troubled", DESTINATIONS)
+def test_trouble_at_one_destination_changes_no_event_of_another(outbox: Outbox, name: str, troubled: str) -> None:
+    outbox.policy = Policy(batch_size=2)
+    other = BILLING if troubled == DEFAULT else DEFAULT
+    failing = Failing(TROUBLE[name])
+    clients = {troubled or "default": failing, other or "default": ScriptedClient()}
+    with Worker(outbox, clients):
+        outbox.enqueue_many([order()] * 3, to=[*clients])
+        until(lambda: failing.batches)
+        until(lambda: sent_of(outbox, other) == 3)
+        outbox.enqueue_many([order()] * 3, to=[*clients])
+        until(lambda: sent_of(outbox, other) == 6)
+    rows = [columns_of(found) for found in outbox.find(limit=100) if found.destination == other]
+    untouched = {
+        "retry_count": 0,
+        "last_error": None,
+        "waits_for": None,
+        "suspected_at_ms": None,
+        "lost_leases": 0,
+    }
+    assert [{name: row[name] for name in untouched} for row in rows] == [untouched] * 6
+    assert [pause.destination for pause in outbox.stats().pauses] in ([troubled], [])
+    assert sent_of(outbox, troubled) == 0
+
+
+def test_a_worker_leaves_the_events_of_other_destinations_alone(outbox: Outbox) -> None:
+    client = ScriptedClient()
+    outbox.enqueue(order(), to=["default", "search"])
+    with Worker(outbox, {"billing": client}):
+        outbox.enqueue(order(), to="billing")
+        until(lambda: sent_of(outbox, BILLING) == 1)
+    with Worker(outbox, client):
+        until(lambda: sent_of(outbox, DEFAULT) == 1)
+    assert sent_of(outbox, "search") == 0
+
+
+@pytest.mark.parametrize("clients", [{}, {"with blank": ScriptedClient()}, {5: ScriptedClient()}])
+def test_a_worker_needs_clients_of_destinations(outbox: Outbox, clients: Any) -> None:
+    with pytest.raises(ConfigurationError, match="expected a"):
+        Worker(outbox, clients)
+
+
+# --- conservation ---
+
+
+def test_each_destination_keeps_or_counts_what_was_enqueued_to_it(outbox_url: str) -> None:
+    enqueued = {"a": 7, "b": 4, "default": 9}
+    policy = Policy(max_sent=2, max_undelivered=5, when_full="trim", batch_size=3)
+    with Outbox(outbox_url, policy=policy) as outbox:
+        for name, number in enqueued.items():
+            for _ in range(number):
+                outbox.enqueue(order(), to=name)
+        outbox.flush_all(ScriptedClient(), destination="a")
+        outbox.flush_all(Failing(DOWN), destination="b")
+        outbox.flush_all(ScriptedClient())
+        rows = Counter(found.destination for found in outbox.find(limit=100))
+        with reading(outbox.engine) as connection:
+            rows[DEFAULT] += sum(entry.events for entry in connection.execute(ledger.select()))
+            for entry in connection.execute(destinations_ledger.select()):
+                rows[entry.destination] += entry.events
+    assert rows == {"a": 7, "b": 4, DEFAULT: 9}

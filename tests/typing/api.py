@@ -182,6 +182,7 @@ def delivering(outbox: Outbox) -> None:
         assert_type(report + report, FlushReport)
         assert_type(report.sent, int)
         assert_type(report.skipped, str | None)
+        Worker(outbox, {"billing": client, "default": own})
         with Worker(outbox, client, concurrency=2, heartbeat=Path("alive")) as worker:
             assert_type(worker.is_alive, bool)
             assert_type(worker.silent_ms, int | None)
