@@ -61,7 +61,7 @@ class Lane:
         if self._trouble is not None:
             return False
         self._next_look_s = monotonic_s()
-        self.turn.release()
+        self.give_up_turn()  # a thread that stayed in the lane has taken it several times
         return True
 
     def give_up_turn(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from builders import ScriptedClient
@@ -58,14 +60,21 @@ def test_nothing_shortens_the_wait_after_a_failure(lane: Lane, look: Look) -> No
     assert waits(lane)
 
 
+def can_be_taken_by_another_thread(lane: Lane) -> bool:
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(lambda: lane.turn.acquire(blocking=False) and lane.give_up_turn() is None).result()
+
+
 def test_a_lane_in_trouble_is_tried_alone(lane: Lane) -> None:
     for is_troubled in (False, True):
-        lane.turn.acquire()
+        for _ in range(2):  # a thread that stays in its lane takes the turn again
+            lane.turn.acquire()
         if is_troubled:
             lane.say_trouble(Verdict.TRANSIENT, "down", until_sent=True)
         assert lane.pass_turn_on() is not is_troubled
+        assert can_be_taken_by_another_thread(lane) is not is_troubled
         lane.give_up_turn()
-        lane.give_up_turn()
+        assert can_be_taken_by_another_thread(lane)
 
 
 @pytest.mark.parametrize(("destination", "to"), [("billing", " to billing"), ("", "")])
