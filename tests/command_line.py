@@ -10,7 +10,7 @@ import sys
 from click.testing import CliRunner
 
 from builders import heeding_ctrl_c
-from outbox.cli import display
+from outbox.cli import config, display
 
 IS_OFF = "capture is off (OUTBOX_CAPTURE=false)"
 TOKEN = "tok-0123456789"
@@ -27,6 +27,13 @@ def runner():
         return CliRunner(mix_stderr=False)
     except TypeError:  # click 8.2 and later always tell the two apart
         return CliRunner()
+
+
+def read_config(folder, text):
+    """Return what an outbox.toml with this text says."""
+    file = folder / "outbox.toml"
+    file.write_text(text)
+    return config.read(str(file))
 
 
 def process(*arguments, **options):

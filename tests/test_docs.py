@@ -632,7 +632,8 @@ def test_the_settings_of_the_file_are_those_of_the_page(tmp_path: Path) -> None:
     file = tmp_path / "outbox.toml"
     file.write_text(example, encoding="utf-8")
     found = config.read(str(file))
-    assert found.destination["path"] == ""
+    assert found.destination("default").settings["path"] == ""
+    assert found.routes["order_placed"] == ["billing", "default"]
     assert found.policy["verdicts"] == {409: Verdict.TRANSIENT}
     for name in config.SETTINGS:
         assert f"`{name}`" in page, name

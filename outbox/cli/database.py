@@ -11,9 +11,8 @@ from outbox.cli.bounds import max_undelivered_option, policy_of
 from outbox.cli.display import as_json, escape, say, status_as_dict, status_in_words
 from outbox.cli.endings import FAILED, sigterm_like_ctrl_c
 from outbox.cli.options import json_option, uses_database
-from outbox.cli.service import login_problem
+from outbox.cli.service import login_problems
 from outbox.clock import now_ms
-from outbox.destinations import DEFAULT_DESTINATION
 from outbox.outbox import Outbox
 from outbox.storage.engines import open_engine
 
@@ -58,9 +57,7 @@ def upgrade(database: str, *, in_json: bool) -> None:
 def status(database: str, *, watch_s: int | None, max_undelivered: int, in_json: bool) -> None:
     """Show what is queued, what is stuck, and the likely cause."""
     with Outbox(database, policy=policy_of(max_undelivered=max_undelivered)) as outbox:
-        problem = login_problem()
-        if problem is not None:
-            outbox.store.login_problems[DEFAULT_DESTINATION] = problem
+        outbox.store.login_problems.update(login_problems())
         where = outbox.engine.url.render_as_string(hide_password=True)
         if watch_s is not None:
             from outbox.cli.watch import watch  # noqa: PLC0415 - loads Rich

@@ -21,7 +21,14 @@ from outbox.cli.display import (
     say,
 )
 from outbox.cli.endings import FAILED, MISUSE, fail
-from outbox.cli.options import dry_run_option, json_option, older_than_option, type_option, uses_database
+from outbox.cli.options import (
+    config_of,
+    dry_run_option,
+    json_option,
+    older_than_option,
+    type_option,
+    uses_database,
+)
 from outbox.cli.show import event_as_dict, event_in_words, what_next
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import InvalidEvent
@@ -51,6 +58,12 @@ def _with_paths(
     callback=_with_paths,
     is_eager=True,  # a relative path is resolved before modules of types are imported
 )
+@click.option(
+    "--to",
+    metavar="NAME",
+    multiple=True,
+    help="Destination of the events, instead of the routes in outbox.toml. Repeatable.",
+)
 @click.option("--skip-invalid", is_flag=True, help="Enqueue the valid lines of a file that has invalid lines.")
 @bounds_options
 @uses_database
@@ -61,6 +74,7 @@ def enqueue(  # noqa: PLR0913 - click passes each option by its name
     database: str,
     files: list[tuple[str, Path | None]],
     *,
+    to: tuple[str, ...],
     skip_invalid: bool,
     policy: Policy,
     in_json: bool,
@@ -68,27 +82,29 @@ def enqueue(  # noqa: PLR0913 - click passes each option by its name
     """Enqueue events from files or standard input, one JSON object per line.
 
     Each file is enqueued in one transaction. If a line is invalid, nothing from its file is enqueued, unless
-    --skip-invalid is given. The database is created or upgraded if necessary.
+    --skip-invalid is given. An event for several destinations gets a row, and a row id, for each of them. The
+    database is created or upgraded if necessary.
     """
     if capture.is_off():
         say(f"outbox: nothing enqueued: {capture.IS_OFF}", err=True)
         return
     refused = 0
-    with Outbox.open(database, policy=policy) as outbox:
+    with Outbox.open(database, policy=policy, routes=config_of(context).routes) as outbox:
         for name, path in files:
             shown = "standard input" if path is None else escape(name)
             events, invalid = _read_events(path, shown, show_all=skip_invalid)
             is_refused = invalid > 0 and not skip_invalid
-            ids = [] if is_refused else outbox.enqueue_many(events)
+            ids = [] if is_refused else outbox.enqueue_many(events, to=to or None)
+            enqueued = 0 if is_refused else len(events)
             refused += is_refused
             if is_refused:
                 lines = counted(invalid, "invalid line")
                 say(f"outbox: {shown}: nothing enqueued because of {lines}", err=True)
             if in_json:
-                say(as_json({"file": name, "enqueued": len(ids), "invalid": invalid, "ids": ids}))
+                say(as_json({"file": name, "enqueued": enqueued, "invalid": invalid, "ids": ids}))
             elif not is_refused:
                 first = f", first id {ids[0]}" if ids else ""
-                say(f"{shown}: {counted(len(ids), 'event')} enqueued{first}")
+                say(f"{shown}: {counted(enqueued, 'event')} enqueued{first}")
     if refused:
         context.exit(MISUSE)
 

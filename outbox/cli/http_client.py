@@ -28,7 +28,7 @@ _CLOUDEVENTS = ("cloudevents", "cloudevents-batch")
 
 def http_client(service: Service, on_new_credentials: Callable[[], object] | None) -> HttpClient:
     """Return the client. It calls `on_new_credentials` when the credentials have changed."""
-    table = service.config.destination
+    table = service.table.settings
     settings = {name: table[name] for name in _SAME if name in table} | _connection(service)
     if "compression" in table:
         settings[table["compression"]] = True
@@ -37,7 +37,7 @@ def http_client(service: Service, on_new_credentials: Callable[[], object] | Non
         for name, value in (("path", _path(service)), ("format", _format(service)))
         if value is not None
     }
-    headers: dict[str, Any] = {name: service.config.header(name) for name in table.get("headers", {})}
+    headers: dict[str, Any] = {name: service.table.header(name) for name in table.get("headers", {})}
     return HttpClient(
         service.base_url,
         headers={**headers, **service.headers},
@@ -48,48 +48,50 @@ def http_client(service: Service, on_new_credentials: Callable[[], object] | Non
 
 
 def _format(service: Service) -> Any:
-    table = service.config.destination
+    table = service.table.settings
     form = service.form or table.get("format")
     attributes = {name: table[name] for name in ("source", "subject") if name in table}
     if not attributes:
         return form
     if form not in _CLOUDEVENTS:
         raise ConfigurationError(
-            f"{service.config.name}: {' and '.join(attributes)} set, but the format is {form or 'json'!r},"
+            f"{service.table.where}{' and '.join(attributes)} set, but the format is {form or 'json'!r},"
             f" expected {' or '.join(_CLOUDEVENTS)}"
         )
     return CloudEvents(**attributes, batch=form != _CLOUDEVENTS[0])
 
 
 def _path(service: Service) -> str | None:
-    table = service.config.destination
+    table = service.table.settings
     if service.path is not None:
         return service.path
     if "path_env" in table or "path_file" in table:
-        return service.config.secret("path")() or ""
+        return service.table.secret("path")() or ""
     path: str | None = table.get("path")
     return path
 
 
 def _connection(service: Service) -> dict[str, Any]:
-    config, table = service.config, service.config.destination
+    table = service.table.settings
     settings: dict[str, Any] = {"allow_insecure": service.allow_insecure or table.get("allow_insecure", False)}
     if "verify" in table:
-        settings["verify"] = config.path(table["verify"])
+        settings["verify"] = service.table.path(table["verify"])
     if "cert" in table:
         cert = table["cert"]
-        settings["cert"] = config.path(cert) if isinstance(cert, str) else tuple(map(config.path, cert))
+        settings["cert"] = (
+            service.table.path(cert) if isinstance(cert, str) else tuple(map(service.table.path, cert))
+        )
     return settings
 
 
 def _sign(service: Service) -> StandardWebhooks | None:
-    if not {"webhook_secret_env", "webhook_secret_file"} & service.config.destination.keys():
+    if not {"webhook_secret_env", "webhook_secret_file"} & service.table.settings.keys():
         return None
-    return StandardWebhooks(service.config.secret("webhook_secret"))
+    return StandardWebhooks(service.table.secret("webhook_secret"))
 
 
 def _login(service: Service, on_new_credentials: Callable[[], object] | None) -> dict[str, Any]:
-    table = service.config.destination
+    table = service.table.settings
     if service.auth == "none":
         return {"auth": NO_AUTH}
     secret = service.secret if on_new_credentials is None else noticing(service.secret, on_new_credentials)

@@ -18,6 +18,7 @@ from sqlalchemy import URL
 from outbox.cli import config
 from outbox.cli.display import escape
 from outbox.clock import epoch_ms, now_ms
+from outbox.destinations import shown, stored
 from outbox.storage.dialects import dialect_named
 from outbox.storage.engines import default_url, parse_url
 
@@ -156,6 +157,15 @@ def types_option(*, envvar: str | None = None) -> Callable[[Decorated], Decorate
         help="Import this module, which defines event types. It is installed or in the current directory."
         " Repeatable. Default: OUTBOX_TYPES, names separated by spaces.",
     )
+
+
+def _destination(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else shown(stored(value))
+
+
+def destination_option(words: str) -> Callable[[Decorated], Decorated]:
+    """Add --destination, which is explained in these words."""
+    return click.option("--destination", metavar="NAME", callback=_destination, help=words)
 
 
 json_option = click.option("--json", "in_json", is_flag=True, help="Print JSON.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,17 +14,18 @@ import click
 from outbox import capture
 from outbox.cli.bounds import bounds_options
 from outbox.cli.display import Bar, as_json, escape, say, shown_log, when
-from outbox.cli.endings import UNDELIVERED, fail, sigterm_like_ctrl_c
+from outbox.cli.endings import FAILED, MISUSE, UNDELIVERED, fail, sigterm_like_ctrl_c
 from outbox.cli.options import duration_ms, heartbeat_option, json_option, uses_database
-from outbox.cli.service import Service, service_options
+from outbox.cli.service import Service, Services, service_options
 from outbox.clock import now_ms
-from outbox.failures import ConfigurationError
+from outbox.destinations import stored
+from outbox.failures import ConfigurationError, OutboxError
 from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.stats import duration
 
 if TYPE_CHECKING:
-    from outbox.records import FlushReport
+    from outbox.records import FlushReport, UploadClient
 
 _CHECK_WORKER_EVERY_S = 10
 _sleep = time.sleep
@@ -40,45 +41,74 @@ _sleep = time.sleep
 @json_option
 @click.pass_context
 def flush(  # noqa: PLR0913 - click passes each option by its name
-    context: click.Context, database: str, service: Service, *, everything: bool, policy: Policy, in_json: bool
+    context: click.Context, database: str, services: Services, *, everything: bool, policy: Policy, in_json: bool
 ) -> None:
-    """Send one batch of due events.
+    """Send one batch of due events of a destination.
 
-    The token comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the file is read before each
-    request. Other credentials are named in outbox.toml. Exit code 3: not every event was delivered.
+    With --all, but without --destination, all destinations in outbox.toml are served, one after the other. The
+    token of the destination `default` comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the
+    file is read before each request. Other credentials are named in outbox.toml. Exit code 3: not every event was
+    delivered.
     """
-    with (
-        service.client() as client,
-        Outbox(database, policy=policy) as outbox,
-        shown_log(),
-        sigterm_like_ctrl_c(),
-    ):
-        if everything:
-            with Bar("Sending", total=outbox.pending_count()) as bar:
-                report = outbox.flush_all(client, progress=lambda batch: bar.advance(batch.claimed))
-            next_due_ms = outbox.stats().next_due_at_ms
-            is_complete = next_due_ms is None or next_due_ms > now_ms()
-        else:
-            report = outbox.flush(client)
-            is_complete = True
+    chosen = services.every if everything else [services.chosen]
+    exit_codes = set()
+    with ExitStack() as opened:
+        clients = [opened.enter_context(service.client()) for service in chosen]
+        outbox = opened.enter_context(Outbox(database, policy=policy))
+        opened.enter_context(shown_log())
+        opened.enter_context(sigterm_like_ctrl_c())
+        for service, client in zip(chosen, clients, strict=True):
+            of = f"{escape(service.destination)}: " if len(chosen) > 1 else ""
+            try:
+                report, is_complete = _flush(outbox, client, service.destination, everything=everything)
+            except OutboxError as error:
+                if not of:
+                    raise
+                say(f"outbox: {of}{escape(str(error))}", err=True)
+                exit_codes.add(MISUSE if isinstance(error, ConfigurationError) else FAILED)
+                continue
+            if in_json:
+                say(as_json({"destination": service.destination, **dataclasses.asdict(report)}))
+            _say_report(report, service, of, in_json=in_json)
+            if report.skipped is not None or report.sent < report.claimed or not is_complete:
+                exit_codes.add(UNDELIVERED)
+    context.exit(min(exit_codes, default=0))
+
+
+def _flush(
+    outbox: Outbox, client: UploadClient, destination: str, *, everything: bool
+) -> tuple[FlushReport, bool]:
+    """Return the report, and whether no event that should have been sent is due."""
+    if not everything:
+        return outbox.flush(client, destination=destination), True
+    views, of = outbox.store.views, stored(destination)
+    with Bar("Sending", total=views.pending_count(of)) as bar:
+        report = outbox.flush_all(
+            client, destination=destination, progress=lambda batch: bar.advance(batch.claimed)
+        )
+    now = outbox.store.now_ms()
+    next_due_ms = views.next_due_ms(of, now_ms=now)
+    return report, next_due_ms is None or next_due_ms > now
+
+
+def _say_report(report: FlushReport, service: Service, of: str, *, in_json: bool) -> None:
+    """Print the report; `of` precedes each line."""
     if in_json:
-        say(as_json(dataclasses.asdict(report)))
+        pass
     elif report.claimed:
         say(
-            f"{report.attempted} attempted, {report.sent} sent, {report.rescheduled} rescheduled,"
+            f"{of}{report.attempted} attempted, {report.sent} sent, {report.rescheduled} rescheduled,"
             f" {report.parked} parked, {report.abandoned} abandoned"
         )
     elif report.skipped is None:
-        say("nothing is due")
+        say(f"{of}nothing is due")
     if report.skipped is not None:
         more = " more" if report.claimed else ""
-        fail(f"nothing{more} was sent: {report.skipped}{_way_out(report, service)}", UNDELIVERED)
-    if report.failure is not None:
-        say(f"outbox: last failure: {escape(report.failure)}", err=True)
+        say(f"outbox: {of}nothing{more} was sent: {escape(report.skipped + _way_out(report, service))}", err=True)
+    elif report.failure is not None:
+        say(f"outbox: {of}last failure: {escape(report.failure)}", err=True)
     elif report.abandoned:  # their payloads are no JSON objects, so no request failed
-        say("outbox: `outbox list --status abandoned` shows why", err=True)
-    if report.sent < report.claimed or not is_complete:
-        context.exit(UNDELIVERED)
+        say(f"outbox: {of}`outbox list --status abandoned` shows why", err=True)
 
 
 def _way_out(report: FlushReport, service: Service) -> str:
@@ -125,7 +155,7 @@ def _way_out(report: FlushReport, service: Service) -> str:
 @uses_database
 def run(  # noqa: PLR0913 - click passes each option by its name
     database: str,
-    service: Service,
+    services: Services,
     *,
     concurrency: int,
     grace: int,
@@ -136,25 +166,30 @@ def run(  # noqa: PLR0913 - click passes each option by its name
 ) -> None:
     """Deliver events as soon as they are due, until SIGTERM or Ctrl-C.
 
-    After SIGTERM or Ctrl-C, batches that are being sent have the grace period to finish. Events that were not sent
-    by its end return to the queue. The token comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE
-    names; the file is read before each request. Other credentials are named in outbox.toml. If the token or
-    another credential changes, parked and waiting events are retried immediately. The log goes to standard error.
+    All destinations in outbox.toml are served; --destination chooses one. After SIGTERM or Ctrl-C, batches that
+    are being sent have the grace period to finish. Events that were not sent by its end return to the queue. The
+    token of the destination `default` comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the
+    file is read before each request. Other credentials are named in outbox.toml. If the token or another
+    credential changes, parked and waiting events are retried immediately. The log goes to standard error.
     """
     from outbox.worker import Worker  # noqa: PLC0415 - only this command needs it
 
-    with (
-        Outbox(database, policy=policy) as outbox,
-        service.client(on_new_credentials=outbox.retry_now) as client,
-        shown_log(),
-        _served_metrics(outbox, metrics_port, metrics_address),
-        sigterm_like_ctrl_c(),
-    ):
-        worker = Worker(outbox, client, concurrency=concurrency, heartbeat=heartbeat)
+    with ExitStack() as opened:
+        outbox = opened.enter_context(Outbox(database, policy=policy))
+        clients = {
+            service.destination: opened.enter_context(service.client(on_new_credentials=outbox.retry_now))
+            for service in services.every
+        }
+        opened.enter_context(shown_log())
+        opened.enter_context(_served_metrics(outbox, metrics_port, metrics_address))
+        opened.enter_context(sigterm_like_ctrl_c())
+        worker = Worker(outbox, clients, concurrency=concurrency, heartbeat=heartbeat)
         try:
             if not capture.is_off():  # otherwise the worker logs that capture is off
-                where = outbox.engine.url.render_as_string(hide_password=True)
-                say(f"outbox: delivering from {escape(where)} to {escape(service.name)}", err=True)
+                where = escape(outbox.engine.url.render_as_string(hide_password=True))
+                for service in services.every:
+                    what = f" {escape(service.destination)}" if len(clients) > 1 else ""
+                    say(f"outbox: delivering{what} from {where} to {escape(service.name)}", err=True)
             while True:
                 worker.start()  # also replaces a thread that died
                 _sleep(_CHECK_WORKER_EVERY_S)

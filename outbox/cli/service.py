@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from outbox.cli.config import LOGINS, Config
+from outbox.cli.config_destination import LOGINS
+from outbox.cli.config_table import Table
 from outbox.cli.credentials import Reader, first_of
 from outbox.cli.display import escape
-from outbox.cli.options import config_of, import_module
+from outbox.cli.options import config_of, destination_option, import_module
+from outbox.destinations import DEFAULT_NAME, stored
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.upload.redaction import without_credentials
 from outbox.upload.secrets import LIKELY_CREDENTIAL
@@ -74,6 +77,9 @@ def _factory(_context: click.Context, _param: click.Parameter, value: str | None
 
 
 _OPTIONS = (
+    destination_option(
+        "Deliver only to this destination, which the next options describe. Without it, they describe `default`."
+    ),
     click.option("--url", envvar="OUTBOX_URL", show_envvar=True, help="Base URL of the service."),
     click.option(
         "--path", metavar="PATH", help='Path after the base URL; "" is none. Default: /cloud/observations.'
@@ -104,15 +110,29 @@ _OPTIONS = (
     ),
 )
 
+_DESCRIBING = ("url", "path", "form", "headers", "no_auth", "allow_insecure", "factory")
+"""The options that describe a service. They are fields of `Service`."""
+
 
 def service_options(command: Decorated) -> Decorated:
-    """Add the options that say where and how to deliver, and pass them to the command as `service`."""
+    """Add the options that say where and how to deliver, and pass them to the command as `services`."""
 
     @wraps(command)
     def connected(*args: Any, **options: Any) -> Any:
-        given = {name: options.pop(name) for name in Service._fields if name in options}
         context = click.get_current_context()
-        return command(*args, service=Service(config_of(context), context.obj, **given), **options)
+        flags = {name: options.pop(name) for name in _DESCRIBING}
+        given = {
+            name: value
+            for name, value in flags.items()
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        }
+        destination = options.pop("destination")
+        if (
+            destination not in (None, DEFAULT_NAME)
+            and context.get_parameter_source("url") is ParameterSource.ENVIRONMENT
+        ):
+            del given["url"]
+        return command(*args, services=_services(destination, given), **options)
 
     decorated: Any = connected
     for option in reversed(_OPTIONS):
@@ -122,10 +142,13 @@ def service_options(command: Decorated) -> Decorated:
 
 
 class Service(NamedTuple):
-    """Where and how to deliver, as the options and the file say."""
+    """Where and how to deliver the events of a destination, as the options and the file say."""
 
-    config: Config
+    destination: str
+    table: Table
     environment_token: Reader
+    known: Sequence[str]
+    """The destinations that the file describes."""
     url: str | None = None
     path: str | None = None
     form: str | None = None
@@ -144,15 +167,17 @@ class Service(NamedTuple):
         """What to do if the client is not logged in."""
         if self.factory is not None:
             return f"see the client of {self.factory.name}"
-        ways = ["OUTBOX_TOKEN", "OUTBOX_TOKEN_FILE"] if self.auth == "bearer" else []
-        named = (f"{LOGINS[self.auth].secret}_{source}" for source in ("env", "file"))
-        ways += [f"what {name} names" for name in named if name in self.config.destination]
+        named = [f"{LOGINS[self.auth].secret}_{source}" for source in ("env", "file")]
+        ways = ["OUTBOX_TOKEN", "OUTBOX_TOKEN_FILE"] if self.auth == "bearer" and self._is_default else []
+        ways += [f"what {name} names" for name in named if name in self.table.settings]
+        if not ways:
+            ways = [f"{' or '.join(named)} in [destinations.{self.destination}] of outbox.toml"]
         return f"set {' or '.join(ways)}"
 
     @property
     def login_problem(self) -> str | None:
         """Why `outbox flush` could not log in now, in words. None if it could, or if no service is known."""
-        if self.auth == "none" or not (self.url or self.config.destination.get("url")):
+        if self.auth == "none" or not (self.url or self.table.settings.get("url")):
             return None
         try:
             return None if self.secret() else f"not logged in, there are no credentials; {self.way_to_log_in}"
@@ -179,32 +204,70 @@ class Service(NamedTuple):
     @property
     def base_url(self) -> str:
         """The URL of the service. Raises `UsageError` if there is none."""
-        url: str | None = self.url or self.config.destination.get("url")
+        url: str | None = self.url or self.table.settings.get("url")
         if url is None:
+            of = "" if self._is_default else f" for the destination {self.destination}"
+            ways = "--url, OUTBOX_URL" if self._is_default else "--url"
+            others = f"; the file describes {', '.join(self.known)}" if self.known else ""
             raise click.UsageError(
-                "there is no URL of a service, expected --url, OUTBOX_URL, url in outbox.toml, or --client"
+                f"there is no URL of a service{of}, expected {ways}, url in outbox.toml, or --client{others}"
             )
         return url
 
     @property
+    def _is_default(self) -> bool:
+        return self.destination == DEFAULT_NAME
+
+    @property
     def auth(self) -> str:
         """How to log in, a key of `LOGINS`."""
-        auth: str = "none" if self.no_auth else self.config.destination.get("auth", "bearer")
+        auth: str = "none" if self.no_auth else self.table.settings.get("auth", "bearer")
         return auth
 
     @property
     def secret(self) -> Reader:
         """A function that reads the secret that `auth` needs."""
         if self.auth == "bearer":
-            return first_of(self.environment_token, self.config.secret("token"))
-        return self.config.secret(LOGINS[self.auth].secret or "", is_word=self.auth != "basic")
+            return first_of(self.environment_token, self.table.secret("token"))
+        return self.table.secret(LOGINS[self.auth].secret or "", is_word=self.auth != "basic")
 
 
-def login_problem() -> str | None:
-    """Return why `outbox flush` could not log in now, None if it could.
+class Services(NamedTuple):
+    """The services of a command."""
+
+    chosen: Service
+    """The service that the options describe."""
+    every: Sequence[Service]
+    """Only the chosen one if it was named, else all that the options, the environment and the file describe."""
+
+
+def _services(destination: str | None, given: Mapping[str, Any]) -> Services:
+    """Return the services; `given` are the options for the destination, or for the default one."""
+    context = click.get_current_context()
+    config = config_of(context)
+    known = [*config.destinations]
+    chosen = destination or DEFAULT_NAME
+    is_chosen_alone = destination is not None or not known
+    names = [chosen] if is_chosen_alone else known if chosen in known or not given else [chosen, *known]
+    services = {
+        name: Service(
+            name,
+            config.destination(name),
+            context.obj if name == DEFAULT_NAME else lambda: None,
+            known,
+            **(given if name == chosen else {}),
+        )
+        for name in {chosen: None, **dict.fromkeys(names)}
+    }
+    return Services(services[chosen], [services[name] for name in names])
+
+
+def login_problems() -> dict[str, str]:
+    """Return why `outbox flush` could not log in now, by stored name of the destination.
 
     The settings are those of the environment and of the file that this command reads.
     """
-    context = click.get_current_context()
     url = os.environ.get("OUTBOX_URL")
-    return Service(config_of(context), context.obj, url).login_problem
+    services = _services(None, {"url": url} if url else {}).every
+    problems = ((stored(service.destination), service.login_problem) for service in services)
+    return {destination: problem for destination, problem in problems if problem is not None}

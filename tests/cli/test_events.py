@@ -23,6 +23,20 @@ def test_the_first_enqueue_creates_the_database(run, url):
         assert statuses(outbox) == ["pending", "pending"]
 
 
+def test_the_routes_of_the_file_or_an_option_name_the_destinations(run, outbox, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outbox.toml").write_text("[routes]\nrule_fired = ['billing', 'search']\n'*' = 'archive'")
+    assert run("enqueue", input=GOOD).stdout == "standard input: 1 event enqueued, first id 1\n"
+    result = run("enqueue", "--json", "--to", "default", "--to", "billing", input=GOOD)
+    assert json.loads(result.stdout) == {"file": "-", "enqueued": 1, "invalid": 0, "ids": [3, 4]}
+    assert run("enqueue", input='{"event_type": "order_packed"}').exit_code == 0
+    found = [row(outbox, row_id).destination for row_id in range(1, 6)]
+    assert found == ["billing", "search", "", "billing", "archive"]
+    refused = run("enqueue", "--to", "billing", "--to", "billing", input=GOOD)
+    assert refused.exit_code == 2
+    assert "to is ('billing', 'billing'), expected different destinations" in refused.stderr
+
+
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_no_part_of_events(run, outbox):
     result = run("enqueue", "-", input=f"\ufeff{GOOD}\r\n\r\n  \n{GOOD}".encode())
     assert (result.exit_code, statuses(outbox)) == (0, ["pending", "pending"])

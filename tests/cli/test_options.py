@@ -240,13 +240,13 @@ def test_the_token_file_is_read_before_each_request(run, outbox, server, monkeyp
     outbox.enqueue_many([rule_fired(session_id=str(n)) for n in range(70)])
     flush_all = Outbox.flush_all
 
-    def renewing(self, client, *, progress):
+    def renewing(self, client, *, progress, **options):
         def renew(report):
             progress(report)
             file.write_text("another-token")
             server.token = file.read_text()
 
-        return flush_all(self, client, progress=renew)
+        return flush_all(self, client, progress=renew, **options)
 
     monkeypatch.setattr(Outbox, "flush_all", renewing)
     assert run("flush", "--all", "--url", server.url).exit_code == 0

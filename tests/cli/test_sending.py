@@ -62,11 +62,88 @@ def test_flush_sends_events_whose_types_it_does_not_know(run, outbox, server, lo
     assert "nothing: it is delivered" in run("show", "1").stdout
 
 
+@pytest.fixture
+def two_services(outbox, server, logged_in, tmp_path, monkeypatch):
+    """A file with the destinations billing and search, and an event for each. The environment describes default."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BILLING_TOKEN", TOKEN)
+    (tmp_path / "outbox.toml").write_text(
+        f"[destinations.billing]\nurl = '{server.url}/billing'\ntoken_env = 'BILLING_TOKEN'\n"
+        f"[destinations.search]\nurl = '{server.url}/search'\ntoken_file = 'token'\n"
+    )
+    (tmp_path / "token").write_text(TOKEN)
+    outbox.enqueue(rule_fired(), to=["default", "billing", "search"])
+
+
+SENT_ONE = "1 attempted, 1 sent, 0 rescheduled, 0 parked, 0 abandoned"
+
+
+@pytest.mark.parametrize(
+    ("options", "arrived", "left"),
+    [
+        ([], [""], ["sent", "pending", "pending"]),
+        (["--destination", "default", "--all"], [""], ["sent", "pending", "pending"]),
+        (["--destination", "billing"], ["/billing"], ["pending", "sent", "pending"]),
+        (["--destination", "search", "--all"], ["/search"], ["pending", "pending", "sent"]),
+        (["--all"], ["", "/billing", "/search"], ["sent", "sent", "sent"]),
+    ],
+)
+def test_flush_serves_one_destination_or_all(run, outbox, server, two_services, options, arrived, left):
+    result = run("flush", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [request.path for request in server.requests] == [f"{path}/cloud/observations" for path in arrived]
+    assert statuses(outbox) == left
+    several = ["default: ", "billing: ", "search: "] if len(arrived) == 3 else [""]
+    assert result.stdout.splitlines() == [f"{of}{SENT_ONE}" for of in several]
+
+
+def test_options_of_the_service_are_for_the_destination_that_is_named(run, server, two_services):
+    assert run("flush", "--destination", "billing", "--path", "/other").exit_code == 0
+    assert run("flush", "--all", "--path", "/third").exit_code == 0
+    assert [request.path for request in server.requests] == [
+        "/billing/other",
+        "/third",
+        "/search/cloud/observations",
+    ]
+
+
+def test_a_flush_of_all_goes_on_after_a_destination_that_fails(run, outbox, server, two_services, tmp_path):
+    outbox.enqueue(rule_fired(session_id="2"), to="search")
+    (tmp_path / "token").write_text("two words")
+    server.script(503)
+    result = run("flush", "--all", "--json")
+    assert result.exit_code == 2
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(report["destination"], report["sent"]) for report in reports] == [("default", 0), ("billing", 1)]
+    assert result.stderr.splitlines()[0].startswith("outbox: default: last failure: 503")
+    assert result.stderr.splitlines()[1].startswith("outbox: search: ")
+    assert "destinations.search.token_file holds a secret with blanks" in result.stderr
+    (tmp_path / "token").write_text("")
+    result = run("flush", "--all")
+    assert result.exit_code == 3
+    assert result.stdout == "billing: nothing is due\n"
+    assert result.stderr.endswith(
+        "outbox: search: nothing was sent: not logged in, the client has no token; set what token_file names\n"
+    )
+
+
+def test_a_flush_of_all_sends_nothing_if_a_service_can_not_be_reached_by_mistake(
+    run, server, two_services, tmp_path
+):
+    with (tmp_path / "outbox.toml").open("a") as file:
+        file.write("[destinations.archive]")
+    result = run("flush", "--all")
+    assert result.exit_code == 2
+    assert "there is no URL of a service for the destination archive" in " ".join(result.stderr.split())
+    assert server.requests == []
+
+
 def test_json_of_flush_is_the_report(run, outbox, server, logged_in):
     server.set_mode("overloaded")
     outbox.enqueue(rule_fired())
     result = run("flush", "--json")
     report = json.loads(result.stdout)
+    assert report["destination"] == "default"
     assert (report["attempted"], report["sent"], report["rescheduled"]) == (1, 0, 1)
     assert (report["verdict"], report["failure"][:3]) == ("rate limited", "429")
 
@@ -75,12 +152,12 @@ def test_a_login_that_ends_between_two_batches_is_told(run, outbox, server, logg
     outbox.enqueue_many([rule_fired(session_id=str(n)) for n in range(70)])
     flush_all = Outbox.flush_all
 
-    def logging_out(self, client, *, progress):
+    def logging_out(self, client, *, progress, **options):
         def log_out(report):
             progress(report)
             monkeypatch.delenv("OUTBOX_TOKEN")
 
-        return flush_all(self, client, progress=log_out)
+        return flush_all(self, client, progress=log_out, **options)
 
     monkeypatch.setattr(Outbox, "flush_all", logging_out)
     result = run("flush", "--all")
@@ -239,6 +316,29 @@ def test_run_delivers_what_others_enqueue_until_sigterm(url, outbox, server, tok
         run.terminate()
         assert run.communicate(timeout=240) == (None, "outbox: stopping\n")
     assert run.returncode == 0
+
+
+def test_run_delivers_to_every_destination_of_the_file(url, outbox, server, two_services):
+    arguments = ("-m", "outbox", "--database", url, "run")
+    with process(*arguments, stderr=subprocess.PIPE, text=True) as run:
+        until(lambda: statuses(outbox) == ["sent"] * 3)
+        run.terminate()
+        assert run.communicate(timeout=240)[1].splitlines() == [
+            f"outbox: delivering default from {url} to {server.url}",
+            f"outbox: delivering billing from {url} to {server.url}/billing",
+            f"outbox: delivering search from {url} to {server.url}/search",
+            "outbox: stopping",
+        ]
+    assert run.returncode == 0
+
+
+def test_run_delivers_to_the_destination_that_is_named(url, outbox, server, two_services):
+    arguments = ("-m", "outbox", "--database", url, "run", "--destination", "billing")
+    with process(*arguments, stderr=subprocess.PIPE, text=True) as run:
+        until(lambda: statuses(outbox) == ["pending", "sent", "pending"])
+        run.terminate()
+        first = run.communicate(timeout=240)[1].splitlines()[0]
+    assert first == f"outbox: delivering from {url} to {server.url}/billing"
 
 
 def test_run_gives_back_what_it_can_not_finish_in_time(url, outbox, server, token_file):

@@ -35,6 +35,27 @@ def test_without_a_url_the_ways_to_name_one_are_told(run, outbox, command):
     assert "expected --url, OUTBOX_URL, url in outbox.toml, or --client" in " ".join(result.stderr.split())
 
 
+def test_a_destination_without_a_url_is_named_with_those_that_the_file_describes(
+    run, outbox, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUTBOX_URL", "https://ingest.example.com")
+    Path("outbox.toml").write_text("[destinations.billing]\n[destinations.search]")
+    for command in ("flush", "run"):
+        result = run(command, "--destination", "biling")
+        assert result.exit_code == 2
+        assert (
+            "there is no URL of a service for the destination biling, expected --url, url in outbox.toml, or"
+            " --client; the file describes billing, search"
+        ) in " ".join(result.stderr.split())
+
+
+def test_a_name_that_no_destination_can_have_is_misuse(run, outbox):
+    result = run("flush", "--destination", "c r")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("outbox: the destination is 'c r', expected a name: 1 to 191 printable ASCII")
+
+
 # A client written in code
 
 DELIVERY = """
@@ -127,6 +148,23 @@ def test_a_client_that_can_not_be_made_is_misuse(run, name, message):
 
 
 # Without credentials
+
+
+@pytest.mark.usefixtures("outbox")
+@pytest.mark.parametrize(
+    ("lines", "way"),
+    [
+        ("", "set token_env or token_file in [destinations.billing] of outbox.toml"),
+        ("token_env = 'SHOP_TOKEN'", "set what token_env names"),
+    ],
+)
+def test_the_token_of_the_environment_is_for_the_default_destination_only(run, tmp_path, monkeypatch, lines, way):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUTBOX_TOKEN", TOKEN)
+    Path("outbox.toml").write_text(f"[destinations.billing]\nurl = 'https://ingest.example.com'\n{lines}")
+    result = run("flush", "--destination", "billing")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.endswith(f"; {way}\n")
 
 
 @pytest.mark.usefixtures("outbox")
