@@ -23,6 +23,8 @@ BENDS = {
     ("sending", "parked"): 15,
     ("sending", "abandoned"): -15,
     ("abandoned", "pending"): 130,
+    ("pending", "abandoned"): -75,
+    ("parked", "abandoned"): 0,
     ("parked", "sent"): -30,
     ("abandoned", "sent"): -10,
     ("parked", "pending"): 10,

@@ -31,6 +31,10 @@ class Judged(Protocol):
         """When it last got a full new chance."""
 
     @property
+    def not_before_ms(self) -> int | None:
+        """When it was to be sent at the earliest."""
+
+    @property
     def suspected_at_ms(self) -> int | None:
         """When it was first rejected alone."""
 
@@ -40,8 +44,11 @@ class Judged(Protocol):
 
 
 def age_out_ms(row: Judged, max_age_ms: int) -> int:
-    """Return the time after which a failure abandons the row. Its age counts from its creation or revival."""
-    return max(row.created_at_ms, row.revived_at_ms or 0) + max_age_ms
+    """Return the time after which a failure abandons the row.
+
+    Its age counts from its creation, its revival or its not-before time, whichever is the latest.
+    """
+    return max(row.created_at_ms, row.revived_at_ms or 0, row.not_before_ms or 0) + max_age_ms
 
 
 def abandonment(reason: str) -> Outcome:

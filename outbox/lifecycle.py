@@ -54,6 +54,7 @@ def machine() -> Machine:
             {"trigger": "reschedule", "source": sending, "dest": pending},
             {"trigger": "park", "source": sending, "dest": parked},
             {"trigger": "abandon", "source": sending, "dest": abandoned},
+            {"trigger": "cancel", "source": [pending, parked], "dest": abandoned},
             {"trigger": "release", "source": sending, "dest": pending},
             {"trigger": "unpark", "source": parked, "dest": pending},
             {"trigger": "retry_now", "source": [pending, parked], "dest": pending},

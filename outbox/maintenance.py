@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("outbox")
 
+_TIMES_BELOW = 2**53  # a row with a larger time is invalid
+
 Result = TypeVar("Result")
 
 
@@ -145,12 +147,22 @@ def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
     return result
 
 
-def cutoff_ms(older_than: datetime | int) -> int:
-    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` for any other value."""
-    if isinstance(older_than, datetime) and older_than.utcoffset() is not None:
-        return epoch_ms(older_than)
-    if isinstance(older_than, int) and abs(older_than) < 2**63:
-        return older_than
+def cutoff_ms(moment: datetime | int, name: str = "older_than") -> int:
+    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` for anything else."""
+    if isinstance(moment, datetime) and moment.utcoffset() is not None:
+        return epoch_ms(moment)
+    if isinstance(moment, int) and abs(moment) < 2**63:
+        return moment
+    raise ConfigurationError(f"{name} is {moment!r}, expected a datetime with a time zone or epoch milliseconds")
+
+
+def earliest_ms(not_before: datetime | int | None) -> int | None:
+    """Return when an event may be sent at the earliest. Raises `ConfigurationError` for a time out of range."""
+    if not_before is None:
+        return None
+    earliest = cutoff_ms(not_before, "not_before")
+    if 0 <= earliest < _TIMES_BELOW:
+        return earliest
     raise ConfigurationError(
-        f"older_than is {older_than!r}, expected a datetime with a time zone or epoch milliseconds"
+        f"not_before is {not_before!r}, expected a time from 1970 on and below {_TIMES_BELOW} ms"
     )

@@ -20,17 +20,22 @@ It gets an `Event` if the type is registered, otherwise a dict.
 """
 
 
-def new_row(event: AnyEvent, redact: Redact | None, *, strict: bool, now_ms: int) -> dict[str, Any]:
+def new_row(
+    event: AnyEvent, redact: Redact | None, *, strict: bool, now_ms: int, not_before_ms: int | None = None
+) -> dict[str, Any]:
     """Return the columns of the row that records the event. Raises `InvalidEvent` like `encode` and `redacted`."""
     valid, payload_json = encode(event, strict=strict)
     if redact is not None:
         valid, payload_json = redacted(valid, redact, strict=strict)
-    return {
+    row = {
         **columns(valid, now_ms=now_ms),
         "payload_json": payload_json,
         "next_attempt_at_ms": now_ms,
         "created_at_ms": now_ms,
     }
+    if not_before_ms is not None:
+        row |= {"next_attempt_at_ms": max(now_ms, not_before_ms), "not_before_ms": not_before_ms}
+    return row
 
 
 def redacted(event: Event | dict[str, Any], redact: Redact, *, strict: bool) -> tuple[Event | dict[str, Any], str]:

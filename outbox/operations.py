@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from outbox import maintenance
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
+from outbox.outcomes import as_last_error
+from outbox.reasons import cancelled
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
@@ -45,6 +47,17 @@ class Operations:
         )
         self._wake()
         return report
+
+    def abandon(self, row_id: int, reason: str) -> bool:
+        """Cancel an event that is pending or parked. It becomes abandoned, with `cancelled: …` as `last_error`.
+
+        Return False, and change nothing, if the event is being sent, sent or abandoned, or not there.
+        """
+        if not isinstance(reason, str) or not reason.strip():
+            raise ConfigurationError(f"reason is {reason!r}, expected a text")
+        return 0 < row_id <= LARGEST_ID and self.store.revival.cancel(
+            row_id, last_error=as_last_error(cancelled(reason))
+        )
 
     def purge(
         self, *, event_type: str | None = None, older_than: datetime | int | None = None, dry_run: bool = False
@@ -88,9 +101,13 @@ class Operations:
         status: Status | str | None = None,
         event_type: str | None = None,
         older_than: datetime | int | None = None,
+        due_after: datetime | int | None = None,
         limit: int = 100,
     ) -> list[ObservationEvent]:
         """Return the oldest events that match all given conditions, detached from the database.
+
+        `due_after` selects pending events that are due later than this time. Times are datetimes with a time zone,
+        or epoch milliseconds.
 
         Raises `ConfigurationError` for a status, time or limit that no event can have.
         """
@@ -103,6 +120,7 @@ class Operations:
             status=None if status is None else Status(status).value,
             event_type=event_type,
             created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
+            due_after_ms=None if due_after is None else maintenance.cutoff_ms(due_after, "due_after"),
             limit=limit,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -122,6 +123,7 @@ class Outbox(Operations):
         event_type: str | None = None,
         event_id: str | None = None,
         to: str | None = None,
+        not_before: datetime | int | None = None,
     ) -> int | None: ...
 
     @overload
@@ -134,6 +136,7 @@ class Outbox(Operations):
         event_type: str | None = None,
         event_id: str | None = None,
         to: list[str] | tuple[str, ...],
+        not_before: datetime | int | None = None,
     ) -> list[int]: ...
 
     def enqueue(  # noqa: PLR0913 - as above
@@ -145,6 +148,7 @@ class Outbox(Operations):
         event_type: str | None = None,
         event_id: str | None = None,
         to: str | list[str] | tuple[str, ...] | None = None,
+        not_before: datetime | int | None = None,
     ) -> int | list[int] | None:
         """Record one event. Return its row id, or None if OUTBOX_CAPTURE=false is set in the environment.
 
@@ -166,6 +170,8 @@ class Outbox(Operations):
         destination already has an event with this id, nothing is recorded and that event's row id is returned. If
         another transaction is recording the same id, this waits for that transaction.
 
+        `not_before` is the earliest time to send the event: a datetime with a time zone, or epoch milliseconds.
+
         Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if the
         session or connection can't be used, `QueueFull` if the policy rejects events at the cap, and
         `StorageError`. Then nothing was recorded, with one exception: if the connection to a server breaks during
@@ -175,12 +181,14 @@ class Outbox(Operations):
         # Lazy: while capture is off, nothing is converted.
         events = [event] if event_type is None else map(with_type, [event], [event_type])
         event_ids = None if event_id is None else [event_id]
-        ids = self.enqueue_many(events, session=session, connection=connection, event_ids=event_ids, to=to)
+        ids = self.enqueue_many(
+            events, session=session, connection=connection, event_ids=event_ids, to=to, not_before=not_before
+        )
         if isinstance(to, list | tuple):
             return ids
         return ids[0] if ids else None
 
-    def enqueue_many(
+    def enqueue_many(  # noqa: PLR0913 - as above
         self,
         events: Iterable[AnyEvent],
         *,
@@ -188,6 +196,7 @@ class Outbox(Operations):
         connection: Any = None,
         event_ids: Iterable[str | None] | None = None,
         to: str | list[str] | tuple[str, ...] | None = None,
+        not_before: datetime | int | None = None,
     ) -> list[int]:
         """Record all events in one transaction, or none. Return their row ids in order.
 
@@ -201,7 +210,10 @@ class Outbox(Operations):
         if capture.is_off():
             return []
         now = self.store.now_ms()
-        rows = [new_row(event, self._redact, strict=self._is_strict, now_ms=now) for event in events]
+        due = maintenance.earliest_ms(not_before)
+        rows = [
+            new_row(event, self._redact, strict=self._is_strict, now_ms=now, not_before_ms=due) for event in events
+        ]
         if event_ids is not None:
             add_event_ids(rows, event_ids)
         addressed = self._routes.address(rows, to, may_have_ids=event_ids is not None)

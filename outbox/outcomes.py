@@ -75,6 +75,11 @@ def abandon(*, last_error: Any) -> Outcome:
     return Outcome("abandon", {"last_error": last_error, **_SETTLED})
 
 
+def cancel(*, last_error: Any) -> Outcome:
+    """Give up on a row that nobody is sending, because its event is no longer wanted."""
+    return Outcome("cancel", {"last_error": last_error})
+
+
 def release(*, next_attempt_at_ms: Any) -> Outcome:
     """Return the row to the queue without a try."""
     return Outcome("release", {"next_attempt_at_ms": next_attempt_at_ms, **_SETTLED})

@@ -8,6 +8,7 @@ _PERMANENT = "permanent: "
 _UNDECODABLE = f"{_PERMANENT}decode observation event: "
 _AGED_OUT = "aged-out"
 _CLIENT_ERROR = "client error: "
+_CANCELLED = "cancelled: "
 
 
 def rejected(failure: str) -> str:
@@ -23,6 +24,11 @@ def undecodable(why: str) -> str:
 def aged_out(failure: str, *, is_rate_limited: bool = False) -> str:
     """Return the reason of a row that failed and is too old for another try."""
     return f"{_AGED_OUT}{' (rate-limited)' if is_rate_limited else ''}: {failure}"
+
+
+def cancelled(reason: str) -> str:
+    """Return the reason of a row that the application cancelled."""
+    return f"{_CANCELLED}{reason}"
 
 
 def client_error(kind: str, message: str) -> str:
@@ -73,6 +79,7 @@ _MEANINGS = (
     (f"{_PERMANENT}404", "the service accepts no events at this URL; check the URL"),
     (f"{_PERMANENT}405", "the service accepts no events at this URL; check the URL"),
     (_PERMANENT, "the service rejected this event"),
+    (_CANCELLED, "the application cancelled the event"),
     (_AGED_OUT, "the event is too old for another try"),
     ("401", "the service rejected the token"),
     ("403", "the service rejected the token"),

@@ -37,6 +37,7 @@ class ClaimedRow(NamedTuple):
     occurred_at_ms: int = 0
     event_id: str = ""
     """The caller's id, or an id that is derived when the row is claimed."""
+    not_before_ms: int | None = None
 
 
 class Pause(NamedTuple):

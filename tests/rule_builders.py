@@ -36,6 +36,7 @@ class Row:
     retry_count: int = 0
     created_at_ms: int = NOON_MS
     revived_at_ms: int | None = None
+    not_before_ms: int | None = None
     suspected_at_ms: int | None = None
     waits_for: str | None = None
 

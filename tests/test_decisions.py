@@ -9,6 +9,7 @@ from outbox.decisions import (
     after_refused_size,
     after_rejection,
     after_shared_failure,
+    age_out_ms,
     is_proven,
 )
 from outbox.outcomes import WaitsFor
@@ -216,3 +217,8 @@ def test_a_row_is_never_abandoned_by_a_shared_failure_before_it_ages_out(
     row = Row(retry_count=retry_count, waits_for=waits_for)
     outcome = after_shared_failure(HttpFailure(status), row, now_ms=NOON_MS, policy=OWN, keeps_row=keeps_row)
     assert outcome.trigger == ("park" if status in (401, 403) else "reschedule")
+
+
+def test_the_age_of_a_scheduled_row_counts_from_its_time() -> None:
+    row = Row(created_at_ms=1, revived_at_ms=2, not_before_ms=NOON_MS)
+    assert age_out_ms(row, DAY) == NOON_MS + DAY

@@ -34,6 +34,7 @@ ROW_MOVES = {
     "release": lambda r: r.release(now_ms=NOW),
     "unpark": lambda r: r.unpark(now_ms=NOW, spread_ms=5_000),
     "retry_now": lambda r: r.retry_now(now_ms=NOW),
+    "cancel": lambda r: r.cancel(reason="cancelled: sold out"),
     "requeue": lambda r: r.requeue(now_ms=NOW),
     "revive": lambda r: r.revive(next_attempt_at_ms=NOW),
 }
@@ -66,6 +67,7 @@ STORE_MOVES = {
     "release": settle(outcomes.release(next_attempt_at_ms=NOW)),
     "unpark": lambda store, _: store.revival.unpark(now_ms=NOW, limit=256, spread_ms=5_000),
     "retry_now": lambda store, _: store.revival.retry_now(now_ms=NOW),
+    "cancel": lambda store, row_id: store.revival.cancel(row_id, last_error="cancelled: sold out"),
     "requeue": lambda store, _: store.revival.requeue(cutoff_ms=NOW, now_ms=NOW, dry_run=False),
     "revive": lambda store, _: store.revival.revive(
         now_ms=NOW, policy=Policy(unpark_spread_ms=1), ended_failures=0

@@ -24,6 +24,7 @@ from outbox.cli.endings import FAILED, MISUSE, fail
 from outbox.cli.options import (
     config_of,
     dry_run_option,
+    due_after_option,
     json_option,
     older_than_option,
     type_option,
@@ -115,6 +116,7 @@ def enqueue(  # noqa: PLR0913 - click passes each option by its name
 )
 @type_option
 @older_than_option()
+@due_after_option()
 @click.option(
     "--limit",
     type=click.IntRange(1, LARGEST_ID - 1),
@@ -130,12 +132,15 @@ def list_events(  # noqa: PLR0913 - click passes each option by its name
     status: str | None,
     event_type: str | None,
     older_than: int | None,
+    due_after: int | None,
     limit: int,
     in_json: bool,
 ) -> None:
     """List events, oldest first."""
     with Outbox(database) as outbox:
-        rows = outbox.find(status=status, event_type=event_type, older_than=older_than, limit=limit + 1)
+        rows = outbox.find(
+            status=status, event_type=event_type, older_than=older_than, due_after=due_after, limit=limit + 1
+        )
     if in_json:
         say(as_json([event_as_dict(row) for row in rows[:limit]]))
     elif rows:

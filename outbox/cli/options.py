@@ -194,6 +194,16 @@ def older_than_option(*, required: bool = False) -> Callable[[Decorated], Decora
     )
 
 
+def due_after_option() -> Callable[[Decorated], Decorated]:
+    """Add --due-after."""
+    return click.option(
+        "--due-after",
+        metavar="TIME",
+        callback=moment_ms,
+        help="Only pending events that are due later than this time, such as 2026-11-24T12:00:00Z; 0s means now.",
+    )
+
+
 def uses_database(command: Decorated) -> Decorated:
     """Add the options of every command that opens the database."""
     return config_option()(database_option()(types_option()(command)))

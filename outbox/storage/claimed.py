@@ -75,7 +75,7 @@ class Wanted(NamedTuple):
         return {"destination": self.destination, "now": self.now_ms, "batch_size": self.at_most}
 
 
-CLAIMED = (*ClaimedRow._fields, "sent_at_ms", "not_before_ms")
+CLAIMED = (*ClaimedRow._fields, "sent_at_ms")
 """The columns that a claim returns of each row."""
 claimed_columns = [columns[name] for name in CLAIMED]
 

@@ -29,6 +29,7 @@ from outbox.storage.sql import (
     oldest_first,
     these_rows,
     this_destination,
+    this_row,
     unindexed_status,
 )
 from outbox.storage.tables import destinations
@@ -92,7 +93,9 @@ RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=colum
     is_one_of(columns.status, Status.PARKED)
 )
 RETRY_WAITING = move(outcomes.retry_now(now_ms=now, is_parked=False), status=columns.status).where(
-    is_one_of(columns.status, Status.PENDING), columns.next_attempt_at_ms > now
+    is_one_of(columns.status, Status.PENDING),
+    columns.next_attempt_at_ms > now,
+    or_(columns.not_before_ms.is_(None), columns.not_before_ms <= now),
 )
 
 OLD_ABANDONED = (
@@ -101,6 +104,7 @@ OLD_ABANDONED = (
     .order_by(columns.id)
 )
 LOCK_OLD_ABANDONED = OLD_ABANDONED.with_for_update()
+CANCEL = by_id(move(outcomes.cancel(last_error=bindparam("reason"))).where(this_row))
 REQUEUE_ROWS = by_id(move(outcomes.requeue(now_ms=now)).where(these_rows))
 
 
@@ -201,6 +205,12 @@ class Revival:
             return transaction.change(RETRY_PARKED, now=now_ms) + transaction.change(RETRY_WAITING, now=now_ms)
 
         return self._writer.run(retry_now)
+
+    def cancel(self, row_id: int, *, last_error: str) -> bool:
+        """Abandon a row that is pending or parked. Return False if it is neither, or not there."""
+        return bool(
+            self._writer.run(lambda transaction: transaction.change(CANCEL, row_id=row_id, reason=last_error))
+        )
 
     def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
         """Bring back the abandoned rows of all destinations created before the cutoff.

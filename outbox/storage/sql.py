@@ -18,6 +18,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    case,
     func,
     literal_column,
     null,
@@ -102,9 +103,17 @@ def _destination(element: _Destination, compiler: Any, **options: Any) -> str:
     return str(compiler.process(literal(moves()[str(trigger)].target), **options))
 
 
+def _written(trigger: str, name: str, value: Any) -> Any:
+    if value is None:
+        return null()
+    if name != "next_attempt_at_ms" or trigger == "claim":  # a claim writes its lease there
+        return value
+    return case((columns.not_before_ms > value, columns.not_before_ms), else_=value)
+
+
 def move(outcome: Outcome, *, status: ColumnElement[str] = unindexed_status) -> Update:
     """Return the UPDATE of one move: legal sources in its WHERE, destination and columns in its SET."""
-    values = [(name, null() if value is None else value) for name, value in outcome.values.items()]
+    values = [(name, _written(outcome.trigger, name, value)) for name, value in outcome.values.items()]
     moved = update(events).where(is_source(outcome.trigger, status))
     # The status last: MySQL sets one column after the other, and another one may be computed from the old status.
     return moved.ordered_values(*values, ("status", _Destination(literal_column(outcome.trigger))))

@@ -132,7 +132,8 @@ class ObservationEvent(Base):
     def _move(self, outcome: outcomes.Outcome) -> None:
         fire(self, outcome.trigger)
         for name, value in outcome.values.items():
-            setattr(self, name, value)
+            is_due_time = name == "next_attempt_at_ms" and outcome.trigger != "claim"
+            setattr(self, name, max(value, self.not_before_ms or 0) if is_due_time else value)
 
     def claim(self, *, now_ms: int, lease_ms: int) -> None:
         """Take the row under a lease that ends at now + `lease_ms`. The row has to be due."""
@@ -186,6 +187,10 @@ class ObservationEvent(Base):
         if self.next_attempt_at_ms <= next_attempt_at_ms:
             raise IllegalTransition(f"event {self.id} is due no later, at {self.next_attempt_at_ms}")
         self._move(outcomes.revive(next_attempt_at_ms=next_attempt_at_ms))
+
+    def cancel(self, *, reason: str) -> None:
+        """Give up on the row, because its event is no longer wanted."""
+        self._move(outcomes.cancel(last_error=reason))
 
     def requeue(self, *, now_ms: int) -> None:
         """Give an abandoned row a full new chance."""

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Select,
     and_,
     bindparam,
+    case,
     cast,
     func,
     literal_column,
@@ -84,7 +85,10 @@ COUNTS = (
     .group_by(columns.event_type, columns.status)
     .order_by(columns.event_type)
 )
-OLDEST_PENDING = select(cast(func.min(columns.created_at_ms), BigInteger)).where(_undelivered, has_creation_time)
+_age_begins = case(
+    (columns.not_before_ms > columns.created_at_ms, columns.not_before_ms), else_=columns.created_at_ms
+)
+OLDEST_PENDING = select(cast(func.min(_age_begins), BigInteger)).where(_undelivered, has_creation_time)
 _waits = [columns.waits_for == literal(one) for one in WaitsFor]
 _pending = is_one_of(unindexed_status, Status.PENDING)
 # One look-up for each status and each reason to wait: no index has the order of the times over several of them.
@@ -175,7 +179,14 @@ ODDITIES = select(
 )
 
 
-def _find(*, status: str | None, event_type: str | None, created_before_ms: int | None, limit: int) -> Select[Any]:
+def _find(
+    *,
+    status: str | None,
+    event_type: str | None,
+    created_before_ms: int | None,
+    due_after_ms: int | None,
+    limit: int,
+) -> Select[Any]:
     statement = select(ObservationEvent).order_by(*oldest_first).limit(limit)
     if status is not None:
         statement = statement.where(columns.status == status)
@@ -183,6 +194,8 @@ def _find(*, status: str | None, event_type: str | None, created_before_ms: int 
         statement = statement.where(columns.event_type == event_type)
     if created_before_ms is not None:
         statement = statement.where(columns.created_at_ms < created_before_ms)
+    if due_after_ms is not None:
+        statement = statement.where(_is_pending, columns.next_attempt_at_ms > due_after_ms)
     return statement
 
 
@@ -286,10 +299,22 @@ class Views:
             return None if row is None else give_id(row, self._identity.outbox_id(connection.scalar))
 
     def find(
-        self, *, status: str | None, event_type: str | None, created_before_ms: int | None, limit: int
+        self,
+        *,
+        status: str | None,
+        event_type: str | None,
+        created_before_ms: int | None,
+        due_after_ms: int | None,
+        limit: int,
     ) -> list[ObservationEvent]:
         """Return the oldest rows that meet all given conditions. They are detached, and each has an event id."""
-        statement = _find(status=status, event_type=event_type, created_before_ms=created_before_ms, limit=limit)
+        statement = _find(
+            status=status,
+            event_type=event_type,
+            created_before_ms=created_before_ms,
+            due_after_ms=due_after_ms,
+            limit=limit,
+        )
         with reading(self._engine) as connection, Session(connection, expire_on_commit=False) as session:
             outbox_id = self._identity.outbox_id(connection.scalar)
             return [give_id(row, outbox_id) for row in session.scalars(statement)]

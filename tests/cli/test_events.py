@@ -144,6 +144,12 @@ def test_a_long_file_draws_a_bar_on_a_terminal(run, outbox, terminal, monkeypatc
     assert drawn == [("Reading", size, size)]
 
 
+def test_list_shows_what_is_due_later(run, outbox):
+    ids = [add_row(outbox, next_attempt_at_ms=NOON_MS + minutes * 60_000) for minutes in (0, 1, 2)]
+    result = run("list", "--due-after", "2026-11-24T12:00:00Z", "--json")
+    assert [found["id"] for found in json.loads(result.stdout)] == ids[1:]
+
+
 def test_list_shows_the_oldest_first_and_says_when_there_are_more(run, outbox):
     for minutes in (3, 1, 2):
         add_row(outbox, created_at_ms=NOON_MS + minutes * 60_000, retry_count=1, last_error="x" * 100)
