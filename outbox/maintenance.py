@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from outbox.clock import epoch_ms
-from outbox.destinations import DEFAULT_DESTINATION
+from outbox.destinations import DEFAULT_DESTINATION, Addressed
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.lifecycle import Status
 from outbox.records import Chores
@@ -44,6 +44,55 @@ class PurgeReport:
     in_flight: int = 0
     """Number of matching events that were being sent and were not deleted."""
     per_type: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """Number of events that were copied to another destination, or would be in a dry run."""
+
+    copied: int = 0
+    already_there: int = 0
+    """Number of events that the other destination already had."""
+    damaged: int = 0
+    """Number of events that were not copied, because another program wrote values that no event can have."""
+
+
+def copy(  # noqa: PLR0913 - the command has as many options
+    store: Store,
+    policy: Policy,
+    *,
+    source: str,
+    target: str,
+    created_from_ms: int | None,
+    dry_run: bool,
+    progress: Callable[[int], object],
+) -> CopyReport:
+    """Record the events of a destination, of any status, for another one that does not have them yet.
+
+    A copy has the payload, the ids and the times of the event. It is pending, did not fail, and is due now or at
+    its own time. Each transaction inserts up to a thousand rows, so after an error some may already be there. If
+    there is no room for a slice, this raises `QueueFull`. `progress` gets how many row ids each slice covers.
+    """
+    now = store.now_ms()
+    last_id = store.copying.last_id()
+    report = CopyReport()
+    slices = store.copying.slices(
+        source,
+        created_from_ms=-(2**63) if created_from_ms is None else created_from_ms,
+        last_id=last_id,
+        now_ms=now,
+    )
+    for rows, damaged, walked in slices:
+        new = store.copying.missing(target, rows)
+        if new and not dry_run:
+            store.intake.insert([Addressed((target,), True, new)], policy=policy, now_ms=now)
+        report = CopyReport(
+            report.copied + len(new),
+            report.already_there + len(rows) - len(new),
+            report.damaged + damaged,
+        )
+        progress(walked)
+    return report
 
 
 def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> RequeueReport:

@@ -239,18 +239,6 @@ def test_the_code_about_the_worker_runs(server: ScriptedServer, folder: Path) ->
     namespace["client"].close()
 
 
-@covers("docs/destinations.md", "python")
-def test_the_code_about_destinations_delivers_to_one(server: ScriptedServer, folder: Path, capsys) -> None:
-    namespace = run_python("docs/destinations.md", {}, url=server.url)
-    assert capsys.readouterr().out == "3 sent to billing\n"
-    assert [event["order_id"] for event in server.events][:3] == ["o-17", "o-18", "o-19"]
-    for name in ("billing", "search"):
-        namespace["outbox"].flush_all(namespace[name], destination=name)
-        namespace[name].close()
-    assert namespace["outbox"].stats().counts["pending"] == 1
-    namespace["outbox"].close()
-
-
 @covers("docs/scaling.md", "python")
 def test_the_code_about_scaling_sends_each_tenant_to_one_partition(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path}/{number}.db" for number in range(3)]
@@ -474,6 +462,24 @@ def test_the_shell_commands_of_the_readme_run(server: ScriptedServer, shell: She
 
 
 @pytest.mark.slow
+@covers("docs/destinations.md", "console", "python")
+def test_the_code_about_destinations_delivers_to_each(server: ScriptedServer, shell: Shell, capsys) -> None:
+    namespace = run_python("docs/destinations.md", {}, url=server.url)
+    assert capsys.readouterr().out == "3 sent to billing\n"
+    assert [event["order_id"] for event in server.events][:3] == ["o-17", "o-18", "o-19"]
+    for name in ("billing", "search"):
+        namespace["outbox"].flush_all(namespace[name], destination=name)
+        namespace[name].close()
+    assert namespace["outbox"].stats().counts["pending"] == 1
+    (shell.folder / "outbox.toml").write_text('database = "sqlite:///outbox.db"')
+    dry, done = shell.run("docs/destinations.md")
+    assert (dry, done) == tuple(
+        f"4 events {did} from billing to archive\n" for did in ("would be copied", "copied")
+    )
+    assert namespace["outbox"].stats().counts["pending"] == 5
+    namespace["outbox"].close()
+
+
 @covers("docs/recover.md", "console")
 def test_the_commands_to_recover_bring_everything_back(shell: Shell, server: ScriptedServer, monkeypatch) -> None:
     monkeypatch.setenv("OUTBOX_DATABASE_URL", "sqlite:///outbox.db")

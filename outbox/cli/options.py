@@ -163,9 +163,9 @@ def _destination(_context: click.Context, _param: click.Parameter, value: str | 
     return None if value is None else shown(stored(value))
 
 
-def destination_option(words: str) -> Callable[[Decorated], Decorated]:
-    """Add --destination, which is explained in these words."""
-    return click.option("--destination", metavar="NAME", callback=_destination, help=words)
+def destination_option(*names: str, words: str, required: bool = False) -> Callable[[Decorated], Decorated]:
+    """Add an option for the name of a destination, which is explained in these words."""
+    return click.option(*names, metavar="NAME", required=required, callback=_destination, help=words)
 
 
 json_option = click.option("--json", "in_json", is_flag=True, help="Print JSON.")

@@ -78,7 +78,9 @@ def _factory(_context: click.Context, _param: click.Parameter, value: str | None
 
 _OPTIONS = (
     destination_option(
-        "Deliver only to this destination, which the next options describe. Without it, they describe `default`."
+        "--destination",
+        words="Deliver only to this destination, which the next options describe. Without it, they describe"
+        " `default`.",
     ),
     click.option("--url", envvar="OUTBOX_URL", show_envvar=True, help="Base URL of the service."),
     click.option(

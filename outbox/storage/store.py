@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 from outbox.clock import SharedClock, now_ms
 from outbox.storage.bounds import Bounds
 from outbox.storage.claims import Claims
+from outbox.storage.copying import Copying
 from outbox.storage.counts import Counts
 from outbox.storage.deletion import Deletion
 from outbox.storage.dialects import dialect_of
@@ -43,6 +44,7 @@ class Store:
         self.purge = Purge(engine, self._writer, self.deletion)
         identity = Identity()
         self.intake = Intake(engine, self._writer, self.deletion, self.bounds, identity)
+        self.copying = Copying(self._writer, identity)
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
         self.pauses = Pauses(engine, self._writer)
         self.revival = Revival(engine, self._writer)

@@ -1,0 +1,114 @@
+"""Reads the events of a destination, to record them for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, bindparam, select
+
+from outbox.event_ids import derived, is_valid
+from outbox.storage.column_types import INTEGERS, invalid_column
+from outbox.storage.identity import Identity
+from outbox.storage.inserts import known
+from outbox.storage.sql import LAST_ID, by_id, columns, without_index
+from outbox.storage.transactions import Transaction, Writer, look
+
+_SLICE = 1_000
+
+_COPIED = (
+    "event_id",
+    "created_at_ms",
+    "occurred_at_ms",
+    "not_before_ms",
+    "event_type",
+    "payload_json",
+    "rule_ids_json",
+    "session_id",
+    "rule_id",
+    "file_path",
+)
+
+# No index has the order of all statuses by id, so all slices together walk the primary key once.
+TO_COPY = by_id(
+    select(columns.id, *(columns[name] for name in _COPIED))
+    .where(
+        columns.id > bindparam("seen"),
+        columns.id <= bindparam("last"),
+        without_index(columns.destination) == bindparam("destination"),
+        columns.created_at_ms >= bindparam("created_from", type_=BigInteger),
+    )
+    .order_by(columns.id)
+    .limit(bindparam("slice_size"))
+)
+
+
+class Slice(NamedTuple):
+    """Up to a thousand events of a destination."""
+
+    rows: list[dict[str, Any]]
+    """The columns to insert, each row with its event id."""
+    damaged: int
+    """Number of rows whose values no event can have. They are not among `rows`."""
+    walked: int
+    """How many ids were looked at, with the gaps between them."""
+
+
+class Copying:
+    """Reads the events of one destination as new rows for another one."""
+
+    def __init__(self, writer: Writer, identity: Identity) -> None:
+        self._writer = writer
+        self._identity = identity
+
+    def last_id(self) -> int:
+        """Return the id of the newest row, 0 if there is none."""
+        return look(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
+
+    def slices(self, source: str, *, created_from_ms: int, last_id: int, now_ms: int) -> Iterator[Slice]:
+        """Yield the events of a destination up to the row `last_id`, oldest row first, as rows that are due now.
+
+        Each row gets a full new chance: it fails by its age only as if it had been created now.
+        """
+        outbox_id = look(self._writer, lambda transaction: self._identity.outbox_id(transaction.value))
+        seen = 0
+        while seen < last_id:
+            found = look(self._writer, partial(_read, source, created_from_ms, seen, last_id))
+            rows = [row for values in found if (row := _new_row(values, outbox_id, now_ms=now_ms)) is not None]
+            up_to = found[-1][0] if len(found) == _SLICE else last_id
+            yield Slice(rows, len(found) - len(rows), up_to - seen)
+            seen = up_to
+
+    def missing(self, destination: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return those of the rows whose event ids the destination does not have."""
+        event_ids = [row["event_id"] for row in rows]
+        there = look(self._writer, lambda transaction: known(transaction, destination, event_ids))
+        return [row for row in rows if row["event_id"] not in there]
+
+
+def _read(
+    source: str, created_from_ms: int, seen: int, last_id: int, transaction: Transaction
+) -> list[tuple[Any, ...]]:
+    return transaction.rows(
+        TO_COPY, destination=source, created_from=created_from_ms, seen=seen, last=last_id, slice_size=_SLICE
+    )
+
+
+def _new_row(values: Sequence[Any], outbox_id: str, *, now_ms: int) -> dict[str, Any] | None:
+    """Return the columns of the copy, None if another program wrote a value that no event can have."""
+    row_id, *copied = values
+    row = dict(zip(_COPIED, copied, strict=True))
+    if row["event_id"] is None:
+        row["event_id"] = derived(outbox_id, row["created_at_ms"], row_id)
+    texts = (value for name, value in row.items() if name not in INTEGERS and value is not None)
+    if invalid_column(row.items()) or not is_valid(row["event_id"]) or not all(map(_is_writable, texts)):
+        return None
+    return {**row, "next_attempt_at_ms": max(now_ms, row["not_before_ms"] or 0), "revived_at_ms": now_ms}
+
+
+def _is_writable(found: object) -> bool:
+    try:
+        return isinstance(found, str) and found.encode() is not None
+    except UnicodeEncodeError:
+        return False
