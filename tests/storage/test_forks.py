@@ -3,8 +3,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import selectors
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import pytest
 
 from builders import ScriptedClient, rule_fired, statuses
 from children import Child, beside_threads, can_fork
-from conditions import until
+from conditions import until, worker_threads
 from crowd import Crowd, enqueuing
 from outbox import Outbox, StorageError, Worker
 from outbox.storage import engines, forks
@@ -330,6 +332,9 @@ def test_a_worker_that_was_forked_unseen_says_so_when_it_is_woken(forked_unseen,
             worker._wake()
             assert UNSEEN in caplog.text
 
+        # A lock that the thread holds during the fork, such as that of the log, would stay locked in the child.
+        (thread,) = worker_threads()
+        until(lambda: sys._current_frames()[thread.ident].f_code.co_filename == selectors.__file__)
         child = forked_unseen(wake)
         child.act()
         child.end()
