@@ -56,9 +56,10 @@ _NUMBERS = {
 _FILL = """
     INSERT INTO observation_events (
         event_type, rule_ids_json, session_id, occurred_at_ms, payload_json, created_at_ms, retry_count,
-        next_attempt_at_ms
+        next_attempt_at_ms, destination
     )
-    SELECT 'rule_fired', '["no-float-money-1"]', 's1', {now}, '{payload}', {now} - 2 * {n} + i, 0, {next_attempt}
+    SELECT 'rule_fired', '["no-float-money-1"]', 's1', {now}, '{payload}', {now} - 2 * {n} + i, 0, {next_attempt},
+        CASE WHEN i % {destinations} = 0 THEN '' ELSE 'service-' || (i % {destinations}) END
     FROM numbers
 """
 _PUT_BACK = """
@@ -103,9 +104,9 @@ class Backlog:
 
 
 @contextmanager
-def backlog(lab: Lab, database: str, case: Case, number: int) -> Iterator[Backlog]:
-    """A new database with so many rows that wait in that way."""
-    values = {"n": number, "now": now_ms(), "later": _HOURS_MS}
+def backlog(lab: Lab, database: str, case: Case, number: int, destinations: int = 1) -> Iterator[Backlog]:
+    """A new database with so many rows that wait in that way, for so many destinations in turn."""
+    values = {"n": number, "destinations": destinations, "now": now_ms(), "later": _HOURS_MS}
     fill = _NUMBERS[database].format(**values) + _FILL.format(
         payload=payloads(1)[0], next_attempt=case.next_attempt.format(**values), **values
     )
