@@ -20,31 +20,36 @@ _HOURS_MS = 10 * 3_600_000
 
 
 class Case(NamedTuple):
-    """When row number `i` of `n` is next due, and when a row that was claimed was due before, both as SQL."""
+    """Which rows failed, when row `i` of `n` is next due, and when a claimed row was due before, all as SQL."""
 
     name: str
+    failed: str
     next_attempt: str
     due: str
 
 
-# Row i is created 2n - i ms ago; one that was retried is due since n ms after that.
+# Row i is created 2n - i ms ago; one that failed and is due again is due since n ms after that.
 _FRESH, _RETRIED, _BACKED_OFF = "{now} - 2 * {n} + i", "{now} - {n} + i", "{now} + {later} + i"
+_ALL_BUT_TEN, _OLDEST_HALF = "i <= {n} - 10", "i <= {n} / 2"
 CASES = (
-    Case("(a) all due, none tried", _FRESH, _ENQUEUED),
+    Case("(a) all due, none tried", "i < 0", _FRESH, _ENQUEUED),
     Case(
         "(b) all backed off, 10 new ones due",
-        f"CASE WHEN i <= {{n}} - 10 THEN {_BACKED_OFF} ELSE {_FRESH} END",
+        _ALL_BUT_TEN,
+        f"CASE WHEN {_ALL_BUT_TEN} THEN {_BACKED_OFF} ELSE {_FRESH} END",
         _ENQUEUED,
     ),
-    Case("(c) all tried before and due again", _RETRIED, f"{_ENQUEUED} + {{n}}"),
+    Case("(c) all tried before and due again", "i > 0", _RETRIED, f"{_ENQUEUED} + {{n}}"),
     Case(
         "(d) oldest half backed off, newest half not tried",
-        f"CASE WHEN i <= {{n}} / 2 THEN {_BACKED_OFF} ELSE {_FRESH} END",
+        _OLDEST_HALF,
+        f"CASE WHEN {_OLDEST_HALF} THEN {_BACKED_OFF} ELSE {_FRESH} END",
         _ENQUEUED,
     ),
     Case(
         "(e) oldest half backed off, newest half due again",
-        f"CASE WHEN i <= {{n}} / 2 THEN {_BACKED_OFF} ELSE {_RETRIED} END",
+        "i > 0",
+        f"CASE WHEN {_OLDEST_HALF} THEN {_BACKED_OFF} ELSE {_RETRIED} END",
         f"{_ENQUEUED} + {{n}}",
     ),
 )
@@ -56,9 +61,10 @@ _NUMBERS = {
 _FILL = """
     INSERT INTO observation_events (
         event_type, rule_ids_json, session_id, occurred_at_ms, payload_json, created_at_ms, retry_count,
-        next_attempt_at_ms, destination
+        next_attempt_at_ms, waits_for, destination
     )
-    SELECT 'rule_fired', '["no-float-money-1"]', 's1', {now}, '{payload}', {now} - 2 * {n} + i, 0, {next_attempt},
+    SELECT 'rule_fired', '["no-float-money-1"]', 's1', {now}, '{payload}', {now} - 2 * {n} + i,
+        CASE WHEN {failed} THEN 1 ELSE 0 END, {next_attempt}, CASE WHEN {failed} THEN 'service' END,
         CASE WHEN i % {destinations} = 0 THEN '' ELSE 'service-' || (i % {destinations}) END
     FROM numbers
 """
@@ -108,7 +114,10 @@ def backlog(lab: Lab, database: str, case: Case, number: int, destinations: int 
     """A new database with so many rows that wait in that way, for so many destinations in turn."""
     values = {"n": number, "destinations": destinations, "now": now_ms(), "later": _HOURS_MS}
     fill = _NUMBERS[database].format(**values) + _FILL.format(
-        payload=payloads(1)[0], next_attempt=case.next_attempt.format(**values), **values
+        payload=payloads(1)[0],
+        failed=case.failed.format(**values),
+        next_attempt=case.next_attempt.format(**values),
+        **values,
     )
     if database == "sqlite":
         with lab.sqlite_file() as path, raw_sqlite(path, "NORMAL") as connection:
