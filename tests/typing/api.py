@@ -156,8 +156,8 @@ def enqueueing(
     assert_type(outbox.enqueue_many([event], to="billing", not_before=1_795_521_600_000), list[int])
     assert_type(outbox.abandon(17, "the order was cancelled"), bool)
     outbox.enqueue(event, to={"billing"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    outbox.enqueue(event, event_id=17)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    outbox.enqueue("order_shipped")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    outbox.enqueue(event, event_id=17)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    outbox.enqueue("order_shipped")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
 
 
 def refused(_status: int, _headers: Mapping[str, str], _body: bytes) -> dict[str, HttpFailure]:
