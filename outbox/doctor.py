@@ -74,7 +74,7 @@ def _identity(engine: Engine) -> Iterator[tuple[bool, str]]:
 def _times(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
     store = Store(engine)
     now = store.now_ms()
-    odd = store.views.oddities(
+    odd = store.figures.oddities(
         now_ms=now,
         latest_lease_until_ms=now + policy.lease_ms + _CLOCK_TOLERANCE_MS,
         soon_ms=now + _CLOCK_TOLERANCE_MS,
@@ -106,7 +106,7 @@ def _bounds(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
 
 
 def _destinations(engine: Engine) -> Iterator[tuple[bool, str]]:
-    others = Store(engine).views.other_destinations()
+    others = Store(engine).figures.other_destinations()
     if others:
         events = f"undelivered events go to {others} {'destination' if others == 1 else 'destinations'}"
         danger = "a program that knows no destinations, such as difflore or an older version, would send them to"

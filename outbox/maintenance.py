@@ -95,18 +95,30 @@ def copy(  # noqa: PLR0913 - the command has as many options
     return report
 
 
-def requeue_abandoned(store: Store, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> RequeueReport:
-    """Requeue the abandoned events that were created before the cutoff."""
-    per_type = store.revival.requeue(cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
+def requeue_abandoned(
+    store: Store, destination: str | None, *, cutoff_ms: int, now_ms: int, dry_run: bool
+) -> RequeueReport:
+    """Requeue the abandoned events that were created before the cutoff. None means all destinations."""
+    per_type = store.revival.requeue(destination, cutoff_ms=cutoff_ms, now_ms=now_ms, dry_run=dry_run)
     return RequeueReport(sum(per_type.values()), per_type)
 
 
-def purge(
-    store: Store, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
+def purge(  # noqa: PLR0913 - each condition is one
+    store: Store,
+    *,
+    event_type: str | None,
+    created_before_ms: int | None,
+    destination: str | None,
+    now_ms: int,
+    dry_run: bool,
 ) -> PurgeReport:
     """Delete the events that match all conditions, except events that are being sent."""
     purged, in_flight = store.purge.purge(
-        event_type=event_type, created_before_ms=created_before_ms, now_ms=now_ms, dry_run=dry_run
+        event_type=event_type,
+        created_before_ms=created_before_ms,
+        destination=destination,
+        now_ms=now_ms,
+        dry_run=dry_run,
     )
     per_type: Counter[str] = Counter()
     for (_, found), events in purged.items():

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from outbox import maintenance
+from outbox.destinations import stored
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.outcomes import as_last_error
@@ -30,20 +31,29 @@ class Operations:
     policy: Policy
     wakers: set[Callable[[], object]]
 
-    def retry_now(self) -> int:
-        """Make all waiting and parked events due now; return how many. Events being sent are not changed."""
-        count = self.store.revival.retry_now(now_ms=self.store.now_ms())
+    def retry_now(self, *, destination: str | None = None) -> int:
+        """Make waiting and parked events due now; return how many. None means all destinations.
+
+        Events being sent are not changed.
+        """
+        count = self.store.revival.retry_now(_stored(destination), now_ms=self.store.now_ms())
         self._wake()
         return count
 
-    def requeue_abandoned(self, *, older_than: datetime | int, dry_run: bool = False) -> maintenance.RequeueReport:
+    def requeue_abandoned(
+        self, *, older_than: datetime | int, destination: str | None = None, dry_run: bool = False
+    ) -> maintenance.RequeueReport:
         """Return abandoned events created before `older_than` to the queue and reset their failures and age.
 
-        With `dry_run`, they are only counted.
-        `older_than` is a datetime with a time zone, or epoch milliseconds.
+        With `dry_run`, they are only counted. `older_than` is a datetime with a time zone, or epoch milliseconds.
+        `destination` selects the events of one; None means all.
         """
         report = maintenance.requeue_abandoned(
-            self.store, cutoff_ms=maintenance.cutoff_ms(older_than), now_ms=self.store.now_ms(), dry_run=dry_run
+            self.store,
+            _stored(destination),
+            cutoff_ms=maintenance.cutoff_ms(older_than),
+            now_ms=self.store.now_ms(),
+            dry_run=dry_run,
         )
         self._wake()
         return report
@@ -60,14 +70,20 @@ class Operations:
         )
 
     def purge(
-        self, *, event_type: str | None = None, older_than: datetime | int | None = None, dry_run: bool = False
+        self,
+        *,
+        event_type: str | None = None,
+        older_than: datetime | int | None = None,
+        destination: str | None = None,
+        dry_run: bool = False,
     ) -> maintenance.PurgeReport:
         """Delete events of any status for good; with `dry_run`, only count them.
 
         `event_type` selects the events of a type, `older_than` those created before a datetime with a time zone or
-        epoch milliseconds. Give one or both, else it raises `ConfigurationError`. The ledger counts the deleted
-        events. Events that are being sent are not deleted. Every row is read, and each transaction deletes up
-        to a thousand rows, so after an error some events may already be deleted.
+        epoch milliseconds. Give one or both, else it raises `ConfigurationError`. `destination` selects the events
+        of one; None means all. The ledger counts the deleted events. Events that are being sent are not deleted.
+        Every row is read, and each transaction deletes up to a thousand rows, so after an error some events may
+        already be deleted.
         """
         if event_type is None and older_than is None:
             raise ConfigurationError("purge has neither event_type nor older_than, expected one of them or both")
@@ -77,6 +93,7 @@ class Operations:
             self.store,
             event_type=event_type,
             created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
+            destination=_stored(destination),
             now_ms=self.store.now_ms(),
             dry_run=dry_run,
         )
@@ -95,13 +112,14 @@ class Operations:
         """Return one event, detached from the database, or None."""
         return self.store.views.get(row_id) if 0 < row_id <= LARGEST_ID else None
 
-    def find(
+    def find(  # noqa: PLR0913 - each condition is one
         self,
         *,
         status: Status | str | None = None,
         event_type: str | None = None,
         older_than: datetime | int | None = None,
         due_after: datetime | int | None = None,
+        destination: str | None = None,
         limit: int = 100,
     ) -> list[ObservationEvent]:
         """Return the oldest events that match all given conditions, detached from the database.
@@ -121,6 +139,7 @@ class Operations:
             event_type=event_type,
             created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
             due_after_ms=None if due_after is None else maintenance.cutoff_ms(due_after, "due_after"),
+            destination=_stored(destination),
             limit=limit,
         )
 
@@ -136,3 +155,7 @@ class Operations:
     def _wake(self, _session: object = None) -> None:
         for wake in tuple(self.wakers):
             wake()
+
+
+def _stored(destination: str | None) -> str | None:
+    return None if destination is None else stored(destination)

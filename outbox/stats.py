@@ -49,7 +49,7 @@ class Stats:
 
 def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
     """Read the database and return the queue as it is now."""
-    seen = store.views.overview(now_ms=now_ms)
+    seen = store.figures.overview(now_ms=now_ms)
     counts = dict.fromkeys((status.value for status in Status), 0)
     by_type: dict[str, dict[str, int]] = {}
     for event_type, status, count in seen.counts:

@@ -18,6 +18,7 @@ from builders import (
     statuses,
 )
 from outbox import ConfigurationError, Outbox, Policy, PurgeReport, RequeueReport, RuleFired, StorageError
+from outbox.pauses import SharedPause
 from outbox.storage import deletion, purge
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
@@ -69,6 +70,53 @@ def test_retry_now_makes_due_what_waits_or_is_parked(outbox: Outbox) -> None:
         now_due = row(outbox, row_id)
         assert (now_due.status, now_due.next_attempt_at_ms) == ("pending", NOON_MS)
         assert (now_due.retry_count, now_due.last_error, now_due.revived_at_ms) == (retry_count, error, revived)
+
+
+# One destination
+
+
+def test_what_an_operator_does_to_one_destination_leaves_the_others_alone(outbox: Outbox) -> None:
+    kinds = (
+        {"next_attempt_at_ms": NOON_MS + 9, "retry_count": 3},
+        {"status": "parked"},
+        {"status": "abandoned"},
+        {"status": "sent", "sent_at_ms": NOON_MS},
+    )
+    rows = {
+        destination: [add_row(outbox, destination=destination, **kind) for kind in kinds]
+        for destination in ("", "billing", "search")
+    }
+    for destination in rows:
+        outbox.store.pauses.change(destination, lambda _: SharedPause(failures=1, until_ms=NOON_MS + 1))
+    others = [columns_of(row(outbox, row_id)) for row_id in rows["search"]]
+
+    def found(destination: str) -> list[str]:
+        return [one.status for one in outbox.find(destination=destination)]
+
+    assert found("default") == found("billing") == ["pending", "parked", "abandoned", "sent"]
+    for name, stored in (("default", ""), ("billing", "billing")):
+        assert outbox.retry_now(destination=name) == 2
+        for dry_run in (True, False):
+            report = outbox.requeue_abandoned(older_than=NOON_MS + 1, destination=name, dry_run=dry_run)
+            assert report == RequeueReport(1, {"rule_fired": 1})
+        assert found(name) == ["pending", "pending", "pending", "sent"]
+        assert {one.next_attempt_at_ms for one in outbox.find(destination=name, status="pending")} == {NOON_MS}
+        for dry_run in (True, False):
+            purged = outbox.purge(older_than=NOON_MS + 1, destination=name, dry_run=dry_run)
+            assert (purged.total, purged.undelivered) == (4, 3)
+        assert found(name) == []
+        assert stored not in [pause.destination for pause in outbox.stats().pauses]
+    assert [columns_of(row(outbox, row_id)) for row_id in rows["search"]] == others
+    assert [pause.destination for pause in outbox.stats().pauses] == ["search"]
+    assert (outbox.retry_now(), len(outbox.find())) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "operation", [Outbox.retry_now, Outbox.find, lambda outbox, **these: outbox.purge(older_than=0, **these)]
+)
+def test_a_name_that_no_destination_can_have_is_refused(outbox: Outbox, operation) -> None:
+    with pytest.raises(ConfigurationError, match="^the destination is 'c r', expected a name"):
+        operation(outbox, destination="c r")
 
 
 # Pending count

@@ -27,6 +27,7 @@ from outbox.cli.options import (
     due_after_option,
     json_option,
     older_than_option,
+    only_destination_option,
     type_option,
     uses_database,
 )
@@ -115,6 +116,7 @@ def enqueue(  # noqa: PLR0913 - click passes each option by its name
     "--status", type=click.Choice([status.value for status in Status]), help="Only events with this status."
 )
 @type_option
+@only_destination_option
 @older_than_option()
 @due_after_option()
 @click.option(
@@ -131,6 +133,7 @@ def list_events(  # noqa: PLR0913 - click passes each option by its name
     *,
     status: str | None,
     event_type: str | None,
+    destination: str | None,
     older_than: int | None,
     due_after: int | None,
     limit: int,
@@ -139,7 +142,12 @@ def list_events(  # noqa: PLR0913 - click passes each option by its name
     """List events, oldest first."""
     with Outbox(database) as outbox:
         rows = outbox.find(
-            status=status, event_type=event_type, older_than=older_than, due_after=due_after, limit=limit + 1
+            status=status,
+            event_type=event_type,
+            older_than=older_than,
+            due_after=due_after,
+            destination=destination,
+            limit=limit + 1,
         )
     if in_json:
         say(as_json([event_as_dict(row) for row in rows[:limit]]))
@@ -171,27 +179,29 @@ def show(database: str, row_id: int, *, in_json: bool) -> None:
 
 
 @click.command(epilog="Example: outbox retry")
+@only_destination_option
 @uses_database
 @json_option
-def retry(database: str, *, in_json: bool) -> None:
+def retry(database: str, *, destination: str | None, in_json: bool) -> None:
     """Retry all waiting and parked events now.
 
-    The events become due: the next flush, or a running worker, sends them.
+    Pauses end, and the events become due: the next flush, or a running worker, sends them.
     """
     with Outbox(database) as outbox:
-        count = outbox.retry_now()
+        count = outbox.retry_now(destination=destination)
     say(as_json({"retried": count}) if in_json else f"{counted(count, 'event')} made due")
 
 
 @click.command(epilog="Example: outbox requeue --older-than 12h --dry-run")
 @older_than_option(required=True)
+@only_destination_option
 @dry_run_option
 @uses_database
 @json_option
-def requeue(database: str, *, older_than: int, dry_run: bool, in_json: bool) -> None:
+def requeue(database: str, *, older_than: int, destination: str | None, dry_run: bool, in_json: bool) -> None:
     """Return abandoned events to the queue and reset their failures and age."""
     with Outbox(database) as outbox:
-        report = outbox.requeue_abandoned(older_than=older_than, dry_run=dry_run)
+        report = outbox.requeue_abandoned(older_than=older_than, destination=destination, dry_run=dry_run)
     if in_json:
         say(as_json({**dataclasses.asdict(report), "dry_run": dry_run}))
         return
@@ -202,17 +212,28 @@ def requeue(database: str, *, older_than: int, dry_run: bool, in_json: bool) -> 
 @click.command(epilog="Example: outbox purge --type order_shipped --older-than 30d --dry-run")
 @type_option
 @older_than_option()
+@only_destination_option
 @dry_run_option
 @uses_database
 @json_option
-def purge(database: str, *, event_type: str | None, older_than: int | None, dry_run: bool, in_json: bool) -> None:
+def purge(  # noqa: PLR0913 - click passes each option by its name
+    database: str,
+    *,
+    event_type: str | None,
+    older_than: int | None,
+    destination: str | None,
+    dry_run: bool,
+    in_json: bool,
+) -> None:
     """Delete events of any status for good.
 
     Give --type, --older-than or both. `outbox status` shows how many events were deleted. Events that are being
     sent are not deleted. Exit code 1: there were such events.
     """
     with Outbox(database) as outbox:
-        report = outbox.purge(event_type=event_type, older_than=older_than, dry_run=dry_run)
+        report = outbox.purge(
+            event_type=event_type, older_than=older_than, destination=destination, dry_run=dry_run
+        )
     if in_json:
         say(as_json({**dataclasses.asdict(report), "dry_run": dry_run}))
     else:

@@ -168,6 +168,7 @@ def destination_option(*names: str, words: str, required: bool = False) -> Calla
     return click.option(*names, metavar="NAME", required=required, callback=_destination, help=words)
 
 
+only_destination_option = destination_option("--destination", words="Only events of this destination.")
 json_option = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
 type_option = click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only count; change nothing.")

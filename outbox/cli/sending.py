@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -169,15 +170,18 @@ def run(  # noqa: PLR0913 - click passes each option by its name
     All destinations in outbox.toml are served; --destination chooses one. After SIGTERM or Ctrl-C, batches that
     are being sent have the grace period to finish. Events that were not sent by its end return to the queue. The
     token of the destination `default` comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the
-    file is read before each request. Other credentials are named in outbox.toml. If the token or another
-    credential changes, parked and waiting events are retried immediately. The log goes to standard error.
+    file is read before each request. Other credentials are named in outbox.toml. If a token or another credential
+    changes, the parked and waiting events of its destination are retried immediately. The log goes to standard
+    error.
     """
     from outbox.worker import Worker  # noqa: PLC0415 - only this command needs it
 
     with ExitStack() as opened:
         outbox = opened.enter_context(Outbox(database, policy=policy))
         clients = {
-            service.destination: opened.enter_context(service.client(on_new_credentials=outbox.retry_now))
+            service.destination: opened.enter_context(
+                service.client(on_new_credentials=partial(outbox.retry_now, destination=service.destination))
+            )
             for service in services.every
         }
         opened.enter_context(shown_log())

@@ -23,7 +23,9 @@ _for_purge = (
 LOCK_ROWS_TO_PURGE = by_id(select(*_for_purge).where(these_rows).order_by(columns.id).with_for_update())
 
 
-def to_purge(*, event_type: str | None, created_before_ms: int | None) -> Select[Any]:
+def to_purge(
+    *, event_type: str | None, created_before_ms: int | None, destination: str | None = None
+) -> Select[Any]:
     """Return the query for a slice of the rows that fit, with the ids after `seen`, up to `last`.
 
     No index has the order of all statuses by type or creation, so all slices together walk the primary key once.
@@ -37,6 +39,8 @@ def to_purge(*, event_type: str | None, created_before_ms: int | None) -> Select
     )
     if event_type is not None:
         statement = statement.where(without_index(columns.event_type) == event_type)
+    if destination is not None:
+        statement = statement.where(without_index(columns.destination) == destination)
     if created_before_ms is not None:
         statement = statement.where(columns.created_at_ms < created_before_ms)
     return statement
@@ -51,14 +55,20 @@ class Purge:
         self._deletion = deletion
 
     def purge(
-        self, *, event_type: str | None, created_before_ms: int | None, now_ms: int, dry_run: bool
+        self,
+        *,
+        event_type: str | None,
+        created_before_ms: int | None,
+        destination: str | None = None,
+        now_ms: int,
+        dry_run: bool,
     ) -> tuple[Counter[tuple[str, str]], int]:
         """Delete the rows that match all conditions, except rows in flight and rows that are inserted meanwhile.
 
         Return how many by status and event type, and how many stay because they are in flight. Rows are searched
         without a lock, and deleted in slices. Each slice is a transaction.
         """
-        query = to_purge(event_type=event_type, created_before_ms=created_before_ms)
+        query = to_purge(event_type=event_type, created_before_ms=created_before_ms, destination=destination)
         purged: Counter[tuple[str, str]] = Counter()
         in_flight = 0
         for found in self._slices(query, now_ms=now_ms):

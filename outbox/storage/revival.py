@@ -97,13 +97,23 @@ RETRY_WAITING = move(outcomes.retry_now(now_ms=now, is_parked=False), status=col
     columns.next_attempt_at_ms > now,
     or_(columns.not_before_ms.is_(None), columns.not_before_ms <= now),
 )
+RETRY = (RESUME_ALL, RETRY_PARKED, RETRY_WAITING)
+RETRY_ONE = (
+    RESUME_ALL.where(this_destination),
+    RETRY_PARKED.where(of_destination),
+    RETRY_WAITING.where(of_destination),
+)
+"""The same for one destination."""
 
 OLD_ABANDONED = (
     select(columns.id, columns.event_type)
     .where(is_one_of(unindexed_status, Status.ABANDONED), columns.created_at_ms < bindparam("cutoff"))
     .order_by(columns.id)
 )
-LOCK_OLD_ABANDONED = OLD_ABANDONED.with_for_update()
+OLD_ABANDONED_OF_ONE = OLD_ABANDONED.where(of_destination)
+LOCK_OLD_ABANDONED, LOCK_OLD_ABANDONED_OF_ONE = (
+    one.with_for_update() for one in (OLD_ABANDONED, OLD_ABANDONED_OF_ONE)
+)
 CANCEL = by_id(move(outcomes.cancel(last_error=bindparam("reason"))).where(this_row))
 REQUEUE_ROWS = by_id(move(outcomes.requeue(now_ms=now)).where(these_rows))
 
@@ -197,12 +207,14 @@ class Revival:
 
         return self._writer.run(unpark, survives_power_cut=False) if found else 0
 
-    def retry_now(self, *, now_ms: int) -> int:
-        """Make all waiting and parked rows of all destinations due, and end every pause; return how many."""
+    def retry_now(self, destination: str | None = None, *, now_ms: int) -> int:
+        """Make waiting and parked rows due, and end the pause; return how many. None means all destinations."""
+        this = {} if destination is None else {"destination": destination}
+        resume, *retries = RETRY if destination is None else RETRY_ONE
 
         def retry_now(transaction: Transaction) -> int:
-            transaction.change(RESUME_ALL)
-            return transaction.change(RETRY_PARKED, now=now_ms) + transaction.change(RETRY_WAITING, now=now_ms)
+            transaction.change(resume, **this)
+            return sum(transaction.change(retry, now=now_ms, **this) for retry in retries)
 
         return self._writer.run(retry_now)
 
@@ -212,16 +224,24 @@ class Revival:
             self._writer.run(lambda transaction: transaction.change(CANCEL, row_id=row_id, reason=last_error))
         )
 
-    def requeue(self, *, cutoff_ms: int, now_ms: int, dry_run: bool) -> dict[str, int]:
-        """Bring back the abandoned rows of all destinations created before the cutoff.
+    def requeue(
+        self, destination: str | None = None, *, cutoff_ms: int, now_ms: int, dry_run: bool
+    ) -> dict[str, int]:
+        """Bring back the abandoned rows created before the cutoff. None means all destinations.
 
         Return how many by event type, by name.
         """
+        these = {"cutoff": cutoff_ms} if destination is None else {"cutoff": cutoff_ms, "destination": destination}
+        look_up, lock_up = (
+            (OLD_ABANDONED, LOCK_OLD_ABANDONED)
+            if destination is None
+            else (OLD_ABANDONED_OF_ONE, LOCK_OLD_ABANDONED_OF_ONE)
+        )
 
         def requeue(transaction: Transaction) -> list[tuple[Any, ...]]:
             if dry_run:
-                return transaction.rows(OLD_ABANDONED, cutoff=cutoff_ms)
-            rows = transaction.rows(LOCK_OLD_ABANDONED, cutoff=cutoff_ms)
+                return transaction.rows(look_up, **these)
+            rows = transaction.rows(lock_up, **these)
             transaction.change_rows(REQUEUE_ROWS, [row_id for row_id, _ in rows], now=now_ms)
             return rows
 

@@ -14,6 +14,7 @@ from outbox.storage.counts import Counts
 from outbox.storage.deletion import Deletion
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import is_own
+from outbox.storage.figures import Figures
 from outbox.storage.identity import Identity
 from outbox.storage.intake import Intake
 from outbox.storage.pauses import Pauses
@@ -48,6 +49,7 @@ class Store:
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
         self.pauses = Pauses(engine, self._writer)
         self.revival = Revival(engine, self._writer)
+        self.figures = Figures(engine)
         self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)
 
     def _read_clock(self) -> int:

@@ -37,6 +37,20 @@ def test_the_routes_of_the_file_or_an_option_name_the_destinations(run, outbox, 
     assert "to is ('billing', 'billing'), expected different destinations" in refused.stderr
 
 
+def test_an_option_selects_the_events_of_one_destination(run, outbox):
+    for destination in ("", "billing"):
+        for status in ("parked", "abandoned"):
+            add_row(outbox, destination=destination, status=status)
+    of_billing = ("--destination", "billing")
+    assert [one["id"] for one in json.loads(run("list", "--json", *of_billing).stdout)] == [3, 4]
+    assert [one["id"] for one in json.loads(run("list", "--json", "--destination", "default").stdout)] == [1, 2]
+    assert run("retry", *of_billing).stdout == "1 event made due\n"
+    assert run("requeue", "--older-than", "0s", *of_billing).stdout.startswith("1 event requeued\n")
+    assert statuses(outbox) == ["parked", "abandoned", "pending", "pending"]
+    assert run("purge", "--older-than", "0s", *of_billing).stdout.startswith("2 events purged, 2 of them")
+    assert statuses(outbox) == ["parked", "abandoned"]
+
+
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_no_part_of_events(run, outbox):
     result = run("enqueue", "-", input=f"\ufeff{GOOD}\r\n\r\n  \n{GOOD}".encode())
     assert (result.exit_code, statuses(outbox)) == (0, ["pending", "pending"])

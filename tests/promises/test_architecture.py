@@ -52,6 +52,8 @@ TESTED_WITH = {
     "storage/dialects/mysql.py": "promises/test_servers.py",
     "storage/dialects/postgresql.py": "promises/test_servers.py",
     "storage/dialects/sqlite.py": "storage/test_sqlite_file.py",
+    "storage/due_times.py": "storage/test_sqlite_claims.py",
+    "storage/figures.py": "test_stats.py",
     "storage/indexes.py": "promises/test_growth.py",
     "storage/intake.py": "test_outbox.py",
     "storage/pings.py": "promises/test_servers.py",

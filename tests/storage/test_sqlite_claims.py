@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from outbox import Outbox
-from outbox.storage import deletion, purge, revival, row_counts, sqlite_claims, views
+from outbox.storage import deletion, due_times, purge, revival, row_counts, sqlite_claims, views
 from outbox.storage.dialects.sqlite import DIALECT
 
 INSERT_ROWS = """
@@ -58,8 +58,10 @@ def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement, stat
 
 def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
     for event_type, created in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
-        plan = plan_of(outbox, purge.to_purge(event_type=event_type, created_before_ms=created))
-        assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
+        for destination in (None, "billing"):
+            query = purge.to_purge(event_type=event_type, created_before_ms=created, destination=destination)
+            plan = plan_of(outbox, query)
+            assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
@@ -99,8 +101,8 @@ def test_a_claim_looks_for_each_kind_of_row_in_an_index_of_theirs(
         row_counts.all_rows(DIALECT),
         row_counts.pending_rows(DIALECT),
         views.CHORES,
-        views.LAST_ACCEPTED,
-        views.NEXT_DUE,
+        due_times.LAST_ACCEPTED,
+        due_times.NEXT_DUE,
     ],
 )
 def test_no_statement_for_one_destination_reads_the_waiting_rows_of_another(

@@ -1,0 +1,139 @@
+"""The numbers of `stats` and `doctor`."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Engine,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    or_,
+    select,
+    union_all,
+)
+
+from outbox.destinations import DEFAULT_DESTINATION
+from outbox.lifecycle import Status
+from outbox.records import Deleted, Oddities, Overview, Pause, Trouble
+from outbox.storage.column_types import INTEGERS
+from outbox.storage.dialects import dialect_of
+from outbox.storage.due_times import NEXT_DUE
+from outbox.storage.engines import reading
+from outbox.storage.pauses import PAUSED
+from outbox.storage.sql import columns, has_creation_time, has_due_time, is_one_of, literal, now
+from outbox.storage.tables import destinations_ledger, ledger
+
+_undelivered = is_one_of(columns.status, Status.PENDING, Status.SENDING)
+COUNTS = (
+    select(columns.event_type, columns.status, func.count())
+    .group_by(columns.event_type, columns.status)
+    .order_by(columns.event_type)
+)
+_age_begins = case(
+    (columns.not_before_ms > columns.created_at_ms, columns.not_before_ms), else_=columns.created_at_ms
+)
+OLDEST_PENDING = select(cast(func.min(_age_begins), BigInteger)).where(_undelivered, has_creation_time)
+LAST_PARKED = (
+    select(columns.last_error, cast(columns.next_attempt_at_ms, BigInteger))
+    .where(is_one_of(columns.status, Status.PARKED), has_due_time)
+    .order_by(columns.next_attempt_at_ms.desc(), columns.id.desc())
+    .limit(1)
+)
+_by_error = (
+    select(
+        columns.waits_for,
+        columns.last_error,
+        func.min(columns.next_attempt_at_ms).label("due"),
+        func.count().label("events"),
+    )
+    .where(is_one_of(columns.status, Status.PENDING), columns.last_error.is_not(None), has_due_time)
+    .group_by(columns.waits_for, columns.last_error)
+    .subquery()
+)
+_kind = _by_error.c.waits_for
+_kinds = select(
+    _kind,
+    _by_error.c.last_error,
+    func.min(_by_error.c.due).over(partition_by=_kind).label("due"),
+    func.sum(_by_error.c.events).over(partition_by=_kind).label("events"),
+    func.row_number().over(partition_by=_kind, order_by=_by_error.c.events.desc()).label("place"),
+).subquery()
+WAITING = select(
+    _kinds.c.waits_for, _kinds.c.last_error, cast(_kinds.c.due, BigInteger), cast(_kinds.c.events, BigInteger)
+).where(_kinds.c.place == 1)
+"""For each thing that rows wait for: their most frequent failure, when the first is due, and how many they are."""
+_ledgers = union_all(
+    *(select(*(one.c[name] for name in Deleted._fields)) for one in (ledger, destinations_ledger))
+)
+_counted = _ledgers.subquery().c
+_kept_apart = (_counted.status, _counted.event_type, _counted.reason)
+DELETED = (
+    select(*_kept_apart, cast(func.sum(_counted.events), BigInteger)).group_by(*_kept_apart).order_by(*_kept_apart)
+)
+OTHER_DESTINATIONS = select(func.count(columns.destination.distinct())).where(
+    columns.destination != literal_column(f"'{DEFAULT_DESTINATION}'"),
+    columns.status != literal(Status.SENT),
+)
+_is_invalid = or_(
+    *(
+        or_(columns[name] >= below, columns[name] != cast(columns[name], BigInteger))
+        for name, below in INTEGERS.items()
+    )
+)
+_is_sending = is_one_of(columns.status, Status.SENDING)
+_is_pending = is_one_of(columns.status, Status.PENDING)
+ODDITIES = select(
+    *(
+        select(func.count()).where(condition).scalar_subquery()
+        for condition in (
+            and_(_is_sending, columns.next_attempt_at_ms <= now),
+            and_(_is_sending, columns.next_attempt_at_ms > bindparam("latest_lease_until"), has_due_time),
+            and_(columns.created_at_ms > bindparam("soon"), has_creation_time),
+            and_(_is_pending, columns.next_attempt_at_ms > bindparam("latest_due"), has_due_time),
+            and_(_undelivered, _is_invalid),
+        )
+    )
+)
+
+
+class Figures:
+    """Counts and sums over the whole table. Each method sees one snapshot, and waits for no writer."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def overview(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> Overview:
+        """Count the rows of all destinations, and find why they wait. `next_due_at_ms` is for one destination."""
+        with reading(self._engine) as connection:
+            parked = connection.execute(LAST_PARKED).first()
+            waiting = connection.execute(WAITING).all()
+            return Overview(
+                counts=[(row[0], row[1], row[2]) for row in connection.execute(COUNTS)],
+                oldest_pending_ms=connection.scalar(OLDEST_PENDING),
+                next_due_at_ms=connection.scalar(NEXT_DUE, {"destination": destination, "now": now_ms}),
+                parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),
+                waiting={waits_for: Trouble(*trouble) for waits_for, *trouble in waiting},
+                deleted=[Deleted(*row) for row in connection.execute(DELETED)],
+                pauses=[Pause(*row) for row in connection.execute(PAUSED, {"now": now_ms})],
+                without_policy=dialect_of(self._engine).hidden_commands(connection),
+            )
+
+    def other_destinations(self) -> int:
+        """Count the destinations beside the default one that have undelivered rows. It reads the whole table."""
+        with reading(self._engine) as connection:
+            return connection.scalar(OTHER_DESTINATIONS) or 0
+
+    def oddities(self, *, now_ms: int, latest_lease_until_ms: int, soon_ms: int, latest_due_ms: int) -> Oddities:
+        """Count rows whose times or numbers are implausible."""
+        limits = {
+            "now": now_ms,
+            "latest_lease_until": latest_lease_until_ms,
+            "soon": soon_ms,
+            "latest_due": latest_due_ms,
+        }
+        with reading(self._engine) as connection:
+            return Oddities(*connection.execute(ODDITIES, limits).one())
