@@ -14,30 +14,33 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import cycle
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox import BatchItem, FixOutcome, HttpFailure, Outbox, Policy, RuleFired, StorageError, TransportFailure
+from outbox import FixOutcome, Outbox, Policy, RuleFired, StorageError
+from outbox.destinations import shown
 
-from .facts import LIVENESS, LOSS, MINUTE_MS, REPORT, WEEK_MS, Violation
+from . import weather
+from .facts import LIVENESS, LOSS, MINUTE_MS, REPORT, WEEK_MS, Row, Violation
 from .model import Model
-from .server import Answer, Client, Server
+from .server import Client
 from .stage import NOON_MS, Director, Fault, Process, Stage
 from .theatre import Theatre
+from .weather import AUTH, BUG, DOWN, DRIFT, LIMIT, LOST_ANSWER, Bug, Weather
 
 NOON = datetime(2026, 11, 24, 12, 0, tzinfo=timezone.utc)
 
-CRASH, DATABASE, DEADLOCK, DISCONNECT = "crash", "database", "deadlock", "disconnect"
-LOST_COMMIT, LOST_ANSWER = "lost-commit", "lost-answer"
+CRASH, DATABASE, DEADLOCK, DISCONNECT, LOST_COMMIT = "crash", "database", "deadlock", "disconnect", "lost-commit"
 SKEW, JUMP, LEAP = "skew", "jump", "leap"
-DOWN, LIMIT, AUTH, DRIFT, BUG = "down", "limit", "auth", "drift", "bug"
 POISON, SPOILT, HOST, OPERATOR, CAP = "poison", "spoilt", "host", "operator", "cap"
 KINDS = (
     CRASH, DATABASE, DEADLOCK, DISCONNECT, LOST_COMMIT, LOST_ANSWER, SKEW, JUMP, LEAP, DOWN, LIMIT, AUTH, DRIFT, BUG,
     POISON, SPOILT, HOST, OPERATOR, CAP,
 )  # fmt: skip
+DESTINATIONS = ("", "billing", "search", "archive")
 TICKS = 1_500
 
 _GIVEN_UP = ("40001", "40P01")
@@ -46,10 +49,6 @@ _GIVEN_UP = ("40001", "40P01")
 _GRACE_MS = 1_920_000 * 5 // 4 + 60_000 + 60 // 2 * 5_000
 # The longest pause, and a probe that died. The original knows neither.
 _GRACE_OF_PAUSE_MS = 300_000 + 60_000
-
-
-class Bug(Exception):  # noqa: N818 - it plays a client's bug
-    """What a client raises that is no failed upload."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,8 @@ class World(Director):
         self.case = case
         self.kinds = case.chosen_kinds()
         self._theatre = theatre
-        self._schedule, self._trouble, self._weather, self._time, self.work = (
-            stream(case.seed, name) for name in ("schedule", "trouble", "weather", "time", "work")
+        self._schedule, self._trouble, self._time, self.work, self._routing = (
+            stream(case.seed, name) for name in ("schedule", "trouble", "time", "work", "routing")
         )
         shape = stream(case.seed, "shape")
         self.policy = self._policy(shape)
@@ -118,9 +117,9 @@ class World(Director):
         # On SQLite an engine of ours is written through one connection, a host's through its pool.
         self._on_hosts_engines = not theatre.is_shared and shape.random() < 0.5
         self.calm = False
-        self.server = Server(self._answer)
-        self._sky: Callable[[], Answer] = Answer
-        self._skies = self._possible_skies()
+        self.weathers = self._weathers()
+        self._sick = ""
+        """The destination whose trouble goes on for a while when everything else has calmed down."""
         self._deadline_ms = 0
         self._last: Process | None = None
 
@@ -132,6 +131,20 @@ class World(Director):
             return build(**limits, max_rows=cap if CAP in self.kinds else 60, when_full="trim", max_sent=0)
         return build(**limits, max_sent=cap, revive_limit=limits["unpark_limit"])
 
+    def _weathers(self) -> dict[str, Weather]:
+        """Half of the worlds have one destination. Of several, each has some of the world's kinds of trouble."""
+        seed, draw = self.case.seed, stream(self.case.seed, "destinations")
+        number = draw.choice((1, 1, 1, 2, 3, 4))
+        if number == 1:
+            return {"": Weather(stream(seed, "weather"), self.kinds)}
+        return {
+            destination: Weather(
+                stream(seed, f"weather {destination}"),
+                self.kinds & {kind for kind in weather.KINDS if draw.random() < 0.5},
+            )
+            for destination in DESTINATIONS[:number]
+        }
+
     def run(self) -> Result:
         failure = None
         with self._theatre.empty_database() as observer:
@@ -141,11 +154,11 @@ class World(Director):
             self.model = Model(
                 observer,
                 self.policy.on(is_shared=shared),
-                self.server,
+                {destination: one.server for destination, one in self.weathers.items()},
                 equal_clocks=equal_clocks,
                 shared=shared,
-                is_blameless=DRIFT not in self.kinds,
             )
+            self.model.seen[f"{len(self.weathers)} destinations"] += 1
             stage = Stage(self, self.model)
             try:
                 stage.play(self._cast())
@@ -186,12 +199,14 @@ class World(Director):
 
     def _flush(self, process: Process) -> None:
         outbox = self._open(process)
-        client = Client(process, self.server)
-        while True:
-            operation = process.begin("flush")
-            to_the_end = self.work.random() < 0.2
+        idle = 0
+        for destination in cycle(self._routing.sample([*self.weathers], len(self.weathers))):
+            client = Client(process, self.weathers[destination].server)
+            operation = process.begin("flush", destinations=(destination,))
+            self.model.flush_begins(operation)
+            flush = outbox.flush_all if self.work.random() < 0.2 else outbox.flush
             try:
-                report = outbox.flush_all(client) if to_the_end else outbox.flush(client)
+                report = flush(client, destination=shown(destination))
             except (StorageError, Bug, KeyboardInterrupt) as error:
                 if not operation.troubled:
                     raise
@@ -201,7 +216,9 @@ class World(Director):
             process.stage.note(process.name, "reports", report)
             self.model.flushed(operation, report)
             process.begin("rest")
-            if report.claimed == 0 or (not self.calm and self.work.random() < 0.3):
+            idle = 0 if report.claimed else idle + 1
+            if idle == len(self.weathers) or (not self.calm and self.work.random() < 0.3):
+                idle = 0
                 process.rest()
             else:
                 process.pause("goes on")
@@ -209,7 +226,8 @@ class World(Director):
     def _write(self, process: Process) -> None:
         outbox = self._open(process)
         while True:
-            if self.calm and not (self.case.is_original and self._is_all_parked()):
+            stuck = self._stuck() if self.calm else []
+            if self.calm and not stuck:
                 process.rest()
                 continue
             if self.calm and self.work.random() < 0.5:
@@ -217,30 +235,36 @@ class World(Director):
                 process.begin("retry_now")
                 outbox.retry_now()
                 continue
-            operation = process.begin("enqueue")
+            operation = process.begin("enqueue", destinations=stuck or self._some_destinations())
+            to = [shown(destination) for destination in operation.destinations]
             events = self._events()
             try:
-                ids = outbox.enqueue_many(events) if len(events) > 1 else [outbox.enqueue(events[0])]
+                ids = outbox.enqueue_many(events, to=to) if len(events) > 1 else outbox.enqueue(events[0], to=to)
             except StorageError:
                 if not operation.troubled:
                     raise
                 if operation.inserted and not operation.commit_lost:
                     raise Violation(LOSS, "enqueue failed, and yet inserted rows") from None
             else:
-                if operation.inserted != len(events):
-                    raise Violation(LOSS, f"{operation.inserted} of {len(events)} events were inserted")
-                self.model.enqueued([row_id or 0 for row_id in ids])
+                if operation.inserted != len(events) * len(to):
+                    raise Violation(LOSS, f"{len(events)} events for {to} inserted {operation.inserted} rows")
+                self.model.enqueued(operation, ids)
             process.rest()
 
     def _host(self, process: Process) -> None:
         """Enqueue in a transaction of its own, with an engine of its own."""
         outbox = self._open(process)
         while not self.calm:
-            operation = process.begin("session")
+            operation = process.begin("session", destinations=self._some_destinations())
+            to = [shown(destination) for destination in operation.destinations]
             try:
                 # Without begin(), a session whose commit fails gives its connection back with the transaction open.
                 with Session(process.engine) as session, session.begin() as transaction:
-                    ids = [outbox.enqueue(event, session=session) or 0 for event in self._events()]
+                    ids = [
+                        row_id
+                        for event in self._events()
+                        for row_id in outbox.enqueue(event, session=session, to=to)
+                    ]
                     if operation.inserted:
                         raise Violation(LOSS, "enqueue committed the caller's transaction")
                     if self.work.random() < 0.3:
@@ -251,10 +275,8 @@ class World(Director):
                     raise
             else:
                 if operation.inserted != len(ids):
-                    raise Violation(
-                        LOSS, f"the caller committed {len(ids)} events, {operation.inserted} are there"
-                    )
-                self.model.enqueued(ids)
+                    raise Violation(LOSS, f"the caller committed {len(ids)} rows, {operation.inserted} are there")
+                self.model.enqueued(operation, ids)
             process.rest()
 
     def _insert_past_us(self, process: Process) -> None:
@@ -294,6 +316,9 @@ class World(Director):
                     raise
             process.rest()
 
+    def _some_destinations(self) -> list[str]:
+        return self._routing.sample([*self.weathers], self._routing.randint(1, len(self.weathers)))
+
     def _events(self) -> list[RuleFired | FixOutcome]:
         count = self.work.choice((1, 1, 1, 2, 3, 8, 20))
         return [self._event() for _ in range(1 if self.calm else count)]
@@ -304,51 +329,6 @@ class World(Director):
         if self.work.random() < 0.5:
             return RuleFired(rule_ids=["r1"], session_id=session_id, fired_at=NOON)
         return FixOutcome(rule_id="r1", session_id=session_id, accepted=True, occurred_at=NOON)
-
-    # What the server answers
-
-    def _possible_skies(self) -> list[Callable[[], Answer]]:
-        skies: list[Callable[[], Answer]] = [Answer, Answer, Answer]
-        if DOWN in self.kinds:
-            skies += [
-                lambda: _failed(TransportFailure("connection refused")),
-                lambda: _failed(HttpFailure(self._weather.choice((500, 502, 301, 302, 100, 408, 425)), "Trouble")),
-                lambda: _failed(
-                    HttpFailure(503, "Trouble", retry_after_ms=self._weather.choice((None, 1_000, 300_000)))
-                ),
-            ]
-        if LIMIT in self.kinds:
-            skies.append(
-                lambda: _failed(
-                    HttpFailure(429, "Slow", retry_after_ms=self._weather.choice((None, 1_000, 40_000)))
-                )
-            )
-        if AUTH in self.kinds:
-            skies.append(lambda: _failed(HttpFailure(self._weather.choice((401, 403)), "Who")))
-            skies.append(self._logged_out)
-        if DRIFT in self.kinds:
-            skies.append(lambda: _failed(HttpFailure(self._weather.choice((400, 404, 413, 422)), "No")))
-        if LOST_ANSWER in self.kinds:
-            skies += [
-                lambda: Answer(TransportFailure("reset by peer")),
-                lambda: Answer(HttpFailure(self._weather.choice((500, 504)), "Late")),
-            ]
-        if BUG in self.kinds:
-            skies.append(lambda: _failed(self._weather.choice((Bug("bug"), KeyboardInterrupt()))))
-        return skies
-
-    def _logged_out(self) -> Answer:
-        self.server.logged_in = False
-        return _failed(HttpFailure(401, "Who"))
-
-    def _answer(self, batch: Sequence[BatchItem]) -> Answer:
-        sky: Callable[[], Answer] = Answer
-        if not self.calm:
-            sky = self._sky if self._weather.random() < 0.8 else self._weather.choice(self._skies)
-        answer = sky()
-        if answer.stored and any("poison" in item.payload_json for item in batch):
-            return _failed(HttpFailure(422, "No", "poison"))
-        return answer
 
     # What happens when
 
@@ -361,9 +341,12 @@ class World(Director):
             self._stir()
         runnable = stage.runnable()
         while not runnable:
-            if self.calm and not self.model.undelivered():
+            if not self.calm or self._undelivered():
+                self._let_time_pass()
+            elif self.weathers[self._sick].calm:
                 return None
-            self._let_time_pass()
+            else:
+                self._calm_down_too()
             runnable = stage.runnable()
         if self._last in runnable and self._schedule.random() < self._stay:
             return self._last
@@ -406,9 +389,8 @@ class World(Director):
             uploading = [process for process in stage.processes if process.operation.uploading]
             preferred = uploading if self._trouble.random() < 0.5 else []
             self._trouble.choice(preferred or stage.processes).doomed = True
-        if self._weather.random() < 0.03:
-            self.server.logged_in = True
-            self._sky = self._weather.choice(self._skies)
+        for one in self.weathers.values():
+            one.stir()
 
     def _let_time_pass(self) -> None:
         stage = self.stage
@@ -436,8 +418,9 @@ class World(Director):
         if row is None:
             return None
         boundary = row.next_attempt_at_ms
-        if self.model.pause.until_ms and draw.random() < 0.3:
-            boundary = draw.choice((self.model.pause.paused_until_ms, self.model.pause.probe_until_ms))
+        pause = self.model.pauses[row.destination]
+        if pause.until_ms and draw.random() < 0.3:
+            boundary = draw.choice((pause.paused_until_ms, pause.probe_until_ms))
         if LEAP in self.kinds and draw.random() < 0.3:
             boundary = row.gave_chance_at() + WEEK_MS
         now = self.stage.now_ms + (0 if self.model.shared else process.clock_offset_ms)
@@ -447,35 +430,66 @@ class World(Director):
     # The end: nothing fails any more
 
     def _calm_down(self) -> None:
+        """Let nothing fail any more, except one of several destinations: it must not hold up the others."""
         stage = self.stage
         self.calm = True
-        self.server.logged_in = True
+        self._sick = self._routing.choice([*self.weathers])
+        for destination, one in self.weathers.items():
+            if destination == self._sick and len(self.weathers) > 1:
+                one.settle_in()
+            else:
+                one.calm_down()
         for process in stage.processes:
             process.clock_offset_ms = 0
         stage.wake()
         stage.note("world", "calms down")
+        self._set_deadline()
+
+    def _calm_down_too(self) -> None:
+        self.weathers[self._sick].calm_down()
+        self.stage.wake()
+        self.stage.note(self._sick, "calms down")
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
         self._deadline_ms = (
-            max(stage.now_ms, stage.furthest_ms) + _GRACE_MS + _GRACE_OF_PAUSE_MS * (not self.case.is_original)
+            max(self.stage.now_ms, self.stage.furthest_ms)
+            + _GRACE_MS
+            + _GRACE_OF_PAUSE_MS * (not self.case.is_original)
         )
 
-    def _is_all_parked(self) -> bool:
+    def _undelivered(self) -> dict[str, list[Row]]:
+        """Return the rows that ought to be delivered, of each destination that has calmed down and has some."""
+        found: dict[str, list[Row]] = {}
+        for row in self.model.undelivered():
+            if self.weathers[row.destination].calm:
+                found.setdefault(row.destination, []).append(row)
+        return found
+
+    def _stuck(self) -> list[str]:
         # To the original what is parked waits for a success or for an operator; when nothing else is left, someone
         # has to do that.
-        return {row.status for row in self.model.undelivered()} == {"parked"}
+        if not self.case.is_original:
+            return []
+        found = self._undelivered()
+        return [destination for destination, rows in found.items() if {row.status for row in rows} == {"parked"}]
 
     def _until_due(self) -> int:
-        now = self.stage.now_ms
+        now, found = self.stage.now_ms, self._undelivered()
         if now > self._deadline_ms:
-            raise Violation(LIVENESS, f"still there at {now}: {self.model.undelivered()}")
-        due = [row.next_attempt_at_ms for row in self.model.undelivered() if row.status != "parked"]
-        pause = self.model.pause
+            raise Violation(LIVENESS, f"still there at {now}: {found}")
+        return max(1, min(self._next_try_ms(destination, rows) for destination, rows in found.items()) - now)
+
+    def _next_try_ms(self, destination: str, rows: list[Row]) -> int:
+        pause = self.model.pauses[destination]
+        due = [row.next_attempt_at_ms for row in rows if row.status != "parked"]
         # A parked row is tried each minute, if nothing else is due.
-        next_ms = min(due, default=now if self.case.is_original else pause.unparked_at_ms + MINUTE_MS)
-        return max(1, max(next_ms, pause.until_ms) - now)
+        unparked_ms = self.stage.now_ms if self.case.is_original else pause.unparked_at_ms + MINUTE_MS
+        return max(min(due, default=unparked_ms), pause.until_ms)
 
     def _check_end(self) -> None:
         for row in self.model.rows.values():
-            if row.status == "sent" and row.event not in self.server.stored:
+            if row.status == "sent" and row.event not in self.weathers[row.destination].server.stored:
                 raise Violation(LOSS, f"{row} is nowhere")
         with Outbox(self._theatre.seat("flusher0").engine, policy=self.policy) as outbox:
             seen = outbox.stats()
@@ -483,10 +497,6 @@ class World(Director):
                 self.model.ever_inserted
             ):
                 raise Violation(REPORT, f"of {len(self.model.ever_inserted)} events stats() knows {seen}")
-
-
-def _failed(error: BaseException) -> Answer:
-    return Answer(error, stored=False)
 
 
 def run(case: Case, theatre: Theatre) -> Result:

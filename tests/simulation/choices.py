@@ -12,7 +12,7 @@ from .facts import MINUTE_MS, MOVE, Operation, Row, Violation
 def check_choice(
     policy: Policy, operation: Operation, before: Sequence[Row], moves: dict[str, set[int]], *, is_probe: bool
 ) -> None:
-    """Check that a claim, an unpark and a revival took the right rows, and all of them."""
+    """Check that a claim, an unpark and a revival took the right rows of a destination, and all of them."""
     for trigger, chosen in moves.items():
         if trigger == "claim":
             allowed = _claims(policy, before, operation.now_ms, is_probe=is_probe)

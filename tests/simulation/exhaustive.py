@@ -39,6 +39,7 @@ _START = """
     DELETE FROM observation_events;
     DELETE FROM sqlite_sequence;
     DELETE FROM observation_destinations;
+    DELETE FROM born;
     INSERT INTO observation_events (event_type, payload_json, occurred_at_ms, next_attempt_at_ms, created_at_ms)
     VALUES {rows};
     COMMIT;
@@ -127,11 +128,11 @@ class _Path(Director):
         self._failovers = found.scope.failovers
         self._flushes = dict.fromkeys(found.outboxes, found.scope.flushes)
         self._is_known = self._calm = False
-        self._server = Server(self._answer)
+        self._server = Server(self._answer, is_blameless=not found.scope.original)
 
     def play(self, theatre: Theatre, observer: sqlite3.Connection, policy: Policy) -> None:
         observer.executescript(_START.format(rows=", ".join([_ROW] * self._search.scope.rows)))
-        model = Model(observer, policy, self._server, equal_clocks=True, is_blameless=not policy.is_original)
+        model = Model(observer, policy, {"": self._server}, equal_clocks=True)
         stage = Stage(self, model)
         try:
             stage.play([Process(name, theatre.seat(name), self._live) for name in self._search.outboxes])
@@ -229,7 +230,7 @@ class _Path(Director):
             self._expiries,
             self._failovers,
             tuple(sorted(self.stage.model.rows.items(), key=itemgetter(0))),
-            self.stage.model.pause,
+            self.stage.model.pauses[""],
             tuple(sorted(self._server.stored)),
             # Sorted, for who of them is who makes no difference.
             tuple(sorted(hash(self._told(process)) for process in self.stage.processes)),
@@ -265,7 +266,7 @@ class _Path(Director):
             undelivered = stage.model.undelivered()
             if not undelivered:
                 return None
-            due_ms = max(min(row.next_attempt_at_ms for row in undelivered), stage.model.pause.until_ms)
+            due_ms = max(min(row.next_attempt_at_ms for row in undelivered), stage.model.pauses[""].until_ms)
             stage.now_ms = max(stage.now_ms + 1, due_ms)
             stage.wake()
             if stage.now_ms > NOON_MS + _LONG_ENOUGH_MS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from outbox import HttpFailure, UploadFailure
 MINUTE_MS = 60 * 1_000
 WEEK_MS = 7 * 24 * 60 * MINUTE_MS
 
-MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT, PAUSE, BLAME, DELETION = (
+MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT, PAUSE, BLAME, DELETION, ISOLATION = (
     "1 only moves of the table",
     "2 one owner under valid leases",
     "3 sent means accepted",
@@ -24,6 +25,7 @@ MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICIT
     "10 a service that failed is left alone",
     "11 no event that the service would accept is given up",
     "12 nothing undelivered is deleted",
+    "13 a destination is on its own",
 )  # fmt: skip
 
 
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     suspected_at_ms: int | None
     waits_for: str | None
     lost_leases: int
+    destination: str
 
     @property
     def age(self) -> tuple[int, int]:
@@ -89,9 +92,9 @@ class Row(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """What all flushers know of the service. The default is one that never failed."""
+    """What all flushers know of a destination. The default is one that never failed."""
 
-    destination: str = ""
+    destination: str
     failures: int = 0
     pauses: int = 0
     paused_until_ms: int = 0
@@ -129,7 +132,13 @@ class Operation:
     """What one process is about, and what it has learnt meanwhile."""
 
     kind: str
+    destinations: Sequence[str] = ("",)
+    """Whose rows it may touch: those that it enqueues for, or the one that it flushes."""
     cutoff_ms: int = 0
+    there: dict[int, Row] = field(default_factory=dict)
+    """The rows when it began."""
+    pause: Pause | None = None
+    """The pause of its destination when it began."""
     readings: list[int] = field(default_factory=list)
     results: list[object] = field(default_factory=list)
     claim: dict[int, Row] = field(default_factory=dict)
@@ -155,6 +164,10 @@ class Operation:
     commit_lost: bool = False
     inserted: int = 0
     moved: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def destination(self) -> str:
+        return self.destinations[0]
 
     @property
     def now_ms(self) -> int:

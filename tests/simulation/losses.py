@@ -1,4 +1,4 @@
-"""What may be deleted, and in which order."""
+"""What may be deleted of a destination, and in which order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_deleted(
     *,
     shared: bool,
 ) -> str:
-    """Check what a transaction deleted, and that it counted it; return for what reason it did."""
+    """Check what a transaction deleted of a destination, and that it counted it; return for what reason it did."""
     # Rows that came and went in one transaction were never seen; they are counted as pending.
     there = {row.id for row in left}
     unseen = sum(row_id not in there for row_id in born)

@@ -7,7 +7,8 @@ package.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from outbox import FlushReport, Policy
@@ -21,6 +22,7 @@ from .facts import (
     BLAME,
     CONSERVATION,
     EXCLUSION,
+    ISOLATION,
     LOSS,
     MOVE,
     PAUSE,
@@ -38,10 +40,13 @@ if TYPE_CHECKING:
     from .stage import Process, Stage
 
 _ROWS = f"SELECT {', '.join(Row._fields)} FROM observation_events ORDER BY id"
-_LEDGER = "SELECT reason, status, event_type, events FROM observation_events_ledger"
+_LEDGER = """
+    SELECT '', reason, status, event_type, events FROM observation_events_ledger
+    UNION ALL SELECT destination, reason, status, event_type, events FROM observation_destinations_ledger
+"""
 _PAUSES = f"SELECT {', '.join(Pause._fields)} FROM observation_destinations"
-_LAST_ID = "SELECT max(seq) FROM sqlite_sequence WHERE name = 'observation_events'"
-_BORN = "SELECT id FROM born"
+# A trigger writes it down: an event may be deleted in the transaction that enqueued it.
+_BORN = "SELECT id, destination FROM born"
 _FAIL_OVER = """
     UPDATE observation_events
     SET status = 'pending', retry_count = 0, last_error = NULL, sent_at_ms = NULL,
@@ -57,73 +62,76 @@ class Model:
         self,
         observer: Any,
         policy: Policy,
-        server: Server,
+        servers: Mapping[str, Server],
         *,
         equal_clocks: bool,
         shared: bool = False,
-        is_blameless: bool = True,
     ) -> None:
         self._observer = observer
         self.shared = shared
         """Whether transactions run at once, as on a server."""
-        self._is_blameless = is_blameless
-        """Whether the service never rejects what it would accept; or else no policy can tell."""
         self.policy = policy
-        self.server = server
+        self.servers = servers
+        """By destination."""
         self.equal_clocks = equal_clocks
         self.rows: dict[int, Row] = {}
         self.rows, self.deleted, self.ever_inserted = self.read()
-        self.pause = self.read_pause()
+        self.pauses: dict[str, Pause] = {}
+        self.pauses = self.read_pauses()
         self.holders: dict[int, Operation] = {}
-        self._moves = OriginalMoves(policy) if policy.is_original else OurMoves(policy)
+        moves = OriginalMoves if policy.is_original else OurMoves
+        self._moves = {destination: moves(policy) for destination in servers}
         self.commits = 0
         self.seen: Counter[str] = Counter()
 
-    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str, str]], set[int]]:
+    def read(self) -> tuple[dict[int, Row], Counter[tuple[str, str, str, str]], dict[int, str]]:
+        """Return the rows, how many were deleted, and for which destination each row was ever inserted."""
         # A row that is as it was stays the same object.
         known = self.rows
         rows = {
             row[0]: old if (old := known.get(row[0])) == row else Row._make(row)
             for row in self._observer.execute(_ROWS)
         }
-        deleted = Counter({entry[:3]: entry[3] for entry in self._observer.execute(_LEDGER)})
-        if self.shared:
-            return rows, deleted, {row_id for (row_id,) in self._observer.execute(_BORN)}
-        return rows, deleted, set(range(1, (self._observer.execute(_LAST_ID).fetchone()[0] or 0) + 1))
+        deleted = Counter({entry[:4]: entry[4] for entry in self._observer.execute(_LEDGER)})
+        return rows, deleted, dict(self._observer.execute(_BORN).fetchall())
 
-    def read_pause(self) -> Pause:
-        found = [Pause._make(row) for row in self._observer.execute(_PAUSES)]
-        return found[0] if found else Pause()
+    def read_pauses(self) -> dict[str, Pause]:
+        # As with rows: a pause that is as it was stays the same object.
+        found = {destination: Pause(destination) for destination in self.servers}
+        found |= {row[0]: Pause._make(row) for row in self._observer.execute(_PAUSES)}
+        known = self.pauses
+        return {name: old if (old := known.get(name)) == pause else pause for name, pause in found.items()}
 
     def observe(self, process: Process, stage: Stage) -> None:
         """Check what the process has just committed."""
-        before, deleted, ever_inserted, pause = self.rows, self.deleted, self.ever_inserted, self.pause
+        before, deleted, ever_inserted, pauses_before = self.rows, self.deleted, self.ever_inserted, self.pauses
         self.rows, self.deleted, self.ever_inserted = self.read()
-        self.pause = self.read_pause()
+        self.pauses = self.read_pauses()
         self.commits += 1
         operation = process.operation
         if not self.shared:
-            operation.pauses = [pause]
-        born = sorted(self.ever_inserted - ever_inserted)
+            operation.pauses = [pauses_before[operation.destination]]
+        born = sorted(self.ever_inserted.keys() - ever_inserted.keys())
         operation.inserted += len(born)
         gone = [before[row_id] for row_id in before.keys() - self.rows.keys()]
         self._check_conservation()
         if born:
             self._check_born(operation, born)
-        if gone or self.deleted != deleted:
-            entries = self.deleted - deleted
-            reason = check_deleted(
-                self.policy, operation, gone, self.rows.values(), born, entries, shared=self.shared
-            )
-            self.seen.update(f"{reason} {row.status}" for row in gone)
-        for row in gone:
-            self.holders.pop(row.id, None)
         both = ((old, self.rows.get(row_id)) for row_id, old in before.items())
         changed = [(old, new) for old, new in both if new is not None and new is not old]
+        changed_pauses = [old for name, old in pauses_before.items() if self.pauses[name] is not old]
+        self._check_isolation(operation, [*gone, *(old for old, _ in changed), *changed_pauses])
+        if gone or self.deleted != deleted:
+            self._check_deleted(operation, gone, born, self.deleted - deleted)
+        for row in gone:
+            self.holders.pop(row.id, None)
         moves = self._check_changed(process, stage, before, changed) if changed else {}
-        self._check_pause(process, stage, pause, claimed=len(moves.get("claim", ())))
+        for destination, old in pauses_before.items():
+            is_own = destination == operation.destination
+            self._check_pause(process, stage, old, claimed=len(moves.get("claim", ())) if is_own else 0)
+        rules = self._moves[operation.destination]
         sent = [new.sent_at_ms or 0 for old, new in changed if new.status == "sent" != old.status]
-        self._moves.accepted_at_ms = max(self._moves.accepted_at_ms, *sent, 0)
+        rules.accepted_at_ms = max(rules.accepted_at_ms, *sent, 0)
 
     def fail_over(self, now_ms: int) -> None:
         """Let the newest event be lost, and another one get its id."""
@@ -136,18 +144,24 @@ class Model:
     # Conservation
 
     def _check_conservation(self) -> None:
-        there, counted = len(self.rows), self.deleted.total()
-        if len(self.ever_inserted) != there + counted:
-            raise Violation(
-                CONSERVATION,
-                f"{len(self.ever_inserted)} were enqueued, {there} are there and {counted} are counted",
-            )
+        enqueued = Counter(self.ever_inserted.values())
+        there = Counter(row.destination for row in self.rows.values())
+        counted: Counter[str] = Counter()
+        for (destination, *_), events in self.deleted.items():
+            counted[destination] += events
+        if enqueued != there + counted:
+            raise Violation(CONSERVATION, f"{enqueued} were enqueued, {there} are there and {counted} are counted")
 
     def _check_born(self, operation: Operation, born: list[int]) -> None:
         if operation.kind not in ("enqueue", "session", "foreign"):
             raise Violation(MOVE, f"{operation.kind} inserted rows")
         for row_id in born:
             row = self.rows.get(row_id)
+            if self.ever_inserted[row_id] not in operation.destinations:
+                raise Violation(
+                    ISOLATION,
+                    f"{operation.kind} for {operation.destinations} inserted {self.ever_inserted[row_id]}",
+                )
             if row is not None and operation.kind != "foreign":
                 expected = row._replace(
                     status="pending", retry_count=0, last_error=None, sent_at_ms=None, revived_at_ms=None,
@@ -155,6 +169,51 @@ class Model:
                 )  # fmt: skip
                 if row != expected or row.created_at_ms not in operation.readings:
                     raise Violation(MOVE, f"enqueue wrote {row}")
+
+    def _check_deleted(
+        self, operation: Operation, gone: list[Row], born: list[int], entries: Counter[tuple[str, str, str, str]]
+    ) -> None:
+        for destination in sorted({*(row.destination for row in gone), *(entry[0] for entry in entries)}):
+            reason = check_deleted(
+                self.policy,
+                operation,
+                [row for row in gone if row.destination == destination],
+                [row for row in self.rows.values() if row.destination == destination],
+                [row_id for row_id in born if self.ever_inserted[row_id] == destination],
+                Counter({entry[1:]: events for entry, events in entries.items() if entry[0] == destination}),
+                shared=self.shared,
+            )
+            self.seen.update(f"{reason} {row.status}" for row in gone if row.destination == destination)
+
+    # Isolation
+
+    def _check_isolation(self, operation: Operation, changed: list[Row | Pause]) -> None:
+        """Check that a flush, and what an enqueue trims, change nothing of another destination."""
+        if operation.kind in ("retry_now", "requeue"):
+            return  # those of an operator, for all destinations
+        others = [one for one in changed if one.destination not in operation.destinations]
+        if others:
+            raise Violation(ISOLATION, f"{operation.kind} of {operation.destinations} changed {others}")
+
+    def flush_begins(self, operation: Operation) -> None:
+        """Note what is there when a flush begins."""
+        operation.there, operation.pause = self.rows, self.pauses[operation.destination]
+
+    def _check_nothing_waits(self, operation: Operation) -> None:
+        """Check that a flush that claimed nothing left no row that was due, unless its own service is paused."""
+        now, pause = operation.readings[0], self.pauses[operation.destination]
+        if self.shared or pause is not operation.pause or pause.trusted(now).until_ms > now:
+            return  # on a server a claim leaves what others lock
+        waiting = [
+            row
+            for row_id, row in self.rows.items()
+            if row is operation.there.get(row_id)
+            and row.destination == operation.destination
+            and row.status in ("pending", "sending")
+            and row.next_attempt_at_ms <= now
+        ]
+        if waiting:
+            raise Violation(ISOLATION, f"at {now} a flush left {waiting}, with the pauses {self.pauses}")
 
     # Moves
 
@@ -202,7 +261,7 @@ class Model:
         if operation.kind == "flush":
             yield from self._of_flusher(operation, old, now)
             if self._holds(operation, old):
-                for trigger, leads in self._moves.of(operation, old):
+                for trigger, leads in self._moves[old.destination].of(operation, old):
                     # How the text that can't be decoded is described is not told again.
                     is_undecodable = leads.last_error == "undecodable"
                     yield trigger, (leads._replace(last_error=new.last_error) if is_undecodable else leads)
@@ -225,7 +284,7 @@ class Model:
             yield "renew", old._replace(next_attempt_at_ms=lease)
         if old.status in ("pending", "sending") and old.next_attempt_at_ms <= now:
             yield "claim", old._replace(status="sending", next_attempt_at_ms=lease, lost_leases=old.lost_again)
-        if operation.delivered(old) and old.event in self.server.stored:
+        if operation.delivered(old) and old.event in self.servers[old.destination].stored:
             yield "deliver", old._replace(status="sent", sent_at_ms=now, lost_leases=0)
         if old.status == "parked":
             yield "unpark", old.brought_back(now=now, due=now + old.id % self.policy.unpark_spread_ms)
@@ -257,7 +316,7 @@ class Model:
         aged_out = (new.last_error or "").startswith("aged-out")
         if (
             new.status == "abandoned" != old.status
-            and self._is_blameless
+            and self.servers[new.destination].is_blameless
             and self.is_deliverable(new)
             and not aged_out
         ):
@@ -270,8 +329,9 @@ class Model:
             if len(moves.get("claim", ())) > self.policy.batch_size:
                 raise Violation(MOVE, f"claimed {sorted(moves['claim'])}, more than a batch")
             return
-        is_probe = self.pause.probe_until_ms > operation.now_ms
-        choices.check_choice(self.policy, operation, list(before.values()), moves, is_probe=is_probe)
+        is_probe = self.pauses[operation.destination].probe_until_ms > operation.now_ms
+        of_destination = [row for row in before.values() if row.destination == operation.destination]
+        choices.check_choice(self.policy, operation, of_destination, moves, is_probe=is_probe)
         if {"retry_now", "requeue"} & moves.keys():
             (trigger,) = moves
             due = {row.id for row in before.values() if any(self._explanations(operation, row, row))}
@@ -302,17 +362,17 @@ class Model:
     # Pauses
 
     def transaction_begins(self, operation: Operation) -> None:
-        operation.pauses = [self.pause]
+        operation.pauses = [self.pauses[operation.destination]]
 
     def _check_pause(self, process: Process, stage: Stage, old: Pause, *, claimed: int) -> None:
-        operation, new = process.operation, self.pause
+        operation, new = process.operation, self.pauses[old.destination]
         is_probe = False
         if new != old:
-            works = stage.now_ms - self._moves.accepted_at_ms <= 2 * 60_000 or not self.equal_clocks
+            works = (
+                stage.now_ms - self._moves[old.destination].accepted_at_ms <= 2 * 60_000 or not self.equal_clocks
+            )
             allowed = pauses.changes(operation, old, claimed, works=works, policy=self.policy)
             found = [] if self.policy.is_original else [name for name, leads in allowed if leads == new]
-            if not found and operation.kind == "flush" and new == old._replace(destination=new.destination):
-                found = ["first failure"]
             if not found:
                 raise Violation(
                     PAUSE,
@@ -324,10 +384,11 @@ class Model:
                 operation.ended_failures = max(operation.ended_failures, old.failures)
             self.seen[found[0]] += 1
             stage.note(process.name, f"commits {found[0]}", new)
-            for one in stage.processes:
-                one.operation.pauses.append(new)
-                if one.operation.probe_until_ms != new.probe_until_ms:
-                    one.operation.probe_until_ms = 0
+            for one in [one.operation for one in stage.processes]:
+                if one.destination == old.destination:
+                    one.pauses.append(new)
+                    if one.probe_until_ms != new.probe_until_ms:
+                        one.probe_until_ms = 0
         if is_probe:
             operation.probe_until_ms = new.probe_until_ms
         if claimed and not self.policy.is_original:
@@ -343,6 +404,7 @@ class Model:
         for other in stage.processes:
             theirs = other.operation
             probing = mine.probe_until_ms > stage.now_ms < theirs.probe_until_ms
+            probing = probing and mine.destination == theirs.destination
             if other is not process and theirs.uploading and probing and not other.doomed:
                 raise Violation(PAUSE, f"{process.name} and {other.name} both probe")
             if other is not process and theirs.uploading and theirs.lease_ms > stage.now_ms and not other.doomed:
@@ -354,6 +416,8 @@ class Model:
         """Check what a flush reports, and that it recorded what it saw accepted."""
         self.seen["lost lease"] += report.lost_leases
         outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
+        if not report.claimed and not (report.skipped or "").startswith("not logged in"):
+            self._check_nothing_waits(operation)
         if outcomes != report.claimed:
             raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")
         if report.paused_until_ms is not None and report.paused_until_ms <= operation.now_ms:
@@ -373,11 +437,11 @@ class Model:
                 REPORT, f"{trigger} of {count} rows is reported, of {operation.moved[trigger]} was done"
             )
 
-    def enqueued(self, ids: list[int]) -> None:
-        """Check that what enqueue returned is durable."""
-        for row_id in ids:
-            if row_id not in self.ever_inserted:
-                raise Violation(LOSS, f"enqueue returned {row_id}, which was not committed")
+    def enqueued(self, operation: Operation, ids: list[int]) -> None:
+        """Check that what enqueue returned is durable, an id for each destination in turn."""
+        for row_id, destination in zip(ids, cycle(operation.destinations), strict=False):
+            if self.ever_inserted.get(row_id) != destination:
+                raise Violation(LOSS, f"enqueue returned {row_id} for {destination!r}, which was not committed")
 
     def is_deliverable(self, row: Row) -> bool:
         """Tell whether the service would accept the event, if it were sent."""

@@ -36,18 +36,19 @@ _DISK_FULL = "53100"
 _SETTINGS = "-c deadlock_timeout=1ms -c synchronous_commit=off"
 _PATIENCE_MS = 5
 
-# Ids leave gaps here and are committed in any order, so what was ever inserted is written down.
 _PREPARE = """
-    CREATE TABLE born (id BIGINT PRIMARY KEY);
+    CREATE TABLE born (id BIGINT PRIMARY KEY, destination TEXT NOT NULL);
     CREATE FUNCTION note_birth() RETURNS trigger LANGUAGE plpgsql
-        AS 'BEGIN INSERT INTO born VALUES (NEW.id); RETURN NULL; END';
+        AS 'BEGIN INSERT INTO born VALUES (NEW.id, NEW.destination); RETURN NULL; END';
     CREATE TRIGGER born AFTER INSERT ON observation_events FOR EACH ROW EXECUTE FUNCTION note_birth();
     ALTER TABLE observation_events SET (autovacuum_enabled = off);
     ALTER TABLE observation_events_ledger SET (autovacuum_enabled = off);
+    ALTER TABLE observation_destinations_ledger SET (autovacuum_enabled = off);
     ALTER TABLE observation_destinations SET (autovacuum_enabled = off);
 """
 _EMPTY = """
-    TRUNCATE observation_events, observation_events_ledger, observation_destinations, born RESTART IDENTITY
+    TRUNCATE observation_events, observation_events_ledger, observation_destinations_ledger,
+        observation_destinations, born RESTART IDENTITY
 """
 
 

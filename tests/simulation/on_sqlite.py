@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +21,11 @@ from .stage import Fault, Process, simulated_world
 from .theatre import Stopping, Theatre
 
 _PRAGMAS = {"busy_timeout": "PRAGMA busy_timeout = 0", "synchronous": "PRAGMA synchronous = OFF"}
+_PREPARE = """
+    CREATE TABLE born (id INTEGER PRIMARY KEY, destination TEXT NOT NULL);
+    CREATE TRIGGER born AFTER INSERT ON observation_events
+        BEGIN INSERT INTO born VALUES (NEW.id, NEW.destination); END;
+"""
 _WRITING = ("BEGIN IMMEDIATE", "INSERT", "UPDATE", "DELETE")
 
 
@@ -124,6 +129,8 @@ class SQLiteTheatre(Theatre):
         self._template = folder / "template.db"
         super().__init__(f"sqlite:///{self._template}")
         Outbox.open(self._url).close()
+        with closing(sqlite3.connect(self._template)) as observer:
+            observer.executescript(_PREPARE)
         self._path = self._template
         self._runs = 0
 

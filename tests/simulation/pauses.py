@@ -1,4 +1,4 @@
-"""How the pause of a service may change, and who may send in spite of it. The original knows no pauses."""
+"""How the pause of a destination may change, and who may send in spite of it. The original knows no pauses."""
 
 from __future__ import annotations
 

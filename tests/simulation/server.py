@@ -24,6 +24,8 @@ class Server:
     """Judges requests by `decide`, and remembers for good what it stored."""
 
     decide: Callable[[Sequence[BatchItem]], Answer]
+    is_blameless: bool = True
+    """Whether it never rejects what it would accept; or else no policy can tell."""
     logged_in: bool = True
     stored: set[tuple[int, int]] = field(default_factory=set)
     """Of each event the id and the creation time."""

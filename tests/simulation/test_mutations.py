@@ -16,6 +16,7 @@ from .facts import (
     CONSERVATION,
     DELETION,
     EXCLUSION,
+    ISOLATION,
     LIVENESS,
     LOSS,
     MOVE,
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.slow
 SEEDS = 300
 SEEDS_ON_SERVER = 60
 
+_ALL = "columns.destination >= of_destination.right"
+
 _FENCE = "return by_id(move(outcome).where(this_row, held))"
 
 
@@ -36,10 +39,10 @@ def _without_fence(trigger: str, first_seed: int = 0) -> Bug:
 
 
 MUTATIONS = {
-    "reschedule without its fence": _without_fence("reschedule"),
-    "park without its fence": _without_fence("park", 46),
+    "reschedule without its fence": _without_fence("reschedule", 22),
+    "park without its fence": _without_fence("park", 92),
     "abandon without its fence": _without_fence("abandon"),
-    "release without its fence": _without_fence("release", 44),
+    "release without its fence": _without_fence("release", 52),
     "renew without its fence": Bug(
         "storage/claims.py",
         ".where(this_row, is_one_of(unindexed_status, Status.SENDING), held)",
@@ -51,7 +54,7 @@ MUTATIONS = {
         "MOVE_TO_SENT.where(these_events)",
         """MOVE_TO_SENT.where(these_events, columns.status == "sending")""",
         (ACCEPTANCE,),
-        first_seed=32,
+        first_seed=150,
     ),
     "claim of no lease that ran out": Bug(
         "lifecycle.py",
@@ -168,7 +171,59 @@ MUTATIONS = {
         "partial(insert, trims=trims), repeatable=repeatable, shares_commit=True",
         "partial(insert, trims=trims), repeatable=True, shares_commit=True",
         (LOSS,),
-        first_seed=9,
+        first_seed=97,
+    ),
+    "a claim takes rows of other destinations": Bug(
+        "storage/sqlite_claims.py",
+        "return select(*place).where(of_destination, *conditions)",
+        f"return select(*place).where({_ALL}, *conditions)",
+        (ISOLATION,),
+    ),
+    "a success unparks rows of other destinations": Bug(
+        "storage/revival.py",
+        "_is_parked = and_(of_destination, ",
+        f"_is_parked = and_({_ALL}, ",
+        (ISOLATION,),
+    ),
+    "a success revives rows of other destinations": Bug(
+        "storage/revival.py",
+        "columns.suspected_at_ms).where(\n        of_destination,",
+        f"columns.suspected_at_ms).where(\n        {_ALL},",
+        (ISOLATION,),
+        first_seed=18,
+    ),
+    "the cap deletes rows of other destinations": Bug(
+        "storage/sql.py",
+        "found.where(is_one_of(status, *statuses), of_destination)",
+        f"found.where(is_one_of(status, *statuses), {_ALL})",
+        (ISOLATION, CONSERVATION),
+    ),
+    "a pause is written for other destinations": Bug(
+        "storage/pauses.py",
+        "update(destinations).where(this_destination).values({",
+        'update(destinations).where(_known.destination >= bindparam("destination")).values({',
+        (ISOLATION,),
+        first_seed=16,
+    ),
+    "a pause of the default destination holds up the others": Bug(
+        "storage/claims.py",
+        "pause = pause_of(transaction, destination).trusted(now_ms)",
+        "pause = max((pause_of(transaction, one).trusted(now_ms) for one in (destination, '')),"
+        " key=lambda one: one.holds_until_ms)",
+        (ISOLATION,),
+        first_seed=8,
+    ),
+    "what is deleted is counted for the default destination": Bug(
+        "storage/deletion.py",
+        "if destination == DEFAULT_DESTINATION:\n                self._dialect.insert_or_add(transaction, ledger",
+        "if destination is not None:\n                self._dialect.insert_or_add(transaction, ledger",
+        (CONSERVATION,),
+    ),
+    "events are recorded for the default destination": Bug(
+        "storage/intake.py",
+        "own = rows if destination == DEFAULT_DESTINATION else _for(destination, rows)",
+        "own = rows",
+        (ISOLATION, LOSS),
     ),
 }
 
@@ -185,6 +240,12 @@ MUTATIONS_ON_SERVER = {
         "self.now_ms = SharedClock(self._read_clock).now_ms if self.is_shared else now_ms",
         "self.now_ms = now_ms",
         (MOVE, EXCLUSION, PAUSE),
+    ),
+    "a claim on a server takes rows of other destinations": Bug(
+        "storage/postgresql_claims.py",
+        "due = due.where(of_destination, *conditions)",
+        f"due = due.where({_ALL}, *conditions)",
+        (ISOLATION,),
     ),
 }
 
