@@ -28,6 +28,7 @@ WRITTEN = {
     ),
     "park": (outcomes.park(last_error="401"), {"last_error": "401", **SETTLED}),
     "abandon": (outcomes.abandon(last_error="422"), {"last_error": "422", **SETTLED}),
+    "cancel": (outcomes.cancel(last_error="cancelled: no"), {"last_error": "cancelled: no"}),
     "release": (outcomes.release(next_attempt_at_ms=9), {"next_attempt_at_ms": 9, **SETTLED}),
     "unpark": (
         outcomes.unpark(row_id=5_007, now_ms=9, spread_ms=5_000),
