@@ -28,7 +28,7 @@ from outbox.storage.tables import ObservationEvent
 if TYPE_CHECKING:
     from outbox.hooks import Hooks, Settled, SettledEvent, Upload
     from outbox.records import BatchItem, FlushReport, Pause, UploadClient
-    from outbox.stats import Stats
+    from outbox.stats import DestinationStats, Stats
     from outbox.upload.auth import NO_AUTH, ApiKey
     from outbox.upload.client import HttpClient
     from outbox.upload.formats import CloudEvents, Format
@@ -43,6 +43,7 @@ __all__ = [
     "ClientCredentials",
     "CloudEvents",
     "ConfigurationError",
+    "DestinationStats",
     "Event",
     "FixOutcome",
     "FlushReport",
@@ -90,7 +91,7 @@ _ON_USE = {
     "outbox.upload.signing": ("StandardWebhooks",),
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
     "outbox.records": ("BatchItem", "FlushReport", "Pause", "UploadClient"),
-    "outbox.stats": ("Stats",),
+    "outbox.stats": ("DestinationStats", "Stats"),
     "outbox.worker": ("Worker",),
 }
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from outbox import capture, schema
 from outbox.failures import OutboxError
 from outbox.policy import Policy, longest_wait_ms
-from outbox.stats import duration
+from outbox.stats import duration, silence_in_words, silent
 from outbox.storage.counts import filling_in_words
 from outbox.storage.dialects import dialect_of
 from outbox.storage.store import Store
@@ -97,7 +97,9 @@ def _times(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
 
 def _bounds(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
     if policy.max_undelivered:
-        undelivered = Store(engine).bounds.count_undelivered()
+        store = Store(engine)
+        names = ["", *store.views.due(now_ms=store.now_ms())]
+        undelivered = max(map(store.bounds.count_undelivered, names))
         filling = filling_in_words(undelivered, policy.max_undelivered)
         if filling is not None:
             yield False, f"the queue is filling up: {filling}; `outbox status` shows why the events wait"
@@ -106,7 +108,13 @@ def _bounds(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
 
 
 def _destinations(engine: Engine) -> Iterator[tuple[bool, str]]:
-    others = Store(engine).figures.other_destinations()
+    store = Store(engine)
+    now = store.now_ms()
+    unserved = silent(store.views.due(now_ms=now), now_ms=now)
+    if unserved:
+        advice = "check that a flusher serves each of them, and what `outbox status` shows"
+        yield False, f"{silence_in_words(unserved)}; {advice}"
+    others = store.figures.other_destinations()
     if others:
         events = f"undelivered events go to {others} {'destination' if others == 1 else 'destinations'}"
         danger = "a program that knows no destinations, such as difflore or an older version, would send them to"

@@ -6,8 +6,9 @@ import logging
 import shutil
 import threading
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import (
     REGISTRY,
@@ -22,6 +23,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from outbox.clock import monotonic_s
+from outbox.destinations import DEFAULT_NAME
 from outbox.failures import OutboxError
 from outbox.hooks import OUTCOMES, Hooks, Settled, Upload
 from outbox.lifecycle import Status
@@ -36,6 +38,9 @@ _Family = GaugeMetricFamily | CounterMetricFamily
 
 MOST_TYPES = 50
 """Number of event types with their own series: the types with the most events. All others share one series."""
+
+MOST_DESTINATIONS = 50
+"""Number of destinations with their own series: the first that this process saw. All others share one series."""
 
 OTHER = "(other)"
 
@@ -58,29 +63,48 @@ class OutboxMetrics(Collector):
         self._look_again_s = 0.0
         self._seen: Sequence[Metric] = ()
         self._is_up = True
-        outcomes = Counter("outbox_outcomes", "Events by outcome.", ["outcome"], registry=registry)
-        uploads = Histogram(
+        self._destinations: set[str] = set()
+        self._outcomes = Counter(
+            "outbox_outcomes", "Events by outcome and destination.", ["outcome", "destination"], registry=None
+        )
+        self._uploads = Histogram(
             "outbox_upload_duration_seconds",
-            "Duration of the requests to the service, by result.",
-            ["result"],
+            "Duration of the requests to the services, by result and destination.",
+            ["result", "destination"],
             buckets=_UPLOAD_BUCKETS_S,
-            registry=registry,
+            registry=None,
         )
         lost = Counter(
             "outbox_lost_leases",
             "Events that another flusher took over before their outcome was written.",
-            registry=registry,
+            registry=None,
         )
-        # All series start at 0: the rate of a series that starts with its first event does not count that event.
-        counted = {word: _counted(outcomes.labels(word)) for word, _ in OUTCOMES.values()}
-        timed = {verdict: uploads.labels(_result(verdict)) for verdict in (None, *Verdict)}
+        self._begin_series([DEFAULT_NAME])
+        # In this order: reading the queue begins the series of new destinations.
+        for collector in (self, self._outcomes, self._uploads, lost):
+            registry.register(collector)
+        counting = {f"on_{word}": partial(self._count, word) for word, _ in OUTCOMES.values()}
+        outbox.hooks.append(Hooks(**counting, on_lost=lost.inc, on_upload=self._observe))
 
-        def observe(upload: Upload) -> None:
-            timed[upload.verdict].observe(upload.duration_ms / 1_000)
+    def _begin_series(self, destinations: Iterable[str]) -> None:
+        """Start series at 0: the rate of a series that starts with its first event does not count that event."""
+        for label in dict.fromkeys(map(self._label, destinations)):
+            for word, _ in OUTCOMES.values():
+                self._outcomes.labels(word, label)
+            for verdict in (None, *Verdict):
+                self._uploads.labels(_result(verdict), label)
 
-        registry.register(self)
-        outbox.hooks.append(
-            Hooks(**{f"on_{word}": count for word, count in counted.items()}, on_lost=lost.inc, on_upload=observe)
+    def _label(self, destination: str) -> str:
+        if len(self._destinations) < MOST_DESTINATIONS:
+            self._destinations.add(destination)
+        return destination if destination in self._destinations else OTHER
+
+    def _count(self, word: str, settled: Settled) -> None:
+        self._outcomes.labels(word, self._label(settled.destination)).inc(settled.recorded)
+
+    def _observe(self, upload: Upload) -> None:
+        self._uploads.labels(_result(upload.verdict), self._label(upload.destination)).observe(
+            upload.duration_ms / 1_000
         )
 
     def describe(self) -> Sequence[Metric]:
@@ -100,7 +124,10 @@ class OutboxMetrics(Collector):
     def _look(self) -> Sequence[Metric]:
         families = _families()
         try:
-            _fill(families, self._outbox.stats())
+            stats = self._outbox.stats()
+            found = stats.by_destination
+            self._begin_series(sorted(found, key=lambda name: found[name].undelivered, reverse=True))
+            _fill(families, stats, self._label)
         except OutboxError as error:
             if self._is_up:
                 log.warning(
@@ -146,7 +173,12 @@ def _families() -> dict[str, _Family]:
         "oldest": GaugeMetricFamily(
             "outbox_oldest_pending_age_seconds", "Age of the oldest pending or sending event."
         ),
-        "overdue": GaugeMetricFamily("outbox_overdue_seconds", "How long the next event has been due."),
+        "depth": GaugeMetricFamily(
+            "outbox_destination_events", "Events in the database.", labels=["destination", "status"]
+        ),
+        "overdue": GaugeMetricFamily(
+            "outbox_overdue_seconds", "How long the next event has been due.", labels=["destination"]
+        ),
         "waiting": GaugeMetricFamily(
             "outbox_waiting_events", "Pending events that failed, by what they wait for.", labels=["waits_for"]
         ),
@@ -159,7 +191,7 @@ def _families() -> dict[str, _Family]:
     }
 
 
-def _fill(families: dict[str, _Family], stats: Stats) -> None:
+def _fill(families: dict[str, _Family], stats: Stats, label_of: Callable[[str], str]) -> None:
     statuses = [status.value for status in Status]
     sizes = sorted(stats.by_type.items(), key=lambda item: (-sum(item[1].values()), item[0]))
     events: Tally[tuple[str, str]] = Tally()
@@ -172,15 +204,21 @@ def _fill(families: dict[str, _Family], stats: Stats) -> None:
     for labels, count in events.items():
         families["events"].add_metric(labels, count)
     families["oldest"].add_metric([], (stats.oldest_pending_age_ms or 0) / 1_000)
-    families["overdue"].add_metric([], stats.overdue_ms / 1_000)
+    depth: Tally[tuple[str, str]] = Tally()
+    overdue_ms = {DEFAULT_NAME: 0}
+    for destination, one in stats.by_destination.items():
+        name = label_of(destination)
+        for status, count in one.counts.items():
+            depth[name, status if status in statuses else OTHER] += count
+        overdue_ms[name] = max(overdue_ms.get(name, 0), one.overdue_ms)
+    for labels, count in depth.items():
+        families["depth"].add_metric(labels, count)
+    for name, ms in overdue_ms.items():
+        families["overdue"].add_metric([name], ms / 1_000)
     for waits_for, count in stats.waits_for.items():
         families["waiting"].add_metric([waits_for], count)
     families["paused"].add_metric([], len(stats.pauses))
     families["deleted"].add_metric([], stats.left_undelivered)
-
-
-def _counted(counter: Counter) -> Callable[[Settled], object]:
-    return lambda settled: counter.inc(settled.recorded)
 
 
 def _result(verdict: Verdict | None) -> str:

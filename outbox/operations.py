@@ -149,8 +149,8 @@ class Operations:
         The event is pending, or its flusher died while sending it.
         """
         now = self.store.now_ms()
-        due_ms = self.store.views.next_due_ms(now_ms=now)
-        return 0 if due_ms is None else max(0, now - due_ms)
+        due_ms = [due.next_due_at_ms for due in self.store.views.due(now_ms=now).values()]
+        return max((now - one for one in due_ms if one is not None and one <= now), default=0)
 
     def _wake(self, _session: object = None) -> None:
         for wake in tuple(self.wakers):

@@ -182,11 +182,32 @@ class Chores(NamedTuple):
     may_be_over_bounds: bool
 
 
+class Due(NamedTuple):
+    """A destination that may have pending or sending rows."""
+
+    next_due_at_ms: int | None
+    """When its next row is due: a pending one, or one whose lease ran out. None if there is none."""
+    last_accepted_ms: int | None
+    """When it last accepted a row, as far as the rows tell."""
+
+
 class Trouble(NamedTuple):
     """Rows that are not delivered: their most frequent failure, one of their due times, and their number."""
 
     last_error: str
     next_attempt_at_ms: int
+    events: int
+    destination: str
+
+
+class Counted(NamedTuple):
+    """How many rows of one kind there are."""
+
+    destination: str
+    event_type: str
+    status: str
+    has_failed: bool
+    """Whether the rows wait because they failed."""
     events: int
 
 
@@ -202,13 +223,15 @@ class Deleted(NamedTuple):
 class Overview(NamedTuple):
     """The numbers for `stats`, read in one snapshot."""
 
-    counts: list[tuple[str, str, int]]
+    counts: list[Counted]
     oldest_pending_ms: int | None
-    next_due_at_ms: int | None
+    due: Mapping[str, Due]
+    """The destinations that may have pending or sending rows."""
     parked: Trouble | None
-    waiting: dict[str | None, Trouble]
-    """The pending rows that failed, by what they wait for; the time is when the first of them is due. None stands
-    for rows that failed under an older version, or were parked."""
+    waiting: dict[str | None, list[Trouble]]
+    """The pending rows that failed, by what they wait for: for each destination, the one with the most rows first.
+    The time is when the first row is due. None stands for rows that failed under an older version, or were
+    parked."""
     deleted: list[Deleted]
     pauses: list[Pause]
     without_policy: list[str]

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outbox import capture
-from outbox.destinations import DEFAULT_DESTINATION
+from outbox.destinations import DEFAULT_DESTINATION, DEFAULT_NAME, shown
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.reasons import in_words
-from outbox.records import Deleted, Overview, Pause
+from outbox.records import Deleted, Due, Overview, Pause
 from outbox.storage.counts import filling_in_words
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
     from outbox.storage.store import Store
+
+_SILENT_MS = 3_600_000
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class DestinationStats:
+    """The events of one destination at one moment. Times are Unix epoch milliseconds."""
+
+    counts: dict[str, int]
+    """Number of events by status, including statuses without events."""
+    waiting: int
+    """Number of pending events that failed."""
+    next_due_at_ms: int | None
+    """When the next event is due: a pending event, or one whose lease ended before it was settled."""
+    overdue_ms: int
+    """How long that event has been due; 0 if no event is due."""
+    paused_until_ms: int | None
+    """When the pause of the destination ends, None if it is not paused."""
+
+    @property
+    def undelivered(self) -> int:
+        """Number of events that are not sent."""
+        return sum(self.counts.values()) - self.counts[Status.SENT]
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,8 @@ class Stats:
     """Number of events by status, including statuses without events."""
     by_type: dict[str, dict[str, int]]
     """Number of events by event type and status, without zeros."""
+    by_destination: dict[str, DestinationStats]
+    """The destinations that have events, by name."""
     oldest_pending_age_ms: int | None
     """Age of the oldest pending or sending event."""
     next_due_at_ms: int | None
@@ -50,25 +78,69 @@ class Stats:
 def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
     """Read the database and return the queue as it is now."""
     seen = store.figures.overview(now_ms=now_ms)
-    counts = dict.fromkeys((status.value for status in Status), 0)
+    counts = _no_events()
     by_type: dict[str, dict[str, int]] = {}
-    for event_type, status, count in seen.counts:
+    for _, event_type, status, _, count in seen.counts:
         counts[status] = counts.get(status, 0) + count
-        by_type.setdefault(event_type, {})[status] = count
+        of_type = by_type.setdefault(event_type, {})
+        of_type[status] = of_type.get(status, 0) + count
     oldest = seen.oldest_pending_ms
+    by_destination = _by_destination(seen, now_ms=now_ms)
+    due_ms = [one.next_due_at_ms for one in by_destination.values() if one.next_due_at_ms is not None]
+    next_due = min(due_ms, default=None)
     return Stats(
         counts=counts,
         by_type=by_type,
+        by_destination=by_destination,
         oldest_pending_age_ms=None if oldest is None else max(0, now_ms - oldest),
-        next_due_at_ms=seen.next_due_at_ms,
-        overdue_ms=0 if seen.next_due_at_ms is None else max(0, now_ms - seen.next_due_at_ms),
+        next_due_at_ms=next_due,
+        overdue_ms=_overdue_ms(next_due, now_ms),
         deleted=seen.deleted,
         left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
-        waits_for={kind.value: seen.waiting[kind].events if kind in seen.waiting else 0 for kind in WaitsFor},
-        pauses=seen.pauses,
-        filling=filling_in_words(sum(counts.values()) - counts[Status.SENT], policy.max_undelivered),
-        likely_cause=_likely_cause(seen, counts, store.login_problems, now_ms=now_ms, lease_ms=policy.lease_ms),
+        waits_for={kind.value: sum(one.events for one in seen.waiting.get(kind, ())) for kind in WaitsFor},
+        pauses=[pause._replace(destination=shown(pause.destination)) for pause in seen.pauses],
+        filling=_filling(by_destination, policy.max_undelivered),
+        likely_cause=_likely_cause(
+            seen, by_destination, store.login_problems, now_ms=now_ms, lease_ms=policy.lease_ms
+        ),
     )
+
+
+def _no_events() -> dict[str, int]:
+    return dict.fromkeys((status.value for status in Status), 0)
+
+
+def _by_destination(seen: Overview, *, now_ms: int) -> dict[str, DestinationStats]:
+    counts: dict[str, dict[str, int]] = {}
+    waiting: Counter[str] = Counter()
+    for destination, _, status, has_failed, count in sorted(seen.counts, key=lambda one: str(one.destination)):
+        of_destination = counts.setdefault(destination, _no_events())
+        of_destination[status] = of_destination.get(status, 0) + count
+        if has_failed and status == Status.PENDING:
+            waiting[destination] += count
+    paused = {pause.destination: pause.until_ms for pause in seen.pauses if pause.until_ms > now_ms}
+    due_ms = {destination: due.next_due_at_ms for destination, due in seen.due.items()}
+    return {
+        shown(destination): DestinationStats(
+            counts=of_destination,
+            waiting=waiting[destination],
+            next_due_at_ms=due_ms.get(destination),
+            overdue_ms=_overdue_ms(due_ms.get(destination), now_ms),
+            paused_until_ms=paused.get(destination),
+        )
+        for destination, of_destination in counts.items()
+    }
+
+
+def _overdue_ms(due_ms: int | None, now_ms: int) -> int:
+    return 0 if due_ms is None else max(0, now_ms - due_ms)
+
+
+def _filling(by_destination: dict[str, DestinationStats], at_most: int | None) -> str | None:
+    """Return how full the fullest destination is."""
+    rows, name = max(((one.undelivered, name) for name, one in by_destination.items()), default=(0, DEFAULT_NAME))
+    words = filling_in_words(rows, at_most)
+    return words and f"{'' if name == DEFAULT_NAME else f'{name}: '}{words}"
 
 
 def duration(ms: int) -> str:
@@ -86,16 +158,22 @@ def counted(count: int, noun: str) -> str:
 
 
 def _likely_cause(
-    seen: Overview, counts: dict[str, int], login_problems: dict[str, str], *, now_ms: int, lease_ms: int
+    seen: Overview,
+    by_destination: dict[str, DestinationStats],
+    login_problems: dict[str, str],
+    *,
+    now_ms: int,
+    lease_ms: int,
 ) -> str | None:
     parked = seen.parked
     causes = [capture.IS_OFF] if capture.is_off() else []
-    undelivered = counts["pending"] + counts["sending"] + counts["parked"]
-    if undelivered:
-        causes += [
-            f"{_of(destination)}{problem}; {_are(undelivered)} waiting"
-            for destination, problem in sorted(login_problems.items())
-        ]
+    for destination, problem in sorted(login_problems.items()):
+        counts = (
+            by_destination[shown(destination)].counts if shown(destination) in by_destination else _no_events()
+        )
+        undelivered = counts["pending"] + counts["sending"] + counts["parked"]
+        if undelivered:
+            causes.append(f"{_of(destination)}{problem}; {_are(undelivered)} waiting")
     if seen.without_policy:
         causes.append(
             "row-level security hides events from this database user: the table observation_events has no policy"
@@ -106,7 +184,8 @@ def _likely_cause(
         ago = duration(now_ms - (parked.next_attempt_at_ms - lease_ms))
         text = f" ({parked.last_error})" if parked.last_error else ""
         causes.append(
-            f"the service rejected the token {ago} ago{text}; {_are(counts['parked'])} parked;"
+            f"{_of(parked.destination)}the service rejected the token {ago} ago{text};"
+            f" {_are(by_destination[shown(parked.destination)].counts['parked'])} parked;"
             " set a new token, then run `outbox retry`"
         )
     causes += [
@@ -115,32 +194,61 @@ def _likely_cause(
         if waits_for in seen.waiting
     ]
     if WaitsFor.ROW in seen.waiting:
-        row = seen.waiting[WaitsFor.ROW]
+        row = seen.waiting[WaitsFor.ROW][0]
         causes.append(
-            f"{counted(row.events, 'event')} failed alone while the service accepted others ({row.last_error});"
+            f"{_of(row.destination)}{counted(row.events, 'event')} failed alone while the service accepted others"
+            f" ({row.last_error});"
             " they are tried until they are too old; find out what the service can't handle in them"
         )
     if WaitsFor.PROOF in seen.waiting:
-        suspects = seen.waiting[WaitsFor.PROOF]
+        suspects = seen.waiting[WaitsFor.PROOF][0]
         alone = "alone" if suspects.events == 1 else "one by one"
         causes.append(
-            f"the service rejected {counted(suspects.events, 'event')} {alone} ({suspects.last_error});"
+            f"{_of(suspects.destination)}the service rejected {counted(suspects.events, 'event')} {alone}"
+            f" ({suspects.last_error});"
             " an event is abandoned if it is rejected again later, while the service accepts others;"
             " `outbox show ID` says when"
         )
-    if counts["abandoned"]:
+    abandoned = sum(one.counts["abandoned"] for one in by_destination.values())
+    if abandoned:
         causes.append(
-            f"{_are(counts['abandoned'])} abandoned; `outbox list --status abandoned` shows why,"
+            f"{_are(abandoned)} abandoned; `outbox list --status abandoned` shows why,"
             " and `outbox requeue --older-than 0s` returns them to the queue"
         )
+    paused = {pause.destination for pause in seen.pauses}
+    unserved = [name for name in silent(seen.due, now_ms=now_ms) if name not in paused]
+    if unserved and by_destination.keys() != {DEFAULT_NAME}:
+        causes.append(silence_in_words(unserved))
     return ". Also: ".join(causes) or None
 
 
+def silent(due: Mapping[str, Due], *, now_ms: int) -> list[str]:
+    """Return the stored names of destinations with events due for an hour in which none was delivered."""
+    before_ms = now_ms - _SILENT_MS
+    return [
+        destination
+        for destination, one in sorted(due.items())
+        if one.next_due_at_ms is not None
+        and one.next_due_at_ms <= before_ms
+        and (one.last_accepted_ms is None or one.last_accepted_ms <= before_ms)
+    ]
+
+
+def silence_in_words(destinations: Sequence[str]) -> str:
+    """Return what is wrong with the destinations that `silent` returns."""
+    named = [shown(destination) for destination in destinations[:_MOST_NAMED]]
+    if destinations[_MOST_NAMED:]:
+        named.append(f"{len(destinations) - _MOST_NAMED} more")
+    return f"nothing was delivered for an hour to {', '.join(named)}, although events are due"
+
+
 def _why_waiting(seen: Overview, waits_for: WaitsFor | None, *, now_ms: int) -> str:
-    waiting = seen.waiting[waits_for]
-    next_try_ms = max([waiting.next_attempt_at_ms, *(pause.until_ms for pause in seen.pauses)])
+    waiting = seen.waiting[waits_for][0]
+    pauses = (pause.until_ms for pause in seen.pauses if pause.destination == waiting.destination)
+    next_try_ms = max([waiting.next_attempt_at_ms, *pauses])
     next_try = f"in {duration(next_try_ms - now_ms)}" if next_try_ms > now_ms else "due now"
-    return f"{in_words(waiting.last_error)}; {_are(waiting.events)} waiting; the next try is {next_try}"
+    why = f"{_of(waiting.destination)}{in_words(waiting.last_error)}"
+    return f"{why}; {_are(waiting.events)} waiting; the next try is {next_try}"
 
 
 def _of(destination: str) -> str:

@@ -175,6 +175,30 @@ def test_a_database_in_memory_has_no_file_to_examine() -> None:
 
 
 @pytest.mark.contract
+@pytest.mark.usefixtures("noon")
+def test_the_doctor_names_destinations_that_nobody_delivers_to(outbox: Outbox) -> None:
+    hour_ms = 3_600_000
+
+    def said() -> list[tuple[bool, str]]:
+        found = examine(outbox.engine, Policy())
+        return [(one.is_well, one.words) for one in found if one.check == "destinations" and "hour" in one.words]
+
+    # Due for less than an hour, not due yet, served within the last hour, delivered.
+    add_row(outbox, destination="young", next_attempt_at_ms=NOON_MS - hour_ms + 1)
+    add_row(outbox, destination="later", next_attempt_at_ms=NOON_MS + 1)
+    for served_ms, destination in ((NOON_MS - hour_ms + 1, "served"), (NOON_MS - hour_ms, "unserved")):
+        add_row(outbox, destination=destination, status="sent", sent_at_ms=served_ms)
+        add_row(outbox, destination=destination, next_attempt_at_ms=NOON_MS - hour_ms)
+    words = "nothing was delivered for an hour to {}, although events are due; check that a flusher serves each of them"
+    assert said() == [(False, f"{words.format('unserved')}, and what `outbox status` shows")]
+    for number in range(12):
+        add_row(outbox, destination=f"d{number:02}", status="sending", next_attempt_at_ms=NOON_MS - hour_ms)
+    ((_, listed),) = said()
+    assert listed.startswith(words.format("d00, d01, d02, d03, d04, d05, d06, d07, d08, d09, 3 more"))
+
+
+@pytest.mark.contract
+@pytest.mark.usefixtures("noon")
 def test_the_doctor_warns_of_programs_that_know_no_destinations(outbox: Outbox) -> None:
     def said() -> list[str]:
         return [found.words for found in examine(outbox.engine, Policy()) if found.check == "destinations"]

@@ -84,18 +84,21 @@ def test_ages_are_told_in_seconds_and_zero_where_there_is_nothing(
     outbox: Outbox, registry: CollectorRegistry
 ) -> None:
     samples = scrape(registry)
-    assert (samples["outbox_oldest_pending_age_seconds",], samples["outbox_overdue_seconds",]) == (0, 0)
+    assert (samples["outbox_oldest_pending_age_seconds",], samples["outbox_overdue_seconds", "default"]) == (0, 0)
     with freeze_time(NOON) as clock:
         outbox.enqueue(rule_fired())
         clock.tick(timedelta(seconds=90))
         outbox.flush(ScriptedClient(SLOW_DOWN))
         clock.tick(timedelta(seconds=30))
         samples = scrape(registry)
-        assert (samples["outbox_oldest_pending_age_seconds",], samples["outbox_overdue_seconds",]) == (120, 0)
+        assert (samples["outbox_oldest_pending_age_seconds",], samples["outbox_overdue_seconds", "default"]) == (
+            120,
+            0,
+        )
         clock.tick(timedelta(seconds=60))
         overdue_ms = outbox.overdue_ms()
         assert overdue_ms > 0
-        assert scrape(registry)["outbox_overdue_seconds",] == overdue_ms / 1_000
+        assert scrape(registry)["outbox_overdue_seconds", "default"] == overdue_ms / 1_000
 
 
 @pytest.mark.usefixtures("exported")
@@ -138,6 +141,45 @@ def test_the_free_space_beside_the_file_is_told(registry: CollectorRegistry) -> 
 
 
 @pytest.mark.usefixtures("exported")
+def test_each_destination_has_series_that_start_at_zero(outbox: Outbox, registry: CollectorRegistry) -> None:
+    with freeze_time(NOON) as clock:
+        outbox.enqueue(rule_fired(), to="billing")
+        clock.tick(timedelta(seconds=90))
+        samples = scrape(registry)
+        assert samples["outbox_overdue_seconds", "billing"] == 90
+        assert samples["outbox_overdue_seconds", "default"] == 0
+        assert samples["outbox_destination_events", "pending", "billing"] == 1
+        assert samples["outbox_outcomes_total", "sent", "billing"] == 0
+        outbox.flush(ScriptedClient(), destination="billing")
+        samples = scrape(registry)
+    assert samples["outbox_overdue_seconds", "billing"] == 0
+    assert samples["outbox_destination_events", "sent", "billing"] == 1
+    assert samples["outbox_outcomes_total", "sent", "billing"] == 1
+    assert samples["outbox_outcomes_total", "sent", "default"] == 0
+    assert samples["outbox_upload_duration_seconds_count", "accepted", "billing"] == 1
+    assert samples["outbox_upload_duration_seconds_count", "accepted", "default"] == 0
+
+
+@pytest.mark.usefixtures("noon")
+def test_destinations_beyond_the_largest_share_series(
+    outbox: Outbox, registry: CollectorRegistry, monkeypatch
+) -> None:
+    monkeypatch.setattr(metrics, "MOST_DESTINATIONS", 2)
+    monkeypatch.setattr(metrics, "_REST", 0)
+    OutboxMetrics(outbox, registry=registry)
+    for name, events in (("archive", 1), ("billing", 3), ("search", 1)):
+        outbox.enqueue_many([rule_fired()] * events, to=name)
+    scrape(registry)
+    for name in ("archive", "billing", "search"):
+        outbox.flush(ScriptedClient(), destination=name)
+    samples = scrape(registry)
+    assert {key[2] for key in samples if key[0] == "outbox_destination_events"} == {"billing", "(other)"}
+    for name, events in (("default", 0), ("billing", 3), ("(other)", 2)):
+        assert samples["outbox_outcomes_total", "sent", name] == events
+        assert samples.get(("outbox_destination_events", "sent", name), 0) == events
+
+
+@pytest.mark.usefixtures("exported")
 def test_types_beyond_the_largest_share_a_series_and_odd_names_break_nothing(
     outbox: Outbox, registry: CollectorRegistry, monkeypatch
 ) -> None:
@@ -168,7 +210,7 @@ def test_a_database_that_fails_does_not_break_the_scrape_and_is_logged_once(
             samples = scrape(registry)
             assert samples["outbox_up",] == up
             assert (("outbox_events", "sent", "rule_fired") in samples) == up
-            assert samples["outbox_outcomes_total", "sent"] == 1
+            assert samples["outbox_outcomes_total", "sent", "default"] == 1
 
     outbox.enqueue(rule_fired())
     outbox.flush(ScriptedClient())
@@ -262,8 +304,8 @@ def test_the_time_of_uploads_is_told_by_their_result(outbox: Outbox, registry: C
     samples = scrape(registry)
     counts = {key[1]: value for key, value in samples.items() if key[0] == "outbox_upload_duration_seconds_count"}
     assert counts == {"accepted": 1, "permanent": 1, "rate_limited": 1, "transient": 0, "auth_blocked": 0}
-    assert samples["outbox_upload_duration_seconds_bucket", "accepted", "45.0"] == 1
-    assert 0 < samples["outbox_upload_duration_seconds_sum", "accepted"] < 45
+    assert samples["outbox_upload_duration_seconds_bucket", "accepted", "45.0", "default"] == 1
+    assert 0 < samples["outbox_upload_duration_seconds_sum", "accepted", "default"] < 45
 
 
 # --- serving them ---

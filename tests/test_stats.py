@@ -7,9 +7,10 @@ from freezegun import freeze_time
 
 from builders import DOWN, NOON, NOON_MS, ScriptedClient, add_row, rule_fired
 from command_line import IS_OFF
-from outbox import Outbox
+from outbox import Outbox, Policy
+from outbox.doctor import examine
 from outbox.pauses import SharedPause
-from outbox.stats import duration
+from outbox.stats import DestinationStats, duration
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,77 @@ def test_a_flush_without_credentials_is_a_cause_until_one_has_some(outbox: Outbo
     assert outbox.stats().likely_cause.startswith(
         "not logged in, the client has no token; 1 event is waiting. Also: the"
     )
+
+
+# Several destinations
+
+
+@pytest.mark.contract
+@pytest.mark.usefixtures("noon")
+def test_the_numbers_of_each_destination_are_its_own(outbox: Outbox) -> None:
+    add_row(outbox, status="sent", sent_at_ms=NOON_MS)
+    add_row(outbox, next_attempt_at_ms=NOON_MS + 5_000)
+    for waits_for in ("service", "row", None):
+        add_row(outbox, destination="billing", waits_for=waits_for, last_error="503")
+    add_row(outbox, destination="billing", status="sending", next_attempt_at_ms=NOON_MS - 7_000)
+    add_row(outbox, destination="billing", status="parked", event_type="order_packed")
+    add_row(outbox, destination="search", status="abandoned", waits_for="proof")
+    outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=NOON_MS + 1))
+    outbox.store.pauses.change("search", lambda _: SharedPause(failures=1, until_ms=NOON_MS))
+    found = outbox.stats()
+
+    def numbers(**events: int) -> dict[str, int]:
+        return {**dict.fromkeys(("pending", "sending", "sent", "parked", "abandoned"), 0), **events}
+
+    default, billing, search = found.by_destination.values()
+    assert [*found.by_destination] == ["default", "billing", "search"]
+    assert default == DestinationStats(numbers(pending=1, sent=1), 0, NOON_MS + 5_000, 0, None)
+    assert billing == DestinationStats(
+        numbers(pending=3, sending=1, parked=1), 2, NOON_MS - 7_000, 7_000, NOON_MS + 1
+    )
+    assert search == DestinationStats(numbers(abandoned=1), 0, None, 0, None)
+    assert (billing.undelivered, search.undelivered) == (5, 1)
+    assert found.by_type["rule_fired"] == {"pending": 4, "sending": 1, "sent": 1, "abandoned": 1}
+    assert (found.next_due_at_ms, found.overdue_ms, outbox.overdue_ms()) == (NOON_MS - 7_000, 7_000, 7_000)
+    assert [pause.destination for pause in found.pauses] == ["billing", "search"]
+
+
+@pytest.mark.contract
+def test_a_cause_names_its_destination_and_counts_its_events(outbox: Outbox) -> None:
+    for destination, error, events in (("", "503", 1), ("billing", "502", 2), ("search", "501", 1)):
+        for _ in range(events):
+            add_row(outbox, destination=destination, waits_for="service", last_error=error)
+    for destination in ("billing", "billing", "search"):
+        add_row(outbox, destination=destination, status="parked", last_error="401")
+    outbox.store.login_problems["archive"] = "not logged in"
+    said = causes(outbox)
+    assert "billing: the service is failing (502); 2 events are waiting; the next try is due now" in said
+    assert "search: the service rejected the token" in said
+    assert "(401); 1 event is parked; set" in said
+    assert "archive" not in said
+    outbox.store.login_problems["search"] = "not logged in"
+    assert causes(outbox).startswith("search: not logged in; 2 events are waiting")
+
+
+@pytest.mark.contract
+def test_a_destination_that_nobody_delivers_to_is_a_cause(outbox: Outbox) -> None:
+    def said() -> str | None:
+        with freeze_time(NOON + timedelta(hours=1)):
+            return outbox.stats().likely_cause
+
+    add_row(outbox)
+    assert said() is None  # one that knows only the default destination reads `overdue`
+    add_row(outbox, destination="billing")
+    assert said() == "nothing was delivered for an hour to default, billing, although events are due"
+    assert causes(outbox) is None
+    outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=NOON_MS + 1))
+    assert said() == "nothing was delivered for an hour to default, although events are due"
+
+
+def test_the_fullest_destination_fills_the_queue(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_undelivered=4)) as outbox:
+        outbox.enqueue_many([rule_fired()] * 1)
+        outbox.enqueue_many([rule_fired()] * 2, to="billing")
+        assert outbox.stats().filling.startswith("billing: 2 undelivered events")
+        (words,) = (one.words for one in examine(outbox.engine, outbox.policy) if one.check == "bounds")
+        assert words.startswith("the queue is filling up: 2 undelivered events")

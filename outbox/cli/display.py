@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outbox.destinations import DEFAULT_NAME, shown
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.pauses import PROBE_AFTER
 from outbox.reasons import in_words
-from outbox.stats import Stats, counted, duration
+from outbox.stats import DestinationStats, Stats, counted, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _ERROR_WIDTH = 80
+_MOST_DESTINATIONS = 50
+_UNDELIVERED = (Status.PENDING, Status.SENDING, Status.PARKED, Status.ABANDONED)
 
 _WAITS: dict[str, str] = {
     WaitsFor.SERVICE: "for the service, which probably failed",
@@ -145,7 +148,7 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         facts.append(("oldest", f"{duration(stats.oldest_pending_age_ms)} old (pending or sending)"))
     if stats.next_due_at_ms is not None:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
-    facts += [("paused", _pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
+    facts += [("paused", _of(pause) + _pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
     facts += [("waiting", f"{_waiting(count)} {_WAITS[kind]}") for kind, count in stats.waits_for.items() if count]
     if stats.filling is not None:
         facts.append(("filling up", stats.filling))
@@ -156,10 +159,27 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
     if lost:
         facts.append(("lost", f"{counted(lost, 'undelivered event')} deleted because the queue was full"))
     text = f"{facts_table(facts)}\n\n{table(rows)}"
+    if stats.by_destination.keys() - {DEFAULT_NAME}:
+        text += f"\n\n{_destinations_in_words(stats.by_destination, now_ms=now_ms)}"
     if stats.deleted:
         text += f"\n\nevents deleted so far, {stats.left_undelivered} of them undelivered:\n"
         text += table([("status", "type", "reason", "events"), *stats.deleted])
     return text
+
+
+def _destinations_in_words(by_destination: Mapping[str, DestinationStats], *, now_ms: int) -> str:
+    """Return a line for each destination, those with the most undelivered events first, at most 50."""
+    statuses = [status.value for status in (*_UNDELIVERED, Status.SENT)]
+    rows: list[list[object]] = [["destination", *statuses, "waits", "paused until"]]
+    for name, one in sorted(by_destination.items(), key=lambda item: -item[1].undelivered)[:_MOST_DESTINATIONS]:
+        until = "" if one.paused_until_ms is None else when(one.paused_until_ms, now_ms=now_ms)
+        rows.append([name, *(one.counts[status] for status in statuses), one.waiting, until])
+    others = len(by_destination) - _MOST_DESTINATIONS
+    return table(rows) + (f"\nand {counted(others, 'destination')} more" if others > 0 else "")
+
+
+def _of(pause: Pause) -> str:
+    return "" if pause.destination == DEFAULT_NAME else f"{pause.destination}: "
 
 
 def _pause_in_words(pause: Pause, *, now_ms: int) -> str:
@@ -184,10 +204,14 @@ def _waiting(count: int) -> str:
 
 def list_in_words(rows: Sequence[ObservationEvent]) -> str:
     """Return what `outbox list` prints."""
+    destinations = [shown(row.destination) for row in rows]
     cells: list[list[object]] = [["id", "status", "type", "created", "failures", "last error"]]
     for row in rows:
         error = _cut(row.last_error or "")
         cells.append([row.id, row.status, row.event_type, utc(row.created_at_ms), row.retry_count, error])
+    if {*destinations} != {DEFAULT_NAME}:
+        for line, destination in zip(cells, ["destination", *destinations], strict=True):
+            line.insert(3, destination)
     return table(cells)
 
 

@@ -168,7 +168,11 @@ def show(database: str, row_id: int, *, in_json: bool) -> None:
     with Outbox(database) as outbox:
         row = outbox.get(row_id)
         now = outbox.store.now_ms()
-        pauses = outbox.store.views.pauses(now_ms=now)
+        pauses = [
+            pause
+            for pause in outbox.store.views.pauses(now_ms=now)
+            if row is not None and pause.destination == row.destination
+        ]
         policy = outbox.policy
     if row is None:
         fail(f"there is no event {row_id}: it was never enqueued here, or it was deleted", FAILED)

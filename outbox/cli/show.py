@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from outbox import capture
 from outbox.cli.display import escape, facts_table, utc, when
 from outbox.decisions import age_out_ms
+from outbox.destinations import shown
 from outbox.events import check_payload, content_hash
 from outbox.failures import InvalidEvent
 from outbox.lifecycle import Status
@@ -52,6 +53,7 @@ def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses
         ("event", str(row.id)),
         ("event id", str(row.event_id)),
         ("type", row.event_type),
+        ("destination", shown(row.destination)),
         ("status", row.status),
         ("next", what_next(row, now_ms=now_ms, policy=policy, pauses=pauses)),
         *_why_it_waits(row, now_ms=now_ms, policy=policy),
@@ -80,7 +82,8 @@ def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses
 
 def event_as_dict(row: ObservationEvent) -> dict[str, Any]:
     """Return the columns of one event by name; a value that JSON can't hold becomes its `repr`."""
-    return {name: value if _is_json(value) else repr(value) for name, value in _columns(row)}
+    found = {name: value if _is_json(value) else repr(value) for name, value in _columns(row)}
+    return {**found, "destination": shown(row.destination)}
 
 
 def what_next(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:

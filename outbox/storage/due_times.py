@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, cast, func, literal_column, select, union_all
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    cast,
+    func,
+    literal_column,
+    select,
+    union,
+    union_all,
+)
 
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
+from outbox.records import Due
 from outbox.storage.column_types import TIMES_BELOW
+from outbox.storage.dialects import dialect_of
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.indexes import QUEUE_INDEX
 from outbox.storage.sql import (
     columns,
     did_not_fail,
@@ -22,41 +43,79 @@ from outbox.storage.sql import (
     was_tried,
 )
 
-LAST_ACCEPTED = (
-    select(columns.sent_at_ms)
-    .where(
-        of_destination,
-        is_one_of(unindexed_status, Status.SENT),
-        columns.sent_at_ms < literal_column(str(TIMES_BELOW), BigInteger),
-    )
-    .order_by(columns.sent_at_ms.desc())
-    .limit(1)
-)
-
 _waits = [columns.waits_for == literal(one) for one in WaitsFor]
 _pending = is_one_of(unindexed_status, Status.PENDING)
-# One look-up for each status and each reason to wait: no index has the order of the times over several of them.
-_due_by_status = union_all(
+
+
+def _last_accepted(of: ColumnElement[bool]) -> Select[Any]:
+    return (
+        select(columns.sent_at_ms)
+        .where(
+            of,
+            is_one_of(unindexed_status, Status.SENT),
+            columns.sent_at_ms < literal_column(str(TIMES_BELOW), BigInteger),
+        )
+        .order_by(columns.sent_at_ms.desc())
+        .limit(1)
+    )
+
+
+def _due(of: ColumnElement[bool]) -> Iterator[ScalarSelect[Any]]:
+    # One look-up for each status and each reason to wait: no index has the order of the times over several.
     # These are due since they were created, so the oldest one was due first.
-    select(
+    yield (
         select(columns.next_attempt_at_ms)
-        .where(of_destination, _pending, did_not_fail, never_tried, has_creation_time, has_due_time)
+        .where(of, _pending, did_not_fail, never_tried, has_creation_time, has_due_time)
         .order_by(*oldest_first)
         .limit(1)
         .scalar_subquery()
-        .label("due")
-    ),
-    *(
-        select(func.min(columns.next_attempt_at_ms)).where(of_destination, has_due_time, *conditions)
-        for conditions in (
-            (_pending, did_not_fail, was_tried),
-            *((_pending, waits) for waits in _waits),
-            # Its flusher died, or will be late.
-            *(
-                (is_one_of(columns.status, Status.SENDING), columns.next_attempt_at_ms <= now, waits)
-                for waits in (did_not_fail, *_waits)
-            ),
-        )
-    ),
-).subquery()
-NEXT_DUE = select(cast(func.min(_due_by_status.c.due), BigInteger))
+    )
+    for conditions in (
+        (_pending, did_not_fail, was_tried),
+        *((_pending, waits) for waits in _waits),
+        # Its flusher died, or will be late.
+        *(
+            (is_one_of(columns.status, Status.SENDING), columns.next_attempt_at_ms <= now, waits)
+            for waits in (did_not_fail, *_waits)
+        ),
+    ):
+        yield select(func.min(columns.next_attempt_at_ms)).where(of, has_due_time, *conditions).scalar_subquery()
+
+
+LAST_ACCEPTED = _last_accepted(of_destination)
+_times = union_all(*(select(one.label("due")) for one in _due(of_destination))).subquery()
+NEXT_DUE = select(cast(func.min(_times.c.due), BigInteger))
+
+
+@cache
+def due_everywhere(dialect: Dialect) -> Select[Any]:
+    """Return the query for all destinations that may have pending or sending rows.
+
+    It finds the name of each, when it last accepted a row, and the due times of its rows.
+    """
+    if QUEUE_INDEX in dialect.indexes:  # it has all rows, and MySQL skips in it from one destination to the next
+        names = select(columns.destination.label("name")).distinct().subquery("named")
+    else:
+        names = union(*(select(found.c.name) for found in map(_names, dialect.pending))).subquery("named")
+    this = columns.destination == names.c.name
+    return select(
+        names.c.name,
+        cast(_last_accepted(this).scalar_subquery(), BigInteger),
+        *(cast(one, BigInteger) for one in _due(this)),
+    ).where(names.c.name.is_not(None))
+
+
+def due(connection: Connection, *, now_ms: int) -> dict[str, Due]:
+    """Return the destinations that may have pending or sending rows."""
+    query = due_everywhere(dialect_of(connection))
+    return {
+        name: Due(min((one for one in times_ms if one is not None), default=None), accepted_ms)
+        for name, accepted_ms, *times_ms in connection.execute(query, {"now": now_ms})
+    }
+
+
+def _names(kind: ColumnElement[bool]) -> CTE:
+    """Return the destinations of these rows. Each is looked up in an index after the one before it."""
+    first = select(func.min(columns.destination).label("name")).where(kind).cte(recursive=True)
+    following = select(func.min(columns.destination)).where(kind, columns.destination > first.c.name)
+    return first.union_all(select(following.correlate(first).scalar_subquery()).where(first.c.name.is_not(None)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from sqlalchemy import (
     BigInteger,
     Engine,
@@ -18,27 +20,28 @@ from sqlalchemy import (
 
 from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
-from outbox.records import Deleted, Oddities, Overview, Pause, Trouble
+from outbox.records import Counted, Deleted, Oddities, Overview, Pause, Trouble
 from outbox.storage.column_types import INTEGERS
 from outbox.storage.dialects import dialect_of
-from outbox.storage.due_times import NEXT_DUE
+from outbox.storage.due_times import due
 from outbox.storage.engines import reading
 from outbox.storage.pauses import PAUSED
-from outbox.storage.sql import columns, has_creation_time, has_due_time, is_one_of, literal, now
+from outbox.storage.sql import columns, failed_before, has_creation_time, has_due_time, is_one_of, literal, now
 from outbox.storage.tables import destinations_ledger, ledger
 
 _undelivered = is_one_of(columns.status, Status.PENDING, Status.SENDING)
+_kinds_of_rows = (columns.destination, columns.event_type, columns.status, failed_before)
 COUNTS = (
-    select(columns.event_type, columns.status, func.count())
-    .group_by(columns.event_type, columns.status)
-    .order_by(columns.event_type)
+    select(*_kinds_of_rows, func.count())
+    .group_by(*_kinds_of_rows)
+    .order_by(columns.event_type, columns.destination)
 )
 _age_begins = case(
     (columns.not_before_ms > columns.created_at_ms, columns.not_before_ms), else_=columns.created_at_ms
 )
 OLDEST_PENDING = select(cast(func.min(_age_begins), BigInteger)).where(_undelivered, has_creation_time)
 LAST_PARKED = (
-    select(columns.last_error, cast(columns.next_attempt_at_ms, BigInteger))
+    select(columns.last_error, cast(columns.next_attempt_at_ms, BigInteger), columns.destination)
     .where(is_one_of(columns.status, Status.PARKED), has_due_time)
     .order_by(columns.next_attempt_at_ms.desc(), columns.id.desc())
     .limit(1)
@@ -47,25 +50,35 @@ _by_error = (
     select(
         columns.waits_for,
         columns.last_error,
+        columns.destination,
         func.min(columns.next_attempt_at_ms).label("due"),
         func.count().label("events"),
     )
     .where(is_one_of(columns.status, Status.PENDING), columns.last_error.is_not(None), has_due_time)
-    .group_by(columns.waits_for, columns.last_error)
+    .group_by(columns.waits_for, columns.last_error, columns.destination)
     .subquery()
 )
-_kind = _by_error.c.waits_for
+_apart = (_by_error.c.waits_for, _by_error.c.destination)
 _kinds = select(
-    _kind,
+    *_apart,
     _by_error.c.last_error,
-    func.min(_by_error.c.due).over(partition_by=_kind).label("due"),
-    func.sum(_by_error.c.events).over(partition_by=_kind).label("events"),
-    func.row_number().over(partition_by=_kind, order_by=_by_error.c.events.desc()).label("place"),
+    func.min(_by_error.c.due).over(partition_by=_apart).label("due"),
+    func.sum(_by_error.c.events).over(partition_by=_apart).label("events"),
+    func.row_number().over(partition_by=_apart, order_by=_by_error.c.events.desc()).label("place"),
 ).subquery()
-WAITING = select(
-    _kinds.c.waits_for, _kinds.c.last_error, cast(_kinds.c.due, BigInteger), cast(_kinds.c.events, BigInteger)
-).where(_kinds.c.place == 1)
-"""For each thing that rows wait for: their most frequent failure, when the first is due, and how many they are."""
+WAITING = (
+    select(
+        _kinds.c.waits_for,
+        _kinds.c.last_error,
+        cast(_kinds.c.due, BigInteger),
+        cast(_kinds.c.events, BigInteger),
+        _kinds.c.destination,
+    )
+    .where(_kinds.c.place == 1)
+    .order_by(_kinds.c.events.desc())
+)
+"""For each thing that rows of a destination wait for: their most frequent failure, when the first is due, and how
+many they are."""
 _ledgers = union_all(
     *(select(*(one.c[name] for name in Deleted._fields)) for one in (ledger, destinations_ledger))
 )
@@ -106,17 +119,19 @@ class Figures:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def overview(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> Overview:
-        """Count the rows of all destinations, and find why they wait. `next_due_at_ms` is for one destination."""
+    def overview(self, *, now_ms: int) -> Overview:
+        """Count the rows of all destinations, and find why they wait."""
         with reading(self._engine) as connection:
             parked = connection.execute(LAST_PARKED).first()
-            waiting = connection.execute(WAITING).all()
+            waiting: defaultdict[str | None, list[Trouble]] = defaultdict(list)
+            for waits_for, *trouble in connection.execute(WAITING):
+                waiting[waits_for].append(Trouble(*trouble))
             return Overview(
-                counts=[(row[0], row[1], row[2]) for row in connection.execute(COUNTS)],
+                counts=[Counted(*row) for row in connection.execute(COUNTS)],
                 oldest_pending_ms=connection.scalar(OLDEST_PENDING),
-                next_due_at_ms=connection.scalar(NEXT_DUE, {"destination": destination, "now": now_ms}),
-                parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0),
-                waiting={waits_for: Trouble(*trouble) for waits_for, *trouble in waiting},
+                due=due(connection, now_ms=now_ms),
+                parked=None if parked is None else Trouble(parked[0] or "", parked[1], 0, parked[2]),
+                waiting=dict(waiting),
                 deleted=[Deleted(*row) for row in connection.execute(DELETED)],
                 pauses=[Pause(*row) for row in connection.execute(PAUSED, {"now": now_ms})],
                 without_policy=dialect_of(self._engine).hidden_commands(connection),

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 from outbox.destinations import DEFAULT_DESTINATION
 from outbox.lifecycle import Status
 from outbox.policy import Policy
-from outbox.records import Chores, Pause
+from outbox.records import Chores, Due, Pause
 from outbox.storage.bounds import Bounds
 from outbox.storage.deletion import Deletion, is_expired
 from outbox.storage.dialects import dialect_of
-from outbox.storage.due_times import LAST_ACCEPTED, NEXT_DUE
+from outbox.storage.due_times import LAST_ACCEPTED, NEXT_DUE, due
 from outbox.storage.engines import reading
 from outbox.storage.identity import Identity, give_id
 from outbox.storage.pauses import IS_TROUBLED, PAUSED
@@ -128,6 +128,11 @@ class Views:
         this = {"destination": destination, "now": now_ms}
         due_ms: int | None = look(self._writer, lambda transaction: transaction.value(NEXT_DUE, **this))
         return due_ms
+
+    def due(self, *, now_ms: int) -> dict[str, Due]:
+        """Return when the next row of each destination is due, and when each last accepted one."""
+        with reading(self._engine) as connection:
+            return due(connection, now_ms=now_ms)
 
     def pauses(self, *, now_ms: int) -> list[Pause]:
         """Return the destinations that failed and have accepted nothing since; their pause may be over."""

@@ -12,6 +12,7 @@ from freezegun import freeze_time
 from builders import NOON, NOON_MS, add_row
 from command_line import HOSTILE, STEERING
 from outbox.cli import display
+from outbox.clock import now_ms
 from outbox.pauses import SharedPause
 from outbox.storage.engines import writing
 
@@ -67,6 +68,39 @@ def test_status_counts_what_the_events_wait_for(run, outbox):
 def test_status_says_which_pause_holds_the_events(run, outbox, pause, words):
     outbox.store.pauses.change("", lambda _: SharedPause(**{"number": 1, "last_error": "503 Down", **pause}))
     assert [text for name, text in status(run) if name == "paused"] == [words]
+
+
+def test_status_has_a_line_for_each_destination_if_there_are_several(run, outbox, monkeypatch):
+    add_row(outbox)
+    assert "paused until" not in run("status").stdout
+    add_row(outbox, destination="billing", waits_for="service", last_error="503")
+    add_row(outbox, destination="billing", status="parked")
+    add_row(outbox, destination="search", status="sent", sent_at_ms=NOON_MS)
+    until_ms = now_ms() + 10_000
+    outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=until_ms, last_error="503"))
+    shown = run("status").stdout
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "destination pending sending parked abandoned sent waits paused until" in lines
+    assert any(line.startswith("billing 1 0 1 0 0 1 2") for line in lines)
+    assert {"default 1 0 0 0 0 0", "search 0 0 0 0 1 0"} <= {*lines}
+    assert "paused        billing: nothing is sent until " in shown
+    monkeypatch.setattr(display, "_MOST_DESTINATIONS", 2)
+    assert "\nand 1 destination more" in run("status").stdout
+    found = json.loads(run("status", "--json").stdout)
+    assert found["by_destination"]["billing"]["paused_until_ms"] == until_ms
+    assert [pause["destination"] for pause in found["pauses"]] == ["billing"]
+
+
+def test_list_and_show_name_the_destination(run, outbox):
+    add_row(outbox)
+    assert "destination" not in run("list").stdout
+    add_row(outbox, destination="billing")
+    lines = [line.split() for line in run("list").stdout.splitlines()]
+    assert lines[0][:4] == ["id", "status", "type", "destination"]
+    assert [line[3] for line in lines[1:]] == ["default", "billing"]
+    assert [one["destination"] for one in json.loads(run("list", "--json").stdout)] == ["default", "billing"]
+    assert "\ndestination   billing\n" in run("show", 2).stdout
+    assert json.loads(run("show", 1, "--json").stdout)["destination"] == "default"
 
 
 @pytest.mark.parametrize("command", [("status",), ("list",), ("show", "1")])

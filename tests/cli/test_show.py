@@ -53,6 +53,12 @@ def test_what_comes_next_depends_on_the_state(run, outbox, columns, words):
     assert words in json.loads(as_json.stdout)["next"]
 
 
+def test_a_pause_of_another_destination_holds_no_event(run, outbox):
+    add_row(outbox, destination="billing")
+    pause(outbox, until_ms=NOON_MS + 90_000, failures=1)
+    assert "pause" not in facts(run)["next"]
+
+
 def test_an_unknown_state_has_no_next(run, outbox):
     add_row(outbox)
     odd = row(outbox, 1)
@@ -79,6 +85,7 @@ def test_show_tells_everything_and_what_comes_next(run, outbox):
 event         1
 event id      order-17
 type          rule_fired
+destination   default
 status        pending
 next          it waits until 2026-11-24 12:04:00 UTC (in 3 minutes); then the next flush sends it. A failure \
 after 2026-12-01 12:00:00 UTC abandons it

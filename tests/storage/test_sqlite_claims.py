@@ -65,6 +65,18 @@ def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
+def test_the_due_times_of_all_destinations_are_looked_up(outbox: Outbox, statistics: str) -> None:
+    learn(outbox, statistics)
+    plan = plan_of(outbox, due_times.due_everywhere(DIALECT))
+    # The rows that are being sent are few.
+    reads = [step for step in plan if "observation_events" in step and "pending_idx (status=?" not in step]
+    assert len(reads) > 10
+    assert not [step for step in reads if step.startswith("SCAN")], plan
+    first = [step for step in reads if "(destination" not in step]
+    assert len(first) == 3, plan  # the first name of each kind: the end of an index
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize(
     ("statement", "index"),
     [

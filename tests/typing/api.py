@@ -24,6 +24,7 @@ from outbox import (
     BatchItem,
     ClientCredentials,
     CloudEvents,
+    DestinationStats,
     Event,
     FlushReport,
     Format,
@@ -193,6 +194,7 @@ def delivering(outbox: Outbox) -> None:
 
 def operating(outbox: Outbox, now: datetime) -> None:
     assert_type(outbox.retry_now(), int)
+    assert_type(outbox.retry_now(destination="billing"), int)
     assert_type(outbox.requeue_abandoned(older_than=now, dry_run=True), RequeueReport)
     assert_type(outbox.purge(event_type="order_shipped", older_than=1), PurgeReport)
     assert_type(outbox.overdue_ms(), int)
@@ -206,6 +208,8 @@ def operating(outbox: Outbox, now: datetime) -> None:
     stats = outbox.stats()
     assert_type(stats, Stats)
     assert_type(stats.by_type, dict[str, dict[str, int]])
+    assert_type(stats.by_destination, dict[str, DestinationStats])
+    assert_type(stats.by_destination["billing"].paused_until_ms, int | None)
     assert_type(stats.waits_for, dict[str, int])
     assert_type(stats.pauses, list[Pause])
     assert_type(stats.likely_cause, str | None)
