@@ -188,6 +188,14 @@ def test_a_cause_names_its_destination_and_counts_its_events(outbox: Outbox) -> 
     assert causes(outbox).startswith("search: not logged in; 2 events are waiting")
 
 
+def test_the_next_try_waits_for_the_pause_of_its_own_destination(outbox: Outbox) -> None:
+    add_row(outbox, waits_for="service", last_error="503", next_attempt_at_ms=NOON_MS + 120_000)
+    for destination, minutes in (("billing", 9), ("", 3)):
+        pause = SharedPause(failures=1, until_ms=NOON_MS + minutes * 60_000)
+        outbox.store.pauses.change(destination, lambda _, pause=pause: pause)
+    assert causes(outbox) == "the service is failing (503); 1 event is waiting; the next try is in 2 minutes"
+
+
 @pytest.mark.contract
 def test_a_destination_that_nobody_delivers_to_is_a_cause(outbox: Outbox) -> None:
     def said() -> str | None:

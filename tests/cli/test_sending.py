@@ -341,6 +341,23 @@ def test_run_delivers_to_the_destination_that_is_named(url, outbox, server, two_
     assert first == f"outbox: delivering from {url} to {server.url}/billing"
 
 
+def test_a_new_token_brings_back_the_events_of_its_destination_only(run, outbox, two_services, monkeypatch):
+    later_ms = now_ms() + 3_600_000
+    billing, search = (
+        add_row(outbox, destination=name, next_attempt_at_ms=later_ms) for name in ("billing", "search")
+    )
+
+    def sleep(_seconds):
+        until(lambda: statuses(outbox) == ["sent"] * 3 + ["pending"] * 2)
+        monkeypatch.setenv("BILLING_TOKEN", "another")
+        until(lambda: row(outbox, billing).next_attempt_at_ms != later_ms)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sending, "_sleep", sleep)
+    assert run("run").exit_code == 0
+    assert row(outbox, search).next_attempt_at_ms == later_ms
+
+
 def test_run_gives_back_what_it_can_not_finish_in_time(url, outbox, server, token_file):
     server.set_mode("hang")
     with start_run(url, server, token_file, "--grace", "1") as run:
