@@ -99,7 +99,7 @@ class Operations:
         )
 
     def pending_count(self) -> int:
-        """Return the number of pending and sending events. Parked events do not count."""
+        """Return the number of pending and sending events of all destinations. Parked events do not count."""
         return self.store.views.pending_count()
 
     def stats(self) -> Stats:

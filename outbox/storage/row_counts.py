@@ -1,4 +1,4 @@
-"""The queries that count the rows of a destination, each by an index alone where the database has one."""
+"""The queries that count rows, each by an index alone where the database has one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 
 from outbox.lifecycle import Status
 from outbox.storage.dialects.base import Dialect
-from outbox.storage.sql import is_one_of, of_destination, unindexed_status
+from outbox.storage.sql import columns, is_one_of, of_destination, unindexed_status
 
 
 def _rows(*kinds: ColumnElement[bool]) -> Select[Any]:
@@ -22,6 +22,8 @@ _SENT, _PARKED, _ABANDONED = (
     is_one_of(unindexed_status, status) for status in (Status.SENT, Status.PARKED, Status.ABANDONED)
 )
 SENT_ROWS = _rows(_SENT)
+PENDING_EVERYWHERE = select(func.count()).where(is_one_of(columns.status, Status.PENDING, Status.SENDING))
+"""The query for how many rows of all destinations are pending or sending."""
 
 
 @cache

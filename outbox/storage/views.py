@@ -23,7 +23,7 @@ from outbox.storage.engines import reading
 from outbox.storage.identity import Identity, give_id
 from outbox.storage.pauses import IS_TROUBLED, PAUSED
 from outbox.storage.revival import PARKED
-from outbox.storage.row_counts import pending_rows
+from outbox.storage.row_counts import PENDING_EVERYWHERE, pending_rows
 from outbox.storage.sql import (
     LAST_ID,
     columns,
@@ -116,11 +116,12 @@ class Views:
         )
         return found
 
-    def pending_count(self, destination: str = DEFAULT_DESTINATION) -> int:
-        """Return how many rows of a destination are pending or sending."""
-        query = pending_rows(dialect_of(self._engine))
+    def pending_count(self, destination: str | None = None) -> int:
+        """Return how many rows of a destination, or of all, are pending or sending."""
         with reading(self._engine) as connection:
-            return connection.scalar(query, {"destination": destination}) or 0
+            if destination is None:
+                return connection.scalar(PENDING_EVERYWHERE) or 0
+            return connection.scalar(pending_rows(dialect_of(self._engine)), {"destination": destination}) or 0
 
     def next_due_ms(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> int | None:
         """Return when the next row is due: one that is pending, or one whose flusher let its lease run out."""

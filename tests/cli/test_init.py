@@ -86,7 +86,7 @@ def test_a_failure_of_the_storage_is_one_line(run, tmp_path):
 
 
 def test_what_steers_a_terminal_is_escaped_in_messages_too(run, outbox, monkeypatch):
-    def fail(_outbox):
+    def fail(_outbox, **_options):
         raise StorageError(HOSTILE)
 
     monkeypatch.setattr(Outbox, "retry_now", fail)
@@ -101,7 +101,7 @@ def test_an_error_of_the_operating_system_is_one_line(run, monkeypatch, tmp_path
 
 
 def test_ctrl_c_is_quiet(run, outbox, monkeypatch):
-    def interrupt(_outbox):
+    def interrupt(_outbox, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Outbox, "retry_now", interrupt)

@@ -148,6 +148,7 @@ def test_the_rows_of_each_destination_are_counted_apart(outbox: Outbox) -> None:
         assert store.views.pending_count(destination) == 2 * number
         assert store.bounds.count_undelivered(destination) == 4 * number
         assert store.views.last_accepted_ms(destination) == NOON_MS - number
+    assert outbox.pending_count() == 8
 
 
 def test_each_destination_has_its_own_next_due_time(outbox: Outbox) -> None:
