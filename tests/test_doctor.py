@@ -183,6 +183,9 @@ def test_the_doctor_names_destinations_that_nobody_delivers_to(outbox: Outbox) -
         found = examine(outbox.engine, Policy())
         return [(one.is_well, one.words) for one in found if one.check == "destinations" and "hour" in one.words]
 
+    add_row(outbox, next_attempt_at_ms=NOON_MS - hour_ms)
+    assert said() == []  # it is the only destination
+    outbox.purge(older_than=NOON_MS + 1)
     # Due for less than an hour, not due yet, served within the last hour, delivered.
     add_row(outbox, destination="young", next_attempt_at_ms=NOON_MS - hour_ms + 1)
     add_row(outbox, destination="later", next_attempt_at_ms=NOON_MS + 1)
