@@ -122,7 +122,7 @@ def test_a_request_that_is_accepted_after_others_failed_ends_their_pause(outbox:
 def test_a_request_under_way_does_not_end_a_silence_that_was_asked_for(outbox: Outbox, other: Outbox) -> None:
     enqueue(outbox, 65)
     assert outbox.flush(ScriptedClient(lambda _: other.flush(ScriptedClient(SLOW_DOWN)) and None)).sent == 64
-    assert paused(outbox) == [("", 0, 40 * SECOND)]
+    assert paused(outbox) == [("default", 0, 40 * SECOND)]
 
 
 @pytest.mark.parametrize(("first", "second"), [(SLOW_DOWN, UNREACHABLE), (UNREACHABLE, SLOW_DOWN)])
@@ -131,7 +131,7 @@ def test_two_that_fail_at_once_count_as_one_failure_with_the_longer_pause(
 ) -> None:
     enqueue(outbox, 128)
     outbox.flush(ScriptedClient(lambda _: other.flush(ScriptedClient(first)) and second))
-    assert paused(outbox) == [("", 1, 40 * SECOND)]
+    assert paused(outbox) == [("default", 1, 40 * SECOND)]
 
 
 def test_the_original_never_pauses(url: str) -> None:
