@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from datetime import timedelta
 
 import pytest
@@ -12,7 +13,7 @@ from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, ROOT, add_row, row, rule_fired, statuses
 from command_line import IS_OFF, TOKEN, process, record_bars
-from conditions import until, worker_threads
+from conditions import until
 from outbox import Outbox, threads
 from outbox.cli import sending
 from outbox.clock import now_ms
@@ -383,14 +384,15 @@ def test_run_goes_on_when_who_read_its_log_has_left(url, outbox, server, token_f
 
 
 def test_run_replaces_a_worker_that_died(run, outbox, logged_in, monkeypatch):
-    work = threads.Threads._work
-    monkeypatch.setattr(threads.Threads, "_work", lambda run: None)
+    work, died = threads.Threads._work, []
+    monkeypatch.setattr(threads.Threads, "_work", lambda run: died.append(threading.current_thread()))
 
     def sleep(_seconds):
         if threads.Threads._work is work:
             until(lambda: statuses(outbox) == ["sent"])
             raise KeyboardInterrupt
-        until(lambda: not worker_threads())
+        (thread,) = died
+        thread.join()  # a thread that is no longer listed may still count as alive
         monkeypatch.setattr(threads.Threads, "_work", work)
 
     monkeypatch.setattr(sending, "_sleep", sleep)
