@@ -12,10 +12,8 @@ from outbox.held_claim import HeldClaim
 from outbox.hooks import Hooks
 from outbox.isolation import isolate
 from outbox.policy import Policy
-from outbox.records import Claim, FlushReport, UploadClient
+from outbox.records import NOT_LOGGED_IN, Claim, FlushReport, UploadClient
 from outbox.storage.store import Store
-
-NOT_LOGGED_IN = "not logged in, the client has no token"
 
 
 def flush_all(  # noqa: PLR0913 - what only a facade gives is optional

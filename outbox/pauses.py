@@ -41,7 +41,7 @@ class SharedPause(NamedTuple):
     """What all flushers know of a destination. The defaults stand for a destination that works."""
 
     failures: int = 0
-    """Failures in a row; only an acceptance ends the count."""
+    """The number of failures in a row. Only an acceptance resets it."""
     number: int = 0
     """Pauses so far, never reset. A claim that saw another number began before the current pause."""
     until_ms: int = 0

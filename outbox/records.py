@@ -18,6 +18,9 @@ from outbox.failures import InvalidEvent, UploadFailure
 from outbox.pauses import SharedPause
 from outbox.policy import Verdict
 
+NOT_LOGGED_IN = "not logged in, the client has no token"
+"""Why a flush skips its events if the client is not logged in."""
+
 LOST_LEASES_ALONE = 2
 """A row is claimed alone from this `lost_leases` on: it may have killed its senders."""
 
@@ -212,7 +215,7 @@ class Counted(NamedTuple):
 
 
 class Deleted(NamedTuple):
-    """How many events of one kind were deleted for one reason."""
+    """The number of events of one kind that were deleted for one reason."""
 
     status: str
     event_type: str

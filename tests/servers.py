@@ -30,7 +30,7 @@ from outbox.storage.tables import VERSION_TABLE
 
 NOBODY = "nobody"
 
-# How often, and how many times, a server that starts is asked whether it listens.
+# A starting server is asked at this interval, and at most so many times, whether it listens.
 _LOOK_EVERY_S = 0.05
 _LOOKS = 1_200
 

@@ -6,6 +6,7 @@ Hooks and cron jobs start it for every event, so each command imports only what 
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from typing import Any
 
 import click
@@ -45,8 +46,6 @@ class _Main(click.Group):
 
 def _print_version(context: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
-        from importlib import metadata  # noqa: PLC0415 - only this option needs it
-
         try:
             version = metadata.version("observation-outbox")
         except metadata.PackageNotFoundError:

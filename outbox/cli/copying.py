@@ -28,7 +28,7 @@ from outbox.stats import counted
 @bounds_options
 @uses_database
 @json_option
-def copy(  # noqa: PLR0913 - click passes each option by its name
+def copy(
     database: str,
     *,
     source: str,

@@ -60,7 +60,7 @@ def status(database: str, *, watch_s: int | None, max_undelivered: int, in_json:
         outbox.store.login_problems.update(login_problems())
         where = outbox.engine.url.render_as_string(hide_password=True)
         if watch_s is not None:
-            from outbox.cli.watch import watch  # noqa: PLC0415 - loads Rich
+            from outbox.cli.watch import watch  # noqa: PLC0415 - slow: it loads Rich
 
             with sigterm_like_ctrl_c(), suppress(KeyboardInterrupt):
                 watch(outbox, where, interval_s=watch_s, in_json=in_json)
@@ -82,7 +82,7 @@ def doctor(context: click.Context, database: str, *, max_undelivered: int, in_js
 
     Exit code 1: something is wrong.
     """
-    from outbox.doctor import examine  # noqa: PLC0415 - only this command needs it
+    from outbox.doctor import examine  # noqa: PLC0415 - slow to load: only this command needs it
 
     engine = open_engine(database)
     try:

@@ -234,7 +234,7 @@ class Bar:
             bar.update(bar.task_ids[0], completed=self._done)
 
     def _start(self) -> Progress:
-        from rich.console import Console  # noqa: PLC0415 - only a drawn bar loads it
+        from rich.console import Console  # noqa: PLC0415 - slow to load: only a drawn bar needs it
         from rich.progress import Progress  # noqa: PLC0415 - as above
 
         bar = Progress(console=Console(stderr=True), transient=True)

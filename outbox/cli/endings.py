@@ -12,7 +12,7 @@ import click
 from outbox.cli.display import escape, say
 
 FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes: failure; wrong usage, settings or input; not everything was delivered; Ctrl-C."""
+"""The exit codes of the commands. `MISUSE` means wrong usage, settings or input. `INTERRUPTED` means Ctrl-C."""
 
 
 def fail(message: str, exit_code: int) -> NoReturn:

@@ -71,7 +71,7 @@ def _with_paths(
 @uses_database
 @json_option
 @click.pass_context
-def enqueue(  # noqa: PLR0913 - click passes each option by its name
+def enqueue(
     context: click.Context,
     database: str,
     files: list[tuple[str, Path | None]],
@@ -128,7 +128,7 @@ def enqueue(  # noqa: PLR0913 - click passes each option by its name
 )
 @uses_database
 @json_option
-def list_events(  # noqa: PLR0913 - click passes each option by its name
+def list_events(
     database: str,
     *,
     status: str | None,
@@ -220,7 +220,7 @@ def requeue(database: str, *, older_than: int, destination: str | None, dry_run:
 @dry_run_option
 @uses_database
 @json_option
-def purge(  # noqa: PLR0913 - click passes each option by its name
+def purge(
     database: str,
     *,
     event_type: str | None,

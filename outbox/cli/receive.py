@@ -55,7 +55,7 @@ _sleep = time.sleep
     help="Reject requests that contain an event with this text.",
 )
 @click.pass_obj
-def receive(  # noqa: PLR0913 - click passes each option by its name
+def receive(
     token: Reader,
     *,
     port: int,
@@ -73,7 +73,7 @@ def receive(  # noqa: PLR0913 - click passes each option by its name
     If OUTBOX_TOKEN or OUTBOX_TOKEN_FILE is set, requests must carry that token. Without --path, any path accepts
     events. POST /control with {"mode": "down"} changes the response mode. GET /received counts the events.
     """
-    from outbox.testing.receiver import IngestServer  # noqa: PLC0415 - loads http.server
+    from outbox.testing.receiver import IngestServer  # noqa: PLC0415 - slow: it loads http.server
 
     server = IngestServer(
         port=port,
@@ -105,7 +105,7 @@ def receive(  # noqa: PLR0913 - click passes each option by its name
 @click.pass_context
 def demo(context: click.Context) -> None:
     """Watch events survive an outage, a rejected token and a bad event."""
-    from outbox.cli.demo import run  # noqa: PLC0415 - loads the whole package and Rich
+    from outbox.cli.demo import run  # noqa: PLC0415 - slow: it loads Rich and http.server
 
     context.exit(run())
 

@@ -23,6 +23,7 @@ from outbox.destinations import stored
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.outbox import Outbox
 from outbox.policy import Policy
+from outbox.records import NOT_LOGGED_IN
 from outbox.stats import duration
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _sleep = time.sleep
 @uses_database
 @json_option
 @click.pass_context
-def flush(  # noqa: PLR0913 - click passes each option by its name
+def flush(
     context: click.Context, database: str, services: Services, *, everything: bool, policy: Policy, in_json: bool
 ) -> None:
     """Send one batch of due events of a destination.
@@ -114,8 +115,6 @@ def _say_report(report: FlushReport, service: Service, of: str, *, in_json: bool
 
 def _way_out(report: FlushReport, service: Service) -> str:
     """Return what to do so that events are sent again."""
-    from outbox.flusher import NOT_LOGGED_IN  # noqa: PLC0415 - only a flush needs it
-
     if report.paused_until_ms is not None:
         until = when(report.paused_until_ms, now_ms=now_ms())
         return f"; the pause ends at {until}, or when you run `outbox retry`"
@@ -154,7 +153,7 @@ def _way_out(report: FlushReport, service: Service) -> str:
 @heartbeat_option
 @bounds_options
 @uses_database
-def run(  # noqa: PLR0913 - click passes each option by its name
+def run(
     database: str,
     services: Services,
     *,
@@ -174,7 +173,7 @@ def run(  # noqa: PLR0913 - click passes each option by its name
     changes, the parked and waiting events of its destination are retried immediately. The log goes to standard
     error.
     """
-    from outbox.worker import Worker  # noqa: PLC0415 - only this command needs it
+    from outbox.worker import Worker  # noqa: PLC0415 - slow to load: only this command needs it
 
     with ExitStack() as opened:
         outbox = opened.enter_context(Outbox(database, policy=policy))
@@ -240,7 +239,7 @@ def _served_metrics(outbox: Outbox, port: int | None, address: str) -> Iterator[
 )
 @uses_database
 @json_option
-def health(  # noqa: PLR0913 - click passes each option by its name
+def health(
     database: str,
     *,
     max_overdue: int,

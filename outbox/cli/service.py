@@ -1,4 +1,4 @@
-"""Where and how `outbox flush` and `outbox run` deliver: their options, and what the file says."""
+"""The settings of a service for `outbox flush` and `outbox run`, from their options and from outbox.toml."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Intake:
             partial(self._bounds.refuse, policy, value_of=transaction.value), events, partial(known, transaction)
         )
         self._refuse_when_full(transaction, policy, events)
-        # PostgreSQL can't prepare a transaction that sent a notification; flushers find its rows by polling.
+        # PostgreSQL refuses to prepare a transaction that notified. Without a notification, flushers poll.
         inserted = self._insert(transaction, events, notifies=not is_two_phase)
         self._note(policy, inserted)
         return inserted.ids

@@ -63,7 +63,7 @@ class Purge:
         now_ms: int,
         dry_run: bool,
     ) -> tuple[Counter[tuple[str, str]], int]:
-        """Delete the rows that match all conditions, except rows in flight and rows that are inserted meanwhile.
+        """Delete the rows that match all conditions. Rows in flight and rows inserted during the purge stay.
 
         Return how many by status and event type, and how many stay because they are in flight. Rows are searched
         without a lock, and deleted in slices. Each slice is a transaction.

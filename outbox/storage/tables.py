@@ -205,7 +205,7 @@ ledger = Table(
     Column("reason", Name, primary_key=True),
     Column("events", BigInteger, nullable=False),
 )
-"""How many events of one kind were deleted for one reason, over the life of the database.
+"""The number of events of one kind that were deleted for one reason, over the life of the database.
 
 It is written in the transaction that deletes, so rows ever enqueued = rows there + events counted here.
 """
@@ -214,7 +214,7 @@ destinations = Table(
     "observation_destinations",
     Base.metadata,
     Column("destination", Name, primary_key=True),
-    # Failures in a row; only an acceptance ends the count.
+    # The number of failures in a row. Only an acceptance resets it.
     Column("failures", Integer, nullable=False),
     # When the pause ends. Nothing is claimed before.
     Column("paused_until_ms", BigInteger, nullable=False),

@@ -14,7 +14,7 @@ LIKELY_CREDENTIAL = re.compile(r"auth|cookie|credential|key|passw|secret|session
 
 
 class Private:
-    """The base of objects that hold secrets. They show none, and can't be pickled or copied."""
+    """Base class of objects that hold secrets. Their `repr` shows none, and they can't be pickled or copied."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(…)"

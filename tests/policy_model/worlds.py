@@ -25,7 +25,7 @@ from .services import (
 )
 
 BLAME, LOSS, RECOVERY = (
-    "no event that the service would accept is abandoned, except for its age",
+    "no event that the service would accept is abandoned, unless it is too old",
     "nothing undelivered is deleted",
     "the backlog recovers within a bound",
 )
