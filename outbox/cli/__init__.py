@@ -13,11 +13,12 @@ import click
 
 from outbox.cli import copying, database, events, receive, sending
 from outbox.cli.credentials import environment_token
-from outbox.cli.display import escape, say
+from outbox.cli.display import say
 from outbox.cli.endings import FAILED, INTERRUPTED, MISUSE, fail
 from outbox.cli.options import config_option, database_option, json_option, types_option
 from outbox.cli.streams import drop_unwritten, open_closed_streams
 from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
+from outbox.words import escape
 
 
 class _Main(click.Group):

@@ -8,13 +8,14 @@ import click
 
 from outbox import schema
 from outbox.cli.bounds import max_undelivered_option, policy_of
-from outbox.cli.display import as_json, escape, say, status_as_dict, status_in_words
+from outbox.cli.display import as_json, say, status_as_dict, status_in_words
 from outbox.cli.endings import FAILED, sigterm_like_ctrl_c
 from outbox.cli.options import json_option, uses_database
 from outbox.cli.service import login_problems
 from outbox.clock import now_ms
 from outbox.outbox import Outbox
 from outbox.storage.engines import open_engine
+from outbox.words import escape
 
 _LONGEST_REFRESH_S = 3_600
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from datetime import datetime, timedelta, timezone
 from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,8 @@ import click
 from outbox.destinations import DEFAULT_NAME, shown
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
-from outbox.pauses import PROBE_AFTER
-from outbox.reasons import in_words
 from outbox.stats import DestinationStats, Stats, counted, duration
+from outbox.words import escape, pause_in_words, utc, when
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from outbox.records import Pause
     from outbox.storage.tables import ObservationEvent
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _ERROR_WIDTH = 80
 _MOST_DESTINATIONS = 50
 _UNDELIVERED = (Status.PENDING, Status.SENDING, Status.PARKED, Status.ABANDONED)
@@ -40,11 +37,6 @@ _WAITS: dict[str, str] = {
     WaitsFor.PROOF: "for proof, after being rejected alone",
     WaitsFor.ROW: "after failing alone while the service accepted others",
 }
-
-
-def escape(text: str) -> str:
-    """Return the text as one line, with non-printing characters as Python escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -93,29 +85,6 @@ def as_json(value: object) -> str:
     return json.dumps(value, default=_plain).replace("\x7f", "\\u007f")
 
 
-def when(ms: int, *, now_ms: int) -> str:
-    """Return "2026-11-24 12:00:00 UTC (3 minutes ago)"; a stored value that is no number is shown as it is."""
-    if not _is_number(ms):
-        return repr(ms)
-    distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
-    return f"{utc(ms)} ({distance})"
-
-
-def utc(ms: int) -> str:
-    """Return "2026-11-24 12:00:00 UTC"; a stored value that is no date is shown as it is."""
-    if not _is_number(ms):
-        return repr(ms)
-    try:
-        return f"{_EPOCH + timedelta(milliseconds=ms):%Y-%m-%d %H:%M:%S} UTC"
-    except OverflowError:
-        return f"{ms} ms since 1970"
-
-
-def _is_number(stored: object) -> bool:
-    # SQLite stores any value in any column.
-    return isinstance(stored, int)
-
-
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Return rows as aligned text, with numbers aligned right. The first row is the heading."""
     texts = [[escape(str(cell)) for cell in row] for row in rows]
@@ -148,7 +117,7 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         facts.append(("oldest", f"{duration(stats.oldest_pending_age_ms)} old (pending or sending)"))
     if stats.next_due_at_ms is not None:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
-    facts += [("paused", _of(pause) + _pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
+    facts += [("paused", _of(pause) + pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
     facts += [("waiting", f"{_waiting(count)} {_WAITS[kind]}") for kind, count in stats.waits_for.items() if count]
     if stats.filling is not None:
         facts.append(("filling up", stats.filling))
@@ -180,22 +149,6 @@ def _destinations_in_words(by_destination: Mapping[str, DestinationStats], *, no
 
 def _of(pause: Pause) -> str:
     return "" if pause.destination == DEFAULT_NAME else f"{pause.destination}: "
-
-
-def _pause_in_words(pause: Pause, *, now_ms: int) -> str:
-    why = in_words(pause.last_error)
-    if pause.failures:
-        why += f", {counted(pause.failures, 'failure')} in a row"
-    if pause.paused_until_ms > now_ms:
-        until = when(pause.paused_until_ms, now_ms=now_ms)
-        return f"nothing is sent until {until}: {why}; `outbox retry` ends the pause"
-    if pause.probe_until_ms > now_ms:
-        until = when(pause.probe_until_ms, now_ms=now_ms)
-        return (
-            f"one flusher sends one event as a probe; the others wait for its result, at most until {until}: {why}"
-        )
-    sends = "one event as a probe" if pause.failures >= PROBE_AFTER else "a batch"
-    return f"the pause is over, and the next flush sends {sends}: {why}"
 
 
 def _waiting(count: int) -> str:

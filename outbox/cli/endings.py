@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import click
 
-from outbox.cli.display import escape, say
+from outbox.cli.display import say
+from outbox.words import escape
 
 FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
 """The exit codes of the commands. `MISUSE` means wrong usage, settings or input. `INTERRUPTED` means Ctrl-C."""

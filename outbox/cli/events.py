@@ -13,13 +13,7 @@ import msgspec
 
 from outbox import capture
 from outbox.cli.bounds import bounds_options
-from outbox.cli.display import (
-    Bar,
-    as_json,
-    escape,
-    list_in_words,
-    say,
-)
+from outbox.cli.display import Bar, as_json, list_in_words, say
 from outbox.cli.endings import FAILED, MISUSE, fail
 from outbox.cli.options import (
     config_of,
@@ -39,6 +33,7 @@ from outbox.operations import LARGEST_ID
 from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.stats import counted
+from outbox.words import escape
 
 _ERRORS_SHOWN = 10
 # A smaller file is read so fast that it needs no progress bar.

@@ -16,11 +16,11 @@ import click
 from sqlalchemy import URL
 
 from outbox.cli import config
-from outbox.cli.display import escape
 from outbox.clock import epoch_ms, now_ms
 from outbox.destinations import shown, stored
 from outbox.storage.dialects import dialect_named
 from outbox.storage.engines import default_url, parse_url
+from outbox.words import escape
 
 _UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _AGES = "an age such as 30s, 15m, 12h or 7d"

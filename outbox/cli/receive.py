@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from outbox.cli.credentials import Reader
-from outbox.cli.display import escape, say
+from outbox.cli.display import say
 from outbox.cli.endings import sigterm_like_ctrl_c
+from outbox.words import escape
 
 RECEIVE_MODES = ("ok", "down", "overloaded", "revoked", "hang", "drop")
 """The modes of the test server, listed here so that the other commands need not import it."""

@@ -14,7 +14,7 @@ import click
 
 from outbox import capture
 from outbox.cli.bounds import bounds_options
-from outbox.cli.display import Bar, as_json, escape, say, shown_log, when
+from outbox.cli.display import Bar, as_json, say, shown_log
 from outbox.cli.endings import FAILED, MISUSE, UNDELIVERED, fail, sigterm_like_ctrl_c
 from outbox.cli.options import duration_ms, heartbeat_option, json_option, uses_database
 from outbox.cli.service import Service, Services, service_options
@@ -25,6 +25,7 @@ from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.records import NOT_LOGGED_IN
 from outbox.stats import duration
+from outbox.words import escape, when
 
 if TYPE_CHECKING:
     from outbox.records import FlushReport, UploadClient

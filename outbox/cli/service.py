@@ -15,12 +15,12 @@ from click.core import ParameterSource
 from outbox.cli.config_destination import LOGINS
 from outbox.cli.config_table import Table
 from outbox.cli.credentials import Reader, first_of
-from outbox.cli.display import escape
 from outbox.cli.options import config_of, destination_option, import_module
 from outbox.destinations import DEFAULT_NAME, stored
 from outbox.failures import ConfigurationError, OutboxError
 from outbox.upload.redaction import without_credentials
 from outbox.upload.secrets import LIKELY_CREDENTIAL
+from outbox.words import escape
 
 if TYPE_CHECKING:
     from outbox.records import UploadClient

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outbox import capture
-from outbox.cli.display import escape, facts_table, utc, when
+from outbox.cli.display import facts_table
 from outbox.decisions import age_out_ms
 from outbox.destinations import shown
 from outbox.events import check_payload, content_hash
@@ -21,6 +21,7 @@ from outbox.reasons import in_words
 from outbox.records import LOST_LEASES_ALONE, Pause
 from outbox.stats import duration
 from outbox.storage.column_types import invalid_column
+from outbox.words import escape, utc, when
 
 if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent

@@ -139,10 +139,6 @@ def test_what_the_output_can_not_encode_is_escaped(monkeypatch, capsys):
     assert capsys.readouterr().out == "gr\\xfcn\n"
 
 
-def test_a_number_that_is_no_date_stays_a_number():
-    assert display.utc(10**18) == f"{10**18} ms since 1970"
-
-
 def test_json_takes_no_value_by_guess():
     with pytest.raises(TypeError, match="bytes has no JSON"):
         display.as_json(b"")
