@@ -28,6 +28,7 @@ _COPIED = (
     "session_id",
     "rule_id",
     "file_path",
+    "trace_context",
 )
 
 # No index has the order of all statuses by id, so all slices together walk the primary key once.

@@ -24,7 +24,7 @@ INSERTED = (
     "next_attempt_at_ms",
     "created_at_ms",
 )
-_OPTIONAL = ("destination", "event_id", "not_before_ms", "revived_at_ms")
+_OPTIONAL = ("destination", "event_id", "not_before_ms", "revived_at_ms", "trace_context")
 KNOWN = in_order(
     select(columns.event_id, columns.id).where(
         columns.destination == bindparam("destination"),

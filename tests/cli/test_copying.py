@@ -23,7 +23,7 @@ def history(outbox: Outbox) -> list[int]:
         add_row(outbox, destination="billing", created_at_ms=NOON_MS + number, status=status, **more)
         for number, (status, more) in enumerate(
             (
-                ("sent", {"sent_at_ms": NOON_MS, "event_id": "order-17"}),
+                ("sent", {"sent_at_ms": NOON_MS, "event_id": "order-17", "trace_context": "{}"}),
                 ("abandoned", {"last_error": "permanent: 422", "retry_count": 5, "waits_for": "proof"}),
                 ("parked", {"last_error": "401"}),
                 ("pending", {"not_before_ms": NOON_MS * 2, "next_attempt_at_ms": NOON_MS * 2}),
@@ -48,6 +48,7 @@ def test_a_copy_is_a_fresh_row_with_the_ids_and_times_of_the_event(run, outbox, 
         "rule_ids_json",
         "occurred_at_ms",
         "created_at_ms",
+        "trace_context",
     )
     for name in (*kept, "not_before_ms"):
         assert [getattr(one, name) for one in copies] == [getattr(one, name) for one in of(outbox, "billing")], (
