@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from outbox import maintenance, outcomes, reasons
+from outbox import maintenance, outcomes, reasons, tracing
 from outbox.clock import monotonic_s
 from outbox.decisions import abandonment
 from outbox.destinations import shown
@@ -22,8 +23,8 @@ from outbox.records import BatchItem, Claim, ClaimedRow, FlushReport, UploadClie
 from outbox.search import Search
 from outbox.storage.pauses import Changed
 from outbox.storage.store import Store
-from outbox.upload.custom import requests_failure
-from outbox.upload.redaction import client_error
+from outbox.upload.custom import failures_of, requests_failure
+from outbox.upload.redaction import client_error, without_credentials
 
 log = logging.getLogger("outbox")
 
@@ -124,9 +125,23 @@ class HeldClaim:
     def send(self, part: tuple[BatchItem, ...], search: Search[BatchItem]) -> None:
         """Send one request, let the search judge the answer, and settle what it decides."""
         begun_s = monotonic_s()
-        answer = self._upload(part)
+        with tracing.upload_span(part, self.destination, self._client) as span:
+            answer = self._upload(part)
+            duration_ms = (monotonic_s() - begun_s) * 1_000
+            span.answered(answer, self._policy, partial(without_credentials, client=self._client))
+            self._judge(part, answer, search, duration_ms)
+            decided = search.take_outcomes()
+            span.decided(decided)
+        self.settle(decided)
+
+    def _judge(
+        self,
+        part: tuple[BatchItem, ...],
+        answer: UploadFailure | dict[int, UploadFailure],
+        search: Search[BatchItem],
+        duration_ms: float,
+    ) -> None:
         failure = answer if isinstance(answer, UploadFailure) else None
-        duration_ms = (monotonic_s() - begun_s) * 1_000
         now = self._store.now_ms()
         judged = None if failure is None else verdict(failure, self._policy)
         self._news.append(
@@ -140,23 +155,20 @@ class HeldClaim:
         )
         if not answer:
             search.accepted(part, now_ms=now)
+            return
+        self._has_failed = True
+        accepted_at_ms = None if self._policy.is_original else self._store.views.last_accepted_ms(self.destination)
+        if isinstance(answer, UploadFailure):
+            search.rejected(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
         else:
-            self._has_failed = True
-            accepted_at_ms = (
-                None if self._policy.is_original else self._store.views.last_accepted_ms(self.destination)
-            )
-            if isinstance(answer, UploadFailure):
-                search.rejected(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
-            else:
-                search.answered(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
-        self.settle(search.take_outcomes())
+            search.answered(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
 
     def _upload(self, part: tuple[BatchItem, ...]) -> UploadFailure | dict[int, UploadFailure]:
         """Upload the part. Return its failure, or failures of single rows by id: none if all were accepted."""
         try:
             try:
                 answered = self._client.upload(part)
-                failures = _failures(answered, part)
+                failures = failures_of(answered, part)
                 for named in failures.values():
                     check_failure(named)  # an invalid failure is a bug, too
             except UploadFailure as failure:
@@ -296,21 +308,3 @@ class HeldClaim:
         with self._lock:
             news, lost_leases = tuple(self._news), self._lost_leases
         tell(hooks, self._rows, news, lost_leases, self.destination)
-
-
-def _failures(answered: object, part: Sequence[BatchItem]) -> dict[int, UploadFailure]:
-    """Return the failures that a client's answer names, by row id. Raises `ConfigurationError` for a bug."""
-    if answered is None:
-        return {}
-    if not isinstance(answered, Mapping):
-        raise ConfigurationError(f"upload() returned a {type(answered).__name__}, expected None or a mapping")
-    unknown = set(answered) - {item.id for item in part}
-    if unknown:
-        raise ConfigurationError(f"upload() returned the id {unknown.pop()!r}, which is not in the batch")
-    failures = {row_id: failure for row_id, failure in answered.items() if failure is not None}
-    for failure in failures.values():
-        if not isinstance(failure, UploadFailure):
-            raise ConfigurationError(
-                f"upload() returned a {type(failure).__name__} for an event, expected None or an UploadFailure"
-            )
-    return failures

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session, scoped_session
 
-from outbox import capture, maintenance, schema
+from outbox import capture, maintenance, schema, tracing
 from outbox.destinations import Routes, stored
 from outbox.event_ids import add_event_ids
 from outbox.events import AnyEvent, with_type
@@ -216,6 +216,9 @@ class Outbox(Operations):
         ]
         if event_ids is not None:
             add_event_ids(rows, event_ids)
+        if (trace_context := tracing.current_context()) is not None:
+            for row in rows:
+                row["trace_context"] = trace_context
         addressed = self._routes.address(rows, to, may_have_ids=event_ids is not None)
         if not rows:
             return []

@@ -41,6 +41,8 @@ class ClaimedRow(NamedTuple):
     event_id: str = ""
     """The caller's id, or an id that is derived when the row is claimed."""
     not_before_ms: int | None = None
+    trace_context: str | None = None
+    """The context of the span in which the event was enqueued: W3C `traceparent` and `tracestate`, as JSON."""
 
 
 class Pause(NamedTuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 import requests
 from urllib3 import BaseHTTPResponse
 
+from outbox import tracing
 from outbox.clock import now_ms
 from outbox.failures import ConfigurationError, HttpFailure, TransportFailure, UploadFailure
 from outbox.upload.address import Certificate
@@ -227,6 +228,7 @@ class HttpClient:
             raise ConfigurationError(f"the batch has {len(batch)} events, but the format sends one per request")
         request = self._endpoint.request()
         key = request.headers["Idempotency-Key"] = idempotency_key(batch)
+        tracing.inject(request.headers)
         self.build(request, batch)
         built: Any = request.body
         body, coding = compressed(built, self._compressor)

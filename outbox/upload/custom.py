@@ -1,14 +1,18 @@
-"""Failures of a client that the application wrote itself with requests."""
+"""The answers and exceptions of a client that the application wrote itself."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from outbox import retry_after
 from outbox.clock import now_ms
-from outbox.failures import HttpFailure, TransportFailure, UploadFailure
+from outbox.failures import ConfigurationError, HttpFailure, TransportFailure, UploadFailure
 from outbox.upload.redaction import without_credentials
+
+if TYPE_CHECKING:
+    from outbox.upload.formats import Item
 
 
 def requests_failure(error: Exception, client: object) -> UploadFailure | None:
@@ -40,3 +44,21 @@ def requests_failure(error: Exception, client: object) -> UploadFailure | None:
     return HttpFailure(
         status, shown(response.reason or "") or phrase(status), shown(text), retry_after_ms=delay_ms
     )
+
+
+def failures_of(answered: object, part: Sequence[Item]) -> dict[int, UploadFailure]:
+    """Return the failures that a client's answer names, by row id. Raises `ConfigurationError` for a bug."""
+    if answered is None:
+        return {}
+    if not isinstance(answered, Mapping):
+        raise ConfigurationError(f"upload() returned a {type(answered).__name__}, expected None or a mapping")
+    unknown = set(answered) - {item.id for item in part}
+    if unknown:
+        raise ConfigurationError(f"upload() returned the id {unknown.pop()!r}, which is not in the batch")
+    failures = {row_id: failure for row_id, failure in answered.items() if failure is not None}
+    for failure in failures.values():
+        if not isinstance(failure, UploadFailure):
+            raise ConfigurationError(
+                f"upload() returned a {type(failure).__name__} for an event, expected None or an UploadFailure"
+            )
+    return failures

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -197,6 +199,15 @@ def test_the_code_that_exports_metrics_runs(tmp_path: Path, monkeypatch) -> None
     namespace["outbox"].close()
     namespace["server"].shutdown()
     namespace["server"].server_close()
+
+
+def test_the_code_that_enqueues_in_a_span_keeps_its_trace(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider())
+    namespace: dict[str, object] = {}
+    run_code(blocks(PAGE, "python")[2], PAGE, namespace)
+    with namespace["outbox"] as outbox:
+        assert "traceparent" in outbox.find()[0].trace_context
 
 
 def test_the_hook_of_the_page_reports_abandoned_events(tmp_path: Path, monkeypatch, capsys) -> None:
