@@ -17,7 +17,8 @@ number and a unit, such as `30s`, `10m`, `12h` or `7d`. The options `--older-tha
 date and time with its zone, such as `2026-11-24T12:00:00Z`.
 
 Every command also has the options `--config`, `--database`, `--types` and `--json`, which are listed once, under
-`outbox`. There are two exceptions: `run` has no `--json`, and `receive` and `demo` have none of the four.
+`outbox`. There are two exceptions: `run` and `web` have no `--json`, and `receive` and `demo` have none of the
+four.
 
 The commands refuse a database in memory, such as `sqlite://`, because its events would end with the command. A
 relative path is resolved once, when the command starts. A closed standard output or standard error works like
@@ -34,6 +35,7 @@ These settings come only from environment variables:
 | --- | --- |
 | `OUTBOX_TOKEN` | the token for the service; it overrides `OUTBOX_TOKEN_FILE` |
 | `OUTBOX_TOKEN_FILE` | path of a file that holds the token; it is read before each request |
+| `OUTBOX_WEB_SECRET` | the secret that the [console](console.md) asks for, at least 16 characters |
 | `OUTBOX_CAPTURE` | `false` turns capture off; see [the opt-out](privacy.md#the-opt-out) |
 
 Any command but `receive` and `demo` reads [outbox.toml](outbox-toml.md), if there is one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from outbox.failures import TRANSPORT
 
 _PERMANENT = "permanent: "
@@ -43,6 +45,14 @@ def without_answer(failure: str | None) -> str | None:
     return failure
 
 
+def without_body(last_error: str) -> str:
+    """Return a stored failure without what may repeat a payload: bodies of answers and texts of exceptions."""
+    kept = _WITHOUT_BODY.match(last_error)
+    if kept is None:
+        return "…"
+    return last_error if kept.end() == len(last_error) else f"{kept.group()}: …"
+
+
 def in_words(last_error: str, waits_for: str | None = None) -> str:
     """Return what a stored failure means, followed by its text in brackets.
 
@@ -58,6 +68,11 @@ def _meaning(last_error: str) -> str:
     return "the upload failed"
 
 
+_WITHOUT_BODY = re.compile(
+    rf"(?:{_PERMANENT}|{_AGED_OUT}(?: \(rate-limited\))?: )?"
+    rf"(?:(?:{TRANSPORT}|{_CANCELLED}).*|\d+[^:]*|{_CLIENT_ERROR}[^:]*|decode observation event)",
+    re.DOTALL,
+)
 # By what the row waits for, a value of `WaitsFor`.
 _MEANINGS_ALONE = {
     "proof": "the service rejected this event alone",

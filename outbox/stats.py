@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from outbox import capture
 from outbox.destinations import DEFAULT_DESTINATION, DEFAULT_NAME, shown
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
-from outbox.reasons import in_words
-from outbox.records import Deleted, Due, Overview, Pause
+from outbox.reasons import in_words, without_body
+from outbox.records import Deleted, Due, Overview, Pause, Trouble
 from outbox.storage.counts import filling_in_words
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
     from outbox.storage.store import Store
+
+AnyTrouble = TypeVar("AnyTrouble", Trouble, Pause)
 
 _SILENT_MS = 3_600_000
 _MOST_NAMED = 10
@@ -75,9 +77,14 @@ class Stats:
     """Why events are not being delivered, and what to do; None if nothing is known to be wrong."""
 
 
-def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
-    """Read the database and return the queue as it is now."""
+def gather(store: Store, policy: Policy, *, now_ms: int, with_bodies: bool = True) -> Stats:
+    """Read the database and return the queue as it is now.
+
+    Without `with_bodies`, no text repeats the body of an answer, which may repeat a payload.
+    """
     seen = store.figures.overview(now_ms=now_ms)
+    if not with_bodies:
+        seen = _without_bodies(seen)
     counts = _no_events()
     by_type: dict[str, dict[str, int]] = {}
     for _, event_type, status, _, count in seen.counts:
@@ -103,6 +110,17 @@ def gather(store: Store, policy: Policy, *, now_ms: int) -> Stats:
         likely_cause=_likely_cause(
             seen, by_destination, store.login_problems, now_ms=now_ms, lease_ms=policy.lease_ms
         ),
+    )
+
+
+def _without_bodies(seen: Overview) -> Overview:
+    def cut(one: AnyTrouble) -> AnyTrouble:
+        return one._replace(last_error=without_body(one.last_error))
+
+    return seen._replace(
+        parked=seen.parked and cut(seen.parked),
+        waiting={kind: [cut(one) for one in troubles] for kind, troubles in seen.waiting.items()},
+        pauses=[cut(pause) for pause in seen.pauses],
     )
 
 

@@ -545,6 +545,7 @@ def test_what_the_page_about_privacy_shows_redacts_and_purges(shell: Shell, caps
 @pytest.mark.slow
 @covers("docs/deploy.md", "console")
 @covers("docs/monitoring.md", "console")
+@covers("docs/console.md", "console")
 def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell, server: ScriptedServer) -> None:
     shell._environment |= {
         "OUTBOX_DATABASE_URL": "sqlite:///outbox.db",
@@ -553,15 +554,16 @@ def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell,
     }
     going_on = [
         command
-        for command in commands("docs/deploy.md") + commands("docs/monitoring.md")
+        for page in ("deploy", "monitoring", "console")
+        for command in commands(f"docs/{page}.md")
         if not command.startswith("pip ")
     ]
-    assert len(going_on) == 3
+    assert len(going_on) == 4
     with Outbox.open("sqlite:///outbox.db") as opened:
         for number, command in enumerate(going_on):
             opened.enqueue(rule_fired(session_id=f"s{number}"))
             with subprocess.Popen(
-                ["bash", "-c", f"exec {command.replace('9464', '0')}"],
+                ["bash", "-c", f"exec {re.sub('9464|8765', '0', command)}"],
                 env=shell._environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ from outbox import Outbox, testing
 EVENT = '{"event_type":"fix_outcome","rule_id":"r1","session_id":"s1","accepted":true,"occurred_at":"2026-11-24T12:00:00Z"}'
 NOT_FOR_ENQUEUE = {
     "alembic",
+    "flask",
     "http.server",
     "outbox.upload.client",
     "outbox.cli.demo",
@@ -30,6 +31,7 @@ NOT_FOR_ENQUEUE = {
     "sqlalchemy.dialects.postgresql",
     "transitions",
     "urllib3",
+    "waitress",
 }
 
 

@@ -60,3 +60,23 @@ def test_the_log_shows_of_an_answer_the_status_alone(failure: str | None, logged
 )
 def test_a_row_that_failed_alone_says_nothing_about_the_service(waits_for, meaning):
     assert reasons.in_words("422 Bad", waits_for) == f"{meaning} (422 Bad)"
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        ("503 Service Unavailable", "503 Service Unavailable"),
+        ("503 Service Unavailable: card 4111", "503 Service Unavailable: …"),
+        ("permanent: 422 Unprocessable Entity: card 4111\nor: 4112", "permanent: 422 Unprocessable Entity: …"),
+        ("aged-out: 503 Down: card 4111", "aged-out: 503 Down: …"),
+        ("aged-out (rate-limited): 429 Slow: card 4111", "aged-out (rate-limited): 429 Slow: …"),
+        ("client error: ValueError: card 4111", "client error: ValueError: …"),
+        ("permanent: decode observation event: card 4111", "permanent: decode observation event: …"),
+        ("transport: no route to host: 4", "transport: no route to host: 4"),
+        ("aged-out: transport: no route to host", "aged-out: transport: no route to host"),
+        ("cancelled: the order was cancelled: twice", "cancelled: the order was cancelled: twice"),
+        ("of a client's own kind: card 4111", "…"),
+    ],
+)
+def test_without_its_body_a_failure_repeats_no_payload(error, kept):
+    assert reasons.without_body(error) == kept

@@ -20,6 +20,7 @@ LONG = {
 PLACES = {
     "alembic": ("schema.py",),
     "click": ("cli/",),
+    "flask": ("web/",),
     "http.server": ("testing/",),
     "opentelemetry": ("spans.py",),
     "prometheus_client": ("metrics.py", "cli/sending.py"),
@@ -29,11 +30,20 @@ PLACES = {
     "socketserver": ("testing/",),
     "transitions": ("lifecycle.py",),
     "urllib3": ("upload/",),
+    "waitress": ("web/",),
+    "werkzeug": ("web/",),
 }
 """The libraries that only some modules may know. import-linter checks those that other modules could bring along."""
 
 TESTS = Path(__file__).parents[1]
-MIRRORED = ("test_*.py", "cli/test_*.py", "storage/test_*.py", "testing/test_*.py", "upload/test_*.py")
+MIRRORED = (
+    "test_*.py",
+    "cli/test_*.py",
+    "storage/test_*.py",
+    "testing/test_*.py",
+    "upload/test_*.py",
+    "web/test_*.py",
+)
 OF_FOLDERS = {"test_benchmarks.py", "test_docs.py", "test_examples.py"}
 TESTED_WITH = {
     "__main__.py": "test_init.py",
@@ -74,6 +84,10 @@ TESTED_WITH = {
     "upload/adapter.py": "upload/test_client.py",
     "upload/endpoint.py": "upload/test_client.py",
     "upload/secrets.py": "upload/test_auth.py",
+    "web/console.py": "web/test_init.py",
+    "web/errors.py": "web/test_security.py",
+    "web/login.py": "web/test_security.py",
+    "web/serving.py": "cli/test_console.py",
 }
 """The modules without a test file of their own, and where their tests stand."""
 

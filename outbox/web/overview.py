@@ -1,0 +1,102 @@
+"""The first page: what is queued, what is stuck, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flask import Blueprint, render_template
+
+from outbox.destinations import DEFAULT_NAME
+from outbox.lifecycle import Status
+from outbox.records import Pause
+from outbox.stats import DestinationStats, Stats, counted, duration
+from outbox.web.console import console
+from outbox.web.looks import Look, Point
+from outbox.words import escape, pause_in_words
+
+pages = Blueprint("overview", __name__)
+
+_WIDTH, _HEIGHT = 240, 40
+_LONG_OVERDUE_MS = 60_000
+
+
+class Situation(NamedTuple):
+    """What is going on, in words."""
+
+    kind: str
+    """`good`, `busy` or `bad`."""
+    title: str
+    causes: Sequence[str]
+
+
+@pages.get("/")
+def show() -> str:
+    """Show the page."""
+    return render_template("overview.html", **_shown(console().looks.look()))
+
+
+@pages.get("/live")
+def live() -> str:
+    """Return the part of the page that changes."""
+    return render_template("overview_live.html", **_shown(console().looks.look()))
+
+
+def _shown(look: Look) -> dict[str, Any]:
+    stats = look.stats
+    pauses = {pause.destination: pause for pause in stats.pauses}
+    return {
+        "look": look,
+        "stats": stats,
+        "now_ms": look.now_ms,
+        "situation": situation(stats),
+        "curve": curve(look.points),
+        "rows": [
+            (name, one, destination_in_words(one, pauses.get(name), now_ms=look.now_ms))
+            for name, one in stats.by_destination.items()
+        ],
+        "statuses": [status.value for status in Status],
+        "is_one_destination": stats.by_destination.keys() <= {DEFAULT_NAME},
+    }
+
+
+def situation(stats: Stats) -> Situation:
+    """Say whether somebody has to act, and on what."""
+    if stats.likely_cause is not None:
+        # `likely_cause` joins several causes by these words.
+        causes = [escape(cause) for cause in stats.likely_cause.split(". Also: ")]
+        title = "One thing keeps events from being delivered" if len(causes) == 1 else "What keeps events here"
+        return Situation("bad", title, causes)
+    waiting = stats.counts[Status.PENDING] + stats.counts[Status.SENDING]
+    if waiting:
+        title = f"{counted(waiting, 'event')} {'is' if waiting == 1 else 'are'} on the way"
+        if stats.overdue_ms < _LONG_OVERDUE_MS:
+            return Situation("busy", title, ())
+        late = f"one has been due for {duration(stats.overdue_ms)}; is a worker or a timer running?"
+        return Situation("bad", title, [late])
+    if not sum(stats.counts.values()):
+        return Situation("good", "The outbox is empty", ())
+    return Situation("good", "Everything is delivered", ())
+
+
+def destination_in_words(one: DestinationStats, pause: Pause | None, *, now_ms: int) -> str:
+    """Say what happens at a destination now."""
+    if pause is not None:
+        return escape(pause_in_words(pause, now_ms=now_ms))
+    if one.next_due_at_ms is None:
+        return "nothing is waiting"
+    if one.overdue_ms:
+        return f"an event has been due for {duration(one.overdue_ms)}"
+    return f"the next event is due in {duration(one.next_due_at_ms - now_ms)}"
+
+
+def curve(points: Sequence[Point]) -> str:
+    """Return the depth over time as the points of an SVG polyline; an empty text for fewer than two looks."""
+    if len(points) < 2:  # noqa: PLR2004 - a line has two ends
+        return ""
+    first, last = points[0].at_s, points[-1].at_s
+    highest = max(point.depth for point in points) or 1
+    return " ".join(
+        f"{(point.at_s - first) / (last - first) * _WIDTH:.1f},{_HEIGHT - point.depth / highest * _HEIGHT:.1f}"
+        for point in points
+    )

@@ -1,0 +1,132 @@
+"""Who may use the console: the Host header, sessions, forms and headers."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import Flask, Request, Response, abort, redirect, request, session, url_for
+from flask.sessions import SecureCookieSessionInterface
+from werkzeug.wrappers import Response as AnyResponse
+
+from outbox.web.console import console
+
+MayEnter = Callable[[dict[str, Any]], bool]
+"""Gets the WSGI environment of a request, and returns whether it may use the console."""
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+"""The names of this machine in a Host header."""
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:;"
+    " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_SET_BY_PROXIES = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP")
+_OPEN_TO_ALL = ("static", "login.form", "login.enter")
+
+
+class Sessions(SecureCookieSessionInterface):
+    """Session cookies that are sent below the mount point only, and over TLS only where there is TLS."""
+
+    def get_cookie_path(self, app: Flask) -> str:  # noqa: ARG002 - Flask's signature
+        """Return the mount point, so that no other part of the host's site gets the cookie."""
+        return request.script_root or "/"
+
+    def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - as above
+        """Return whether the browser uses TLS.
+
+        A browser that lies about it only keeps its own cookie from itself.
+        """
+        return request.is_secure or request.headers.get("X-Forwarded-Proto") == "https"
+
+
+def add_to(app: Flask) -> None:
+    """Check each request in this order, and add the headers to each answer."""
+    app.before_request(_check_host)
+    app.before_request(_check_person)
+    app.before_request(_check_form)
+    app.after_request(_add_headers)
+    app.context_processor(lambda: {"form_token": form_token})
+
+
+def from_this_machine(environ: dict[str, Any]) -> bool:
+    """Return whether a request comes from this machine, and no proxy passed it on for another one."""
+    passed_on = any(name in environ for name in _SET_BY_PROXIES)
+    return not passed_on and ip_address(environ["REMOTE_ADDR"]).is_loopback
+
+
+def is_secret(given: str) -> bool:
+    """Compare a text with the secret, in a time that does not tell how much of it is right."""
+    secret = console().secret
+    return secret is not None and hmac.compare_digest(given.encode(), secret.encode())
+
+
+def begin_session() -> None:
+    """Let the browser in until the session ends."""
+    session.clear()
+    session["entered"] = True
+    session.permanent = True
+
+
+def form_token() -> str:
+    """Return the token that each form of this session carries. Other sites can't read it."""
+    if "form_token" not in session:
+        session["form_token"] = secrets.token_urlsafe(32)
+        session.permanent = True
+    token: str = session["form_token"]
+    return token
+
+
+def _check_host() -> None:
+    allowed = console().host_names
+    name = _name_of(request)
+    # A page of another site can reach this machine under a name of its own, whose address it changed.
+    if allowed is not None and name not in allowed:
+        abort(400, f"the Host header is {name!r}, expected {' or '.join(sorted(allowed))}; see --host-name")
+
+
+def _name_of(asked: Request) -> str:
+    """Return the name in the Host header, in lower case and without port, as in "[::1]"."""
+    try:
+        name = urlsplit(f"//{asked.headers.get('Host', '')}").hostname or ""
+    except ValueError:  # such as a bracket that is not closed
+        return ""
+    return f"[{name}]" if ":" in name else name
+
+
+def _check_person() -> AnyResponse | None:
+    settings = console()
+    if request.endpoint in _OPEN_TO_ALL and (settings.secret is not None or request.endpoint == "static"):
+        return None
+    if settings.may_enter is not None and not settings.may_enter(request.environ):
+        abort(403, "you may not use this console")
+    if settings.secret is not None and not session.get("entered"):
+        return redirect(url_for("login.form"), 303)
+    return None
+
+
+def _check_form() -> None:
+    if request.method in {"GET", "HEAD", "OPTIONS"}:
+        return
+    expected = session.get("form_token", "")
+    given = request.form.get("form_token", "")
+    if not expected or not hmac.compare_digest(given.encode(), expected.encode()):
+        abort(400, "this form is too old, or comes from another site; go back, reload the page and try again")
+    if console().read_only and request.endpoint not in {"login.enter", "login.leave"}:
+        abort(403, "this console is read-only")
+
+
+def _add_headers(response: Response) -> Response:
+    response.headers.update(_HEADERS)
+    if request.endpoint != "static":
+        response.headers["Cache-Control"] = "no-store"
+    return response

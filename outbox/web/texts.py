@@ -1,0 +1,67 @@
+"""How the templates write numbers, times and stored text."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from flask import Flask
+from markupsafe import Markup
+
+from outbox.destinations import shown
+from outbox.stats import counted, duration
+from outbox.web.console import console
+from outbox.words import escape, utc, when
+
+_LATEST_MS = 253_402_300_799_999
+
+
+def add_to(app: Flask) -> None:
+    """Add the filters to the templates, and what every page needs."""
+    app.jinja_env.filters.update(
+        counted=counted_with_commas,
+        destination=shown,
+        duration=duration,
+        number=number,
+        per_s=per_s,
+        printable=escape,
+        time=time,
+        when=when,
+    )
+    app.context_processor(_shared)
+
+
+def number(count: int) -> str:
+    """Return "1,234"."""
+    return f"{count:,}"
+
+
+def counted_with_commas(count: int, noun: str) -> str:
+    """Return "1 event" or "1,234 events"."""
+    return counted(count, noun).replace(str(count), number(count), 1)
+
+
+def per_s(rate: float | None) -> str:
+    """Return a rate with the digits that matter."""
+    if rate is None:
+        return "not known yet"
+    if 0 < rate < 1:
+        return f"{rate * 60:.1f} a minute"
+    return f"{rate:,.0f} a second"
+
+
+def time(ms: int, now_ms: int) -> Markup:
+    """Return a time as its distance from now; the exact time is in the title."""
+    # SQLite stores any value in any column.
+    if not isinstance(ms, int) or not 0 <= ms <= _LATEST_MS:
+        return Markup("<span>{}</span>").format(utc(ms))
+    exact = datetime.fromtimestamp(ms / 1_000, timezone.utc).isoformat(timespec="milliseconds")
+    distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, utc(ms), distance)
+
+
+def _shared() -> dict[str, object]:
+    settings = console()
+    return {
+        "console": settings,
+        "database": settings.outbox.engine.url.render_as_string(hide_password=True),
+    }
