@@ -145,8 +145,7 @@ def _error_type(failure: UploadFailure) -> str:
 def _links(part: Sequence[Traced]) -> Iterator[trace.Link]:
     """Yield a link to each context. Events that were enqueued in the same span share one."""
     for stored in dict.fromkeys(item.trace_context for item in part):
-        # Without a context of its own, an invalid carrier would yield the current span.
-        found = _propagator.extract(_stored_carrier(stored), context.Context())
+        found = _propagator.extract(_stored_carrier(stored))
         linked = trace.get_current_span(found).get_span_context()
         if linked.is_valid:
             yield trace.Link(linked)

@@ -274,6 +274,15 @@ def test_a_failed_upload_says_why_and_when_the_events_are_sent_again(
     }
 
 
+def test_the_span_holds_the_request_alone(outbox: Outbox, spans) -> None:
+    seen: list[bool] = []
+    on_statement(outbox, lambda _: seen.append(trace.get_current_span().get_span_context().is_valid))
+    outbox.enqueue(rule_fired())
+    outbox.flush(ScriptedClient(DOWN))
+    assert seen
+    assert not any(seen)
+
+
 def test_each_request_of_an_isolation_is_a_span(outbox: Outbox, spans) -> None:
     outbox.enqueue_many([rule_fired()] * 2)
     outbox.flush(ScriptedClient(REJECTED, REJECTED, OK))
