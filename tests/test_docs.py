@@ -32,6 +32,7 @@ from outbox import (
     SchemaError,
     Verdict,
     events,
+    meter,
     metrics,
     schema,
     testing,
@@ -699,5 +700,7 @@ def test_the_reference_has_every_public_name() -> None:
     assert named["outbox.testing"] == {*testing.__all__}
     for name in named["outbox.metrics"]:
         assert hasattr(metrics, name)
+    for name in named["outbox.meter"]:
+        assert hasattr(meter, name)
     for name in named["outbox.schema"]:
         assert hasattr(schema, name)

@@ -31,7 +31,7 @@ from builders import (
     rule_fired,
 )
 from command_line import runner
-from outbox import ObservationEvent, Outbox, Policy, Worker, metrics
+from outbox import ObservationEvent, Outbox, Policy, Worker, measures, metrics
 from outbox.cli import main
 from outbox.metrics import OutboxMetrics, serve
 from outbox.storage.engines import writing
@@ -44,7 +44,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def exported(outbox: Outbox, registry: CollectorRegistry, monkeypatch) -> OutboxMetrics:
-    monkeypatch.setattr(metrics, "_REST", 0)  # each scrape of a test is to look
+    monkeypatch.setattr(measures, "_REST", 0)  # each scrape of a test is to look
     return OutboxMetrics(outbox, registry=registry)
 
 
@@ -164,8 +164,8 @@ def test_each_destination_has_series_that_start_at_zero(outbox: Outbox, registry
 def test_destinations_beyond_the_largest_share_series(
     outbox: Outbox, registry: CollectorRegistry, monkeypatch
 ) -> None:
-    monkeypatch.setattr(metrics, "MOST_DESTINATIONS", 2)
-    monkeypatch.setattr(metrics, "_REST", 0)
+    monkeypatch.setattr(measures, "MOST_DESTINATIONS", 2)
+    monkeypatch.setattr(measures, "_REST", 0)
     OutboxMetrics(outbox, registry=registry)
     for name, events in (("archive", 1), ("billing", 3), ("search", 1)):
         outbox.enqueue_many([rule_fired()] * events, to=name)
@@ -183,7 +183,7 @@ def test_destinations_beyond_the_largest_share_series(
 def test_types_beyond_the_largest_share_a_series_and_odd_names_break_nothing(
     outbox: Outbox, registry: CollectorRegistry, monkeypatch
 ) -> None:
-    monkeypatch.setattr(metrics, "MOST_TYPES", 2)
+    monkeypatch.setattr(measures, "MOST_TYPES", 2)
     with writing(outbox.engine) as connection:
         connection.exec_driver_sql("PRAGMA ignore_check_constraints = ON")
     for event_type, status, events in (("a", "odd", 4), ('b\n"', "sent", 3), ("c", "sent", 1), ("d", "sent", 1)):
@@ -248,7 +248,7 @@ def test_looking_takes_at_most_a_tenth_of_the_time(
             looks += 1
             now += 2.0
 
-    monkeypatch.setattr(metrics, "monotonic_s", lambda: now)
+    monkeypatch.setattr(measures, "monotonic_s", lambda: now)
     on_statement(outbox, look)
     OutboxMetrics(outbox, registry=registry)
     assert looks == 0

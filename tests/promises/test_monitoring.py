@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +20,7 @@ from builders import ROOT, ScriptedClient, rule_fired, run_code, statuses
 from conditions import until
 from outbox import HttpClient, HttpFailure, Outbox, Policy, Worker
 from outbox.hooks import OUTCOMES
+from outbox.meter import OutboxMeter
 from outbox.metrics import OutboxMetrics
 from outbox.testing.receiver import IngestServer
 from test_docs import blocks
@@ -201,11 +204,21 @@ def test_the_code_that_exports_metrics_runs(tmp_path: Path, monkeypatch) -> None
     namespace["server"].server_close()
 
 
+def test_the_code_that_exports_metrics_through_a_meter_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reader = InMemoryMetricReader()
+    monkeypatch.setattr(OutboxMeter.__init__, "__kwdefaults__", {"meter_provider": MeterProvider([reader])})
+    namespace: dict[str, object] = {}
+    run_code(blocks(PAGE, "python")[2], PAGE, namespace)
+    assert "outbox_up" in reader.get_metrics_data().to_json()
+    namespace["outbox"].close()
+
+
 def test_the_code_that_enqueues_in_a_span_keeps_its_trace(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider())
     namespace: dict[str, object] = {}
-    run_code(blocks(PAGE, "python")[2], PAGE, namespace)
+    run_code(blocks(PAGE, "python")[3], PAGE, namespace)
     with namespace["outbox"] as outbox:
         assert "traceparent" in outbox.find()[0].trace_context
 

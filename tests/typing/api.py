@@ -53,6 +53,7 @@ from outbox import (
     Worker,
     schema,
 )
+from outbox.meter import OutboxMeter
 from outbox.metrics import OutboxMetrics
 from outbox.testing import Received, ScriptedServer, TimeMachine, time_machine
 
@@ -224,6 +225,7 @@ def watching(outbox: Outbox) -> None:
 
     outbox.hooks.append(Hooks(on_abandoned=on_abandoned, on_upload=on_upload, on_lost=print))
     OutboxMetrics(outbox)
+    OutboxMeter(outbox)
     Hooks(on_abandoned=lambda: None)  # type: ignore[arg-type, misc]  # pyright: ignore[reportArgumentType]
 
 
