@@ -19,8 +19,9 @@ from outbox.failures import (
     TransportFailure,
     UploadFailure,
 )
+from outbox.filters import Where
 from outbox.lifecycle import Status
-from outbox.maintenance import PurgeReport, RequeueReport
+from outbox.maintenance import ActionReport, PurgeReport, RequeueReport
 from outbox.outbox import Outbox
 from outbox.policy import Policy, Verdict
 from outbox.storage.tables import ObservationEvent
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from outbox.hooks import Hooks, Settled, SettledEvent, Upload
     from outbox.records import BatchItem, FlushReport, Pause, UploadClient
     from outbox.stats import DestinationStats, Stats
+    from outbox.storage.finding import EventCount, Found
     from outbox.upload.auth import NO_AUTH, ApiKey
     from outbox.upload.client import HttpClient
     from outbox.upload.formats import CloudEvents, Format
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NO_AUTH",
+    "ActionReport",
     "ApiKey",
     "BatchItem",
     "ClientCredentials",
@@ -45,9 +48,11 @@ __all__ = [
     "ConfigurationError",
     "DestinationStats",
     "Event",
+    "EventCount",
     "FixOutcome",
     "FlushReport",
     "Format",
+    "Found",
     "Hooks",
     "HttpClient",
     "HttpFailure",
@@ -78,6 +83,7 @@ __all__ = [
     "UploadClient",
     "UploadFailure",
     "Verdict",
+    "Where",
     "Worker",
 ]
 
@@ -92,6 +98,7 @@ _ON_USE = {
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
     "outbox.records": ("BatchItem", "FlushReport", "Pause", "UploadClient"),
     "outbox.stats": ("DestinationStats", "Stats"),
+    "outbox.storage.finding": ("EventCount", "Found"),
     "outbox.worker": ("Worker",),
 }
 

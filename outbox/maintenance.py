@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
-from outbox.clock import epoch_ms
 from outbox.destinations import DEFAULT_DESTINATION, Addressed
 from outbox.failures import ConfigurationError, OutboxError
+from outbox.filters import cutoff_ms
 from outbox.lifecycle import Status
 from outbox.records import Chores
 
 if TYPE_CHECKING:
     from outbox.policy import Policy
+    from outbox.storage.acting import Acted
     from outbox.storage.store import Store
 
 log = logging.getLogger("outbox")
@@ -32,6 +33,17 @@ class RequeueReport:
 
     total: int = 0
     per_type: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActionReport:
+    """Number of events that were retried, requeued or abandoned, or would be in a dry run."""
+
+    total: int = 0
+    in_flight: int = 0
+    """Number of matching events that were being sent and were not changed."""
+    per_type: dict[str, int] = field(default_factory=dict)
+    """The number by event type, sorted by type."""
 
 
 @dataclass(frozen=True)
@@ -103,28 +115,22 @@ def requeue_abandoned(
     return RequeueReport(sum(per_type.values()), per_type)
 
 
-def purge(  # noqa: PLR0913 - each condition is one
-    store: Store,
-    *,
-    event_type: str | None,
-    created_before_ms: int | None,
-    destination: str | None,
-    now_ms: int,
-    dry_run: bool,
-) -> PurgeReport:
-    """Delete the events that match all conditions, except events that are being sent."""
-    purged, in_flight = store.purge.purge(
-        event_type=event_type,
-        created_before_ms=created_before_ms,
-        destination=destination,
-        now_ms=now_ms,
-        dry_run=dry_run,
-    )
+def report(acted: Acted) -> ActionReport:
+    """Return what an action on many events did."""
+    return ActionReport(acted.changed.total(), acted.in_flight, _per_type(acted))
+
+
+def purge_report(acted: Acted) -> PurgeReport:
+    """Return what a purge did."""
+    undelivered = sum(events for (status, _), events in acted.changed.items() if status != Status.SENT)
+    return PurgeReport(acted.changed.total(), undelivered, acted.in_flight, _per_type(acted))
+
+
+def _per_type(acted: Acted) -> dict[str, int]:
     per_type: Counter[str] = Counter()
-    for (_, found), events in purged.items():
-        per_type[found] += events
-    undelivered = sum(events for (status, _), events in purged.items() if status != Status.SENT)
-    return PurgeReport(purged.total(), undelivered, in_flight, dict(sorted(per_type.items())))
+    for (_, event_type), events in acted.changed.items():
+        per_type[event_type] += events
+    return dict(sorted(per_type.items()))
 
 
 def look(store: Store, policy: Policy, destination: str, *, now_ms: int) -> Chores | None:
@@ -206,15 +212,6 @@ def attempt(what: str, operation: Callable[[], Result]) -> Result | None:
             extra={"event_name": "outbox.maintenance", "task": what, "events": result},
         )
     return result
-
-
-def cutoff_ms(moment: datetime | int, name: str = "older_than") -> int:
-    """Return a time of the caller in epoch milliseconds. Raises `ConfigurationError` for anything else."""
-    if isinstance(moment, datetime) and moment.utcoffset() is not None:
-        return epoch_ms(moment)
-    if isinstance(moment, int) and abs(moment) < 2**63:
-        return moment
-    raise ConfigurationError(f"{name} is {moment!r}, expected a datetime with a time zone or epoch milliseconds")
 
 
 def earliest_ms(not_before: datetime | int | None) -> int | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from outbox import maintenance
 from outbox.destinations import stored
 from outbox.failures import ConfigurationError
+from outbox.filters import LARGEST_ID, Where, cutoff_ms, valid
 from outbox.lifecycle import Status
 from outbox.outcomes import as_last_error
 from outbox.reasons import cancelled
@@ -16,12 +17,13 @@ from outbox.reasons import cancelled
 if TYPE_CHECKING:
     from outbox.policy import Policy
     from outbox.stats import Stats
+    from outbox.storage.finding import EventCount, Found, Progress
     from outbox.storage.store import Store
     from outbox.storage.tables import ObservationEvent
 
 
-LARGEST_ID = 2**63 - 1
-"""The largest id, and the largest integer that the databases hold."""
+SCAN_LIMIT = 100_000
+"""How many events `find` and `count` read by default to look for a text."""
 
 
 class Operations:
@@ -51,52 +53,100 @@ class Operations:
         report = maintenance.requeue_abandoned(
             self.store,
             _stored(destination),
-            cutoff_ms=maintenance.cutoff_ms(older_than),
+            cutoff_ms=cutoff_ms(older_than),
             now_ms=self.store.now_ms(),
             dry_run=dry_run,
         )
         self._wake()
         return report
 
-    def abandon(self, row_id: int, reason: str) -> bool:
-        """Cancel an event that is pending or parked. It becomes abandoned, with `cancelled: …` as `last_error`.
+    def retry(
+        self, where: Where, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> maintenance.ActionReport:
+        """Make the matching events due now that wait or are parked, and end the pauses of their destinations.
 
-        Return False, and change nothing, if the event is being sent, sent or abandoned, or not there.
+        Events that are scheduled for later, by `not_before`, stay as they are, and so do events being sent. With
+        `dry_run`, the events are only counted.
+
+        `retry`, `requeue`, `abandon` and `purge` read all events that match, also to look for a text. They act in
+        slices of up to a thousand events, each in a transaction of its own, so after an error some events may
+        already be changed. `progress` gets the number of events that were read since its last call.
+        """
+        now = self.store.now_ms()
+        acted = self.store.acting.retry(valid(where), now_ms=now, dry_run=dry_run, progress=progress)
+        self._wake()
+        return maintenance.report(acted)
+
+    def requeue(
+        self, where: Where, *, dry_run: bool = False, progress: Progress | None = None
+    ) -> maintenance.ActionReport:
+        """Return the matching events that are abandoned to the queue and reset their failures and age.
+
+        `retry` describes the rest.
+        """
+        now = self.store.now_ms()
+        acted = self.store.acting.requeue(valid(where), now_ms=now, dry_run=dry_run, progress=progress)
+        self._wake()
+        return maintenance.report(acted)
+
+    @overload
+    def abandon(self, row_id: int, reason: str) -> bool: ...
+
+    @overload
+    def abandon(
+        self, *, where: Where, reason: str, dry_run: bool = False, progress: Progress | None = None
+    ) -> maintenance.ActionReport: ...
+
+    def abandon(
+        self,
+        row_id: int | None = None,
+        reason: str = "",
+        *,
+        where: Where | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> bool | maintenance.ActionReport:
+        """Cancel events that are pending or parked. They become abandoned, with `cancelled: …` as `last_error`.
+
+        With a row id, return False and change nothing if the event is being sent, sent or abandoned, or not there.
+        With `where`, cancel the matching events; `retry` describes the rest.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigurationError(f"reason is {reason!r}, expected a text")
-        return 0 < row_id <= LARGEST_ID and self.store.revival.cancel(
-            row_id, last_error=as_last_error(cancelled(reason))
+        last_error = as_last_error(cancelled(reason))
+        if where is None:
+            if row_id is None or dry_run:
+                raise ConfigurationError("abandon has no where, expected one, or a row id without dry_run")
+            return 0 < row_id <= LARGEST_ID and self.store.revival.cancel(row_id, last_error=last_error)
+        if row_id is not None:
+            raise ConfigurationError("row_id and where are both given, expected one of them")
+        acted = self.store.acting.cancel(
+            valid(where), last_error=last_error, now_ms=self.store.now_ms(), dry_run=dry_run, progress=progress
         )
+        return maintenance.report(acted)
 
-    def purge(
+    def purge(  # noqa: PLR0913 - each condition is one
         self,
         *,
+        where: Where | None = None,
         event_type: str | None = None,
         older_than: datetime | int | None = None,
         destination: str | None = None,
         dry_run: bool = False,
+        progress: Progress | None = None,
     ) -> maintenance.PurgeReport:
         """Delete events of any status for good; with `dry_run`, only count them.
 
-        `event_type` selects the events of a type, `older_than` those created before a datetime with a time zone or
-        epoch milliseconds. Give one or both, else it raises `ConfigurationError`. `destination` selects the events
-        of one; None means all. The ledger counts the deleted events. Events that are being sent are not deleted.
-        Every row is read, and each transaction deletes up to a thousand rows, so after an error some events may
-        already be deleted.
+        `where` says which, or the other conditions: `event_type` selects the events of a type, `older_than` those
+        created before a datetime with a time zone or epoch milliseconds, `destination` those of one. Without
+        `where`, give a type or a time, else it raises `ConfigurationError`. The ledger counts the deleted events.
+        Events that are being sent are not deleted. `retry` describes the rest.
         """
-        if event_type is None and older_than is None:
+        if where is None and event_type is None and older_than is None:
             raise ConfigurationError("purge has neither event_type nor older_than, expected one of them or both")
-        if not isinstance(event_type, str | None):
-            raise ConfigurationError(f"event_type is {event_type!r}, expected the name of a type, a text")
-        return maintenance.purge(
-            self.store,
-            event_type=event_type,
-            created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
-            destination=_stored(destination),
-            now_ms=self.store.now_ms(),
-            dry_run=dry_run,
-        )
+        these = valid(where, event_type=event_type, older_than=older_than, destination=destination)
+        acted = self.store.acting.purge(these, now_ms=self.store.now_ms(), dry_run=dry_run, progress=progress)
+        return maintenance.purge_report(acted)
 
     def pending_count(self) -> int:
         """Return the number of pending and sending events of all destinations. Parked events do not count."""
@@ -114,6 +164,7 @@ class Operations:
 
     def find(  # noqa: PLR0913 - each condition is one
         self,
+        where: Where | None = None,
         *,
         status: Status | str | None = None,
         event_type: str | None = None,
@@ -121,27 +172,52 @@ class Operations:
         due_after: datetime | int | None = None,
         destination: str | None = None,
         limit: int = 100,
-    ) -> list[ObservationEvent]:
-        """Return the oldest events that match all given conditions, detached from the database.
+        newest_first: bool = False,
+        before: int | None = None,
+        after: int | None = None,
+        scan_limit: int = SCAN_LIMIT,
+        progress: Progress | None = None,
+    ) -> Found:
+        """Return the first events that match, in the order of their row ids, detached from the database.
 
-        `due_after` selects pending events that are due later than this time. Times are datetimes with a time zone,
-        or epoch milliseconds.
+        `where` holds the conditions, or the arguments of the same names do. `before` and `after` are row ids: they
+        select the events with smaller and with larger ones. For the next page, pass `next` of the result as
+        `before` if the newest events come first, else as `after`.
 
-        Raises `ConfigurationError` for a status, time or limit that no event can have.
+        To look for a text, at most `scan_limit` events that meet the other conditions are read. The result says
+        how many were read, and whether these were all. `progress` gets the number of events that were read since
+        its last call.
+
+        Raises `ConfigurationError` for a condition or limit that no event can meet.
         """
-        known = [one.value for one in Status]
-        if status is not None and status not in known:
-            raise ConfigurationError(f"status is {status!r}, expected one of {', '.join(known)}")
-        if not 0 <= limit <= LARGEST_ID:
-            raise ConfigurationError(f"limit is {limit!r}, expected a whole number from 0 to {LARGEST_ID}")
-        return self.store.views.find(
-            status=None if status is None else Status(status).value,
+        these = valid(
+            where,
+            status=status,
             event_type=event_type,
-            created_before_ms=None if older_than is None else maintenance.cutoff_ms(older_than),
-            due_after_ms=None if due_after is None else maintenance.cutoff_ms(due_after, "due_after"),
-            destination=_stored(destination),
-            limit=limit,
+            older_than=older_than,
+            due_after=due_after,
+            destination=destination,
         )
+        for name, number in (("limit", limit), ("before", before or 0), ("after", after or 0)):
+            if not 0 <= number <= LARGEST_ID:
+                raise ConfigurationError(f"{name} is {number!r}, expected a whole number from 0 to {LARGEST_ID}")
+        return self.store.finding.find(
+            these,
+            limit=limit,
+            newest_first=newest_first,
+            before=before,
+            after=after,
+            scan_limit=_scan(scan_limit),
+            progress=progress,
+        )
+
+    def count(self, where: Where, *, scan_limit: int = SCAN_LIMIT, progress: Progress | None = None) -> EventCount:
+        """Return the number of events that match.
+
+        To look for a text, at most `scan_limit` events that meet the other conditions are read, the newest first.
+        The result says how many were read, and whether these were all. `progress` is called as by `find`.
+        """
+        return self.store.finding.count(valid(where), scan_limit=_scan(scan_limit), progress=progress)
 
     def overdue_ms(self) -> int:
         """Return how long, in ms, the next event has been due; 0 if no event is due. Far cheaper than `stats`.
@@ -155,6 +231,12 @@ class Operations:
     def _wake(self, _session: object = None) -> None:
         for wake in tuple(self.wakers):
             wake()
+
+
+def _scan(limit: int) -> int:
+    if not 0 < limit < LARGEST_ID:
+        raise ConfigurationError(f"scan_limit is {limit!r}, expected a whole number from 1 to {LARGEST_ID - 1}")
+    return limit
 
 
 def _stored(destination: str | None) -> str | None:

@@ -56,6 +56,7 @@ def test_every_exported_name_is_there_and_sorted() -> None:
 def test_the_public_names_are_these() -> None:
     assert set(outbox.__all__) == {
         "NO_AUTH",
+        "ActionReport",
         "ApiKey",
         "BatchItem",
         "ClientCredentials",
@@ -63,9 +64,11 @@ def test_the_public_names_are_these() -> None:
         "ConfigurationError",
         "DestinationStats",
         "Event",
+        "EventCount",
         "FixOutcome",
         "FlushReport",
         "Format",
+        "Found",
         "Hooks",
         "HttpClient",
         "HttpFailure",
@@ -96,6 +99,7 @@ def test_the_public_names_are_these() -> None:
         "UploadClient",
         "UploadFailure",
         "Verdict",
+        "Where",
         "Worker",
     }
 

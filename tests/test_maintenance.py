@@ -19,7 +19,7 @@ from builders import (
 )
 from outbox import ConfigurationError, Outbox, Policy, PurgeReport, RequeueReport, RuleFired, StorageError
 from outbox.pauses import SharedPause
-from outbox.storage import deletion, purge
+from outbox.storage import deletion, finding
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
 
@@ -365,7 +365,7 @@ def test_purge_of_an_empty_outbox_is_nothing(outbox: Outbox) -> None:
 @pytest.mark.parametrize("rows", [9, 10, 11])
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_purge_goes_through_all_slices(outbox: Outbox, monkeypatch, rows: int, dry_run: bool) -> None:
-    monkeypatch.setattr(purge, "_SLICE", 5)
+    monkeypatch.setattr(finding, "SLICE", 5)
     outbox.enqueue_many([rule_fired()] * rows)
     kept = add_row(outbox, event_type="fix_outcome")
     assert outbox.purge(event_type="rule_fired", dry_run=dry_run) == PurgeReport(
@@ -388,39 +388,41 @@ def test_purge_leaves_alone_what_is_being_sent(outbox: Outbox, dry_run: bool) ->
 
 def test_what_is_claimed_while_purge_looks_is_left_alone(outbox: Outbox, monkeypatch) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 3)
-    delete = outbox.store.purge._purge
+    delete = outbox.store.acting._change
 
-    def claim_one_and_delete(row_ids, **now):
-        assert row_ids == ids
+    def claim_one_and_delete(action, found, these):
+        assert [one.id for one in found] == ids
         assert outbox.store.claims.claim(now_ms=NOON_MS, lease_until_ms=NOON_MS + 60_000, batch_size=1).rows
-        return delete(row_ids, **now)
+        return delete(action, found, these)
 
-    monkeypatch.setattr(outbox.store.purge, "_purge", claim_one_and_delete)
+    monkeypatch.setattr(outbox.store.acting, "_change", claim_one_and_delete)
     assert outbox.purge(event_type="rule_fired") == PurgeReport(2, 2, 1, {"rule_fired": 2})
     assert ids_of(outbox) == ids[:1]
 
 
 def test_what_is_gone_before_purge_deletes_it_is_counted_once(outbox: Outbox, monkeypatch) -> None:
     outbox.enqueue_many([rule_fired()] * 3)
-    delete = outbox.store.purge._purge
+    delete = outbox.store.acting._change
     monkeypatch.setattr(
-        outbox.store.purge, "_purge", lambda ids, **now: delete(ids[:1], **now) and delete(ids, **now)
+        outbox.store.acting,
+        "_change",
+        lambda action, found, these: delete(action, found[:1], these) and delete(action, found, these),
     )
     assert outbox.purge(event_type="rule_fired").total == 2
     assert ledger(outbox) == [("pending", "rule_fired", "purge", 3)]
 
 
 def test_what_is_enqueued_during_a_purge_stays(outbox: Outbox, monkeypatch) -> None:
-    monkeypatch.setattr(purge, "_SLICE", 1)
+    monkeypatch.setattr(finding, "SLICE", 1)
     outbox.enqueue_many([rule_fired()] * 2)
     meanwhile = [rule_fired()] * 2
-    delete = outbox.store.purge._purge
+    delete = outbox.store.acting._change
 
-    def enqueue_and_delete(row_ids, **now):
+    def enqueue_and_delete(*found):
         outbox.enqueue_many([meanwhile.pop()] if meanwhile else [])
-        return delete(row_ids, **now)
+        return delete(*found)
 
-    monkeypatch.setattr(outbox.store.purge, "_purge", enqueue_and_delete)
+    monkeypatch.setattr(outbox.store.acting, "_change", enqueue_and_delete)
     assert outbox.purge(event_type="rule_fired").total == 2
     assert len(ids_of(outbox)) == 2
 

@@ -28,8 +28,8 @@ from outbox.cli.options import (
 from outbox.cli.show import event_as_dict, event_in_words, what_next
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import InvalidEvent
+from outbox.filters import LARGEST_ID
 from outbox.lifecycle import Status
-from outbox.operations import LARGEST_ID
 from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.stats import counted

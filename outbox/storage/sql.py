@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     BigInteger,
     BindParameter,
+    Boolean,
     ColumnElement,
     CompoundSelect,
     Insert,
@@ -57,6 +58,18 @@ def _plain(element: without_index, compiler: Any, **options: Any) -> str:
 
 
 unindexed_status = without_index(columns.status)
+
+
+class contains_text(FunctionElement[Any]):  # noqa: N801 - as above
+    """The condition that a column contains a text. It has no wildcards, and case counts on every database."""
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(contains_text)
+def _in_string(element: contains_text, compiler: Any, **options: Any) -> str:
+    return f"(instr({compiler.process(element.clauses, **options)}) > 0)"
 
 
 def literal(word: Status | WaitsFor) -> ColumnElement[str]:

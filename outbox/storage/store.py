@@ -7,6 +7,7 @@ from collections import defaultdict
 from sqlalchemy import Engine
 
 from outbox.clock import SharedClock, now_ms
+from outbox.storage.acting import Acting
 from outbox.storage.bounds import Bounds
 from outbox.storage.claims import Claims
 from outbox.storage.copying import Copying
@@ -15,10 +16,10 @@ from outbox.storage.deletion import Deletion
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import is_own
 from outbox.storage.figures import Figures
+from outbox.storage.finding import Finding
 from outbox.storage.identity import Identity
 from outbox.storage.intake import Intake
 from outbox.storage.pauses import Pauses
-from outbox.storage.purge import Purge
 from outbox.storage.revival import Revival
 from outbox.storage.views import Views
 
@@ -42,9 +43,10 @@ class Store:
         counts: defaultdict[str, Counts] = defaultdict(Counts)  # by destination
         self.deletion = Deletion(engine, self._writer, counts)
         self.bounds = Bounds(engine, self._writer, self.deletion, counts)
-        self.purge = Purge(engine, self._writer, self.deletion)
         identity = Identity()
         self.intake = Intake(engine, self._writer, self.deletion, self.bounds, identity)
+        self.finding = Finding(engine, identity)
+        self.acting = Acting(self._writer, self.finding, self.deletion)
         self.copying = Copying(self._writer, identity)
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
         self.pauses = Pauses(engine, self._writer)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sqlalchemy import (
-    Engine,
-    Select,
-    select,
-)
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from outbox.destinations import DEFAULT_DESTINATION
@@ -30,7 +24,6 @@ from outbox.storage.sql import (
     failed_before,
     is_one_of,
     of_destination,
-    oldest_first,
     unindexed_status,
 )
 from outbox.storage.tables import ObservationEvent
@@ -51,31 +44,6 @@ CHORES = select(
     IS_TROUBLED.scalar_subquery(),
     LAST_ID.scalar_subquery(),
 )
-
-
-def _find(  # noqa: PLR0913 - each condition is one
-    *,
-    status: str | None,
-    event_type: str | None,
-    created_before_ms: int | None,
-    due_after_ms: int | None,
-    destination: str | None,
-    limit: int,
-) -> Select[Any]:
-    statement = select(ObservationEvent).order_by(*oldest_first).limit(limit)
-    if status is not None:
-        statement = statement.where(columns.status == status)
-    if event_type is not None:
-        statement = statement.where(columns.event_type == event_type)
-    if created_before_ms is not None:
-        statement = statement.where(columns.created_at_ms < created_before_ms)
-    if destination is not None:
-        statement = statement.where(columns.destination == destination)
-    if due_after_ms is not None:
-        statement = statement.where(
-            is_one_of(columns.status, Status.PENDING), columns.next_attempt_at_ms > due_after_ms
-        )
-    return statement
 
 
 class Views:
@@ -150,26 +118,3 @@ class Views:
         with reading(self._engine) as connection, Session(connection, expire_on_commit=False) as session:
             row = session.get(ObservationEvent, row_id)
             return None if row is None else give_id(row, self._identity.outbox_id(connection.scalar))
-
-    def find(  # noqa: PLR0913 - as above
-        self,
-        *,
-        status: str | None,
-        event_type: str | None,
-        created_before_ms: int | None,
-        due_after_ms: int | None,
-        destination: str | None = None,
-        limit: int,
-    ) -> list[ObservationEvent]:
-        """Return the oldest rows that meet all given conditions. They are detached, and each has an event id."""
-        statement = _find(
-            status=status,
-            event_type=event_type,
-            created_before_ms=created_before_ms,
-            due_after_ms=due_after_ms,
-            destination=destination,
-            limit=limit,
-        )
-        with reading(self._engine) as connection, Session(connection, expire_on_commit=False) as session:
-            outbox_id = self._identity.outbox_id(connection.scalar)
-            return [give_id(row, outbox_id) for row in session.scalars(statement)]

@@ -70,7 +70,6 @@ TESTED_WITH = {
     "storage/indexes.py": "promises/test_growth.py",
     "storage/intake.py": "test_outbox.py",
     "storage/pings.py": "promises/test_servers.py",
-    "storage/purge.py": "test_maintenance.py",
     "storage/revival.py": "test_maintenance.py",
     "storage/row_counts.py": "storage/test_bounds.py",
     "storage/sql.py": "test_maintenance.py",

@@ -7,9 +7,11 @@ from contextlib import closing
 
 import pytest
 
-from outbox import Outbox
-from outbox.storage import deletion, due_times, purge, revival, row_counts, sqlite_claims, views
+from outbox import Outbox, Where
+from outbox.storage import deletion, due_times, finding, revival, row_counts, sqlite_claims, views
 from outbox.storage.dialects.sqlite import DIALECT
+from outbox.storage.engines import reading
+from outbox.storage.sql import without_index
 
 INSERT_ROWS = """
     WITH RECURSIVE numbers(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < 2000)
@@ -56,12 +58,24 @@ def test_what_is_taken_in_order_is_read_in_order(outbox: Outbox, statement, stat
     assert not [step for step in plan if "TEMP B-TREE" in step or step == "SCAN observation_events"], plan
 
 
-def test_purge_walks_the_primary_key(outbox: Outbox) -> None:
-    for event_type, created in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_an_action_on_any_status_walks_the_primary_key(outbox: Outbox, statistics: str) -> None:
+    learn(outbox, statistics)
+    for event_type, older_than in (("rule_fired", None), (None, 1), ("rule_fired", 1)):
         for destination in (None, "billing"):
-            query = purge.to_purge(event_type=event_type, created_before_ms=created, destination=destination)
-            plan = plan_of(outbox, query)
+            where = Where(event_type=event_type, older_than=older_than, destination=destination)
+            with reading(outbox.engine) as connection:
+                conditions = outbox.store.finding._conditions(connection, where, of=without_index)
+            plan = plan_of(outbox, finding.page(conditions))
             assert plan == ["SEARCH observation_events USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"]
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table"])
+def test_an_action_on_one_status_looks_it_up(outbox: Outbox, statistics: str) -> None:
+    learn(outbox, statistics)
+    with reading(outbox.engine) as connection:
+        conditions = outbox.store.finding._conditions(connection, Where(status="abandoned"))
+    assert "pending_idx (status=?" in plan_of(outbox, finding.page(conditions))[0]
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)

@@ -20,14 +20,17 @@ from typing_extensions import assert_type
 
 from outbox import (
     NO_AUTH,
+    ActionReport,
     ApiKey,
     BatchItem,
     ClientCredentials,
     CloudEvents,
     DestinationStats,
     Event,
+    EventCount,
     FlushReport,
     Format,
+    Found,
     Hooks,
     HttpClient,
     HttpFailure,
@@ -50,6 +53,7 @@ from outbox import (
     UploadClient,
     UploadFailure,
     Verdict,
+    Where,
     Worker,
     schema,
 )
@@ -200,7 +204,17 @@ def operating(outbox: Outbox, now: datetime) -> None:
     assert_type(outbox.purge(event_type="order_shipped", older_than=1), PurgeReport)
     assert_type(outbox.overdue_ms(), int)
     found = outbox.find(status=Status.ABANDONED, older_than=now, limit=5)
-    assert_type(found, list[ObservationEvent])
+    assert_type(found, Found)
+    assert_type(found[0], ObservationEvent)
+    assert_type(found.next, int | None)
+    these = Where(status=["parked", Status.ABANDONED], contains="order-17", newer_than=now)
+    assert_type(outbox.find(these, newest_first=True, before=found.next), Found)
+    assert_type(outbox.count(these), EventCount)
+    assert_type(outbox.retry(these), ActionReport)
+    assert_type(outbox.requeue(where=Where(), dry_run=True), ActionReport)
+    assert_type(outbox.abandon(where=these, reason="wrong price"), ActionReport)
+    assert_type(outbox.abandon(17, "wrong price"), bool)
+    assert_type(outbox.purge(where=these, progress=print), PurgeReport)
     row = outbox.get(found[0].id)
     assert_type(row, ObservationEvent | None)
     if row is not None:

@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.failures import ConfigurationError
@@ -38,7 +39,7 @@ from outbox.storage.claimed import MOVE_TO_SENT, Kind, Wanted, waits_for_other, 
 from outbox.storage.dialects.base import Dialect, Ending
 from outbox.storage.engines import MIGRATION_LOCK, Synchronous, translated
 from outbox.storage.inserts import Rows, insert_new
-from outbox.storage.sql import columns, did_not_fail, failed_before, oldest, upsert
+from outbox.storage.sql import columns, contains_text, did_not_fail, failed_before, oldest, upsert
 from outbox.storage.transactions import Transaction
 
 log = logging.getLogger("outbox")
@@ -69,6 +70,11 @@ HIDDEN_COMMANDS = text(
     """
 )
 """The commands for which row-level security of PostgreSQL hides every row from this user; 0 is every role."""
+
+
+@compiles(contains_text, "postgresql")
+def _by_strpos(element: contains_text, compiler: Any, **options: Any) -> str:
+    return f"(strpos({compiler.process(element.clauses, **options)}) > 0)"
 
 
 class PostgreSQL(Dialect):
