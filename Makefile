@@ -2,16 +2,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs simulate kill bench clean
+.PHONY: demo test clusters check docs simulate kill bench clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
 
 test: $(VENV)/dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal -m 'not rig'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=$$($(BIN)/python tests/coverage_goal.py)
+
+# Poolers, standbys and clusters under load, at most 15 minutes. CI runs them with fewer events.
+clusters: $(VENV)/dev
+	OUTBOX_RIGS_FULL=yes $(BIN)/python -m pytest -q -rsP tests/rigs
 
 check: $(VENV)/dev
 	$(BIN)/ruff check

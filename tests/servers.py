@@ -246,8 +246,8 @@ class PrivateMariadb(_PrivateServer):
 
 
 @contextmanager
-def pgbouncer(program: str, server: URL, *, connections: int) -> Iterator[URL]:
-    """A PgBouncer in front of a PostgreSQL, which shares its connections between transactions; its URL."""
+def pgbouncer(program: str, server: URL, *, connections: int, mode: str) -> Iterator[URL]:
+    """A PgBouncer in front of a PostgreSQL, which shares its connections between transactions or statements; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     behind = {"host": server.host, "port": server.port or 5432, "user": server.username}
@@ -263,7 +263,7 @@ listen_addr = 127.0.0.1
 listen_port = {port}
 unix_socket_dir =
 auth_type = any
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = {connections}
 max_client_conn = 200
 """)
@@ -317,13 +317,13 @@ class Servers:
         except MissingError as missing:
             skip(missing)
 
-    def pgbouncer(self, *, connections: int) -> AbstractContextManager[URL]:
+    def pgbouncer(self, *, connections: int, mode: str = "transaction") -> AbstractContextManager[URL]:
         """Return a PgBouncer of the caller's own, to be entered; skip the test where there is none."""
         try:
             program = find_program("pgbouncer", "pgbouncer")
         except MissingError as missing:
             skip(missing)
-        return pgbouncer(program, self.get("postgresql").url, connections=connections)
+        return pgbouncer(program, self.get("postgresql").url, connections=connections, mode=mode)
 
     def empty_outbox(self, name: str) -> URL:
         """Return the URL of the run's database on a server, without any row, and without what tests left there."""
