@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
+from outbox.clock import epoch_ms
 from outbox.pauses import PROBE_AFTER
 from outbox.reasons import in_words
 from outbox.records import Pause
 from outbox.stats import counted, duration
 
+AGES = "an age such as 30s, 15m, 12h or 7d"
+MOMENTS = f"{AGES}, or a date and time with its zone such as 2026-11-24T12:00:00Z"
+"""What `age_ms` and `moment_ms` understand."""
+
+_UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def escape(text: str) -> str:
     """Return the text as one line, with non-printing characters as Python escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def facts_table(facts: Sequence[tuple[str, str]]) -> str:
+    """Return a line for each fact: its name, and its text."""
+    return "\n".join(f"{name:<14}{escape(text)}".rstrip() for name, text in facts)
 
 
 def when(ms: int, *, now_ms: int) -> str:
@@ -33,6 +47,29 @@ def utc(ms: int) -> str:
         return f"{_EPOCH + timedelta(milliseconds=ms):%Y-%m-%d %H:%M:%S} UTC"
     except OverflowError:
         return f"{ms} ms since 1970"
+
+
+def exact(ms: int) -> str:
+    """Return a time as a text that `moment_ms` turns into the same time."""
+    return (_EPOCH + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds")
+
+
+def age_ms(text: str) -> int | None:
+    """Return an age such as "30s" in ms, None if the text is no age."""
+    age = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    return int(age.group(1)) * _UNIT_MS[age.group(2)] if age else None
+
+
+def moment_ms(text: str, *, now_ms: int) -> int | None:
+    """Return an age before now, or a date and time with its zone, in epoch ms. None if the text is neither."""
+    age = age_ms(text)
+    if age is not None:
+        return now_ms - age
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+        if moment.tzinfo is not None:
+            return epoch_ms(moment)
+    return None
 
 
 def _is_number(stored: object) -> bool:

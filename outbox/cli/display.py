@@ -18,7 +18,7 @@ from outbox.destinations import DEFAULT_NAME, shown
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.stats import DestinationStats, Stats, counted, duration
-from outbox.words import escape, pause_in_words, utc, when
+from outbox.words import escape, facts_table, pause_in_words, utc, when
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -203,11 +203,6 @@ class Bar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def facts_table(facts: Sequence[tuple[str, str]]) -> str:
-    """Return a line for each fact: its name, and its text."""
-    return "\n".join(f"{name:<14}{escape(text)}".rstrip() for name, text in facts)
 
 
 def _cut(text: str) -> str:

@@ -25,10 +25,10 @@ from outbox.cli.options import (
     type_option,
     uses_database,
 )
-from outbox.cli.show import event_as_dict, event_in_words, what_next
 from outbox.events import MAX_PAYLOAD_BYTES, encode
 from outbox.failures import InvalidEvent
 from outbox.filters import LARGEST_ID
+from outbox.life import event_as_dict, event_in_words, what_next
 from outbox.lifecycle import Status
 from outbox.outbox import Outbox
 from outbox.policy import Policy

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -15,15 +12,14 @@ from typing import Any, TypeVar
 import click
 from sqlalchemy import URL
 
+from outbox import words
 from outbox.cli import config
-from outbox.clock import epoch_ms, now_ms
+from outbox.clock import now_ms
 from outbox.destinations import shown, stored
 from outbox.storage.dialects import dialect_named
 from outbox.storage.engines import default_url, parse_url
 from outbox.words import escape
 
-_UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_AGES = "an age such as 30s, 15m, 12h or 7d"
 _CONFIG = "outbox.config"
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -31,31 +27,20 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 def duration_ms(_context: click.Context, _param: click.Parameter, value: str) -> int:
     """Convert an age such as 30s to ms."""
-    age_ms = _age_ms(value)
-    if age_ms is None:
-        raise click.BadParameter(f"{escape(value)!r}, expected {_AGES}")
-    return age_ms
+    age = words.age_ms(value)
+    if age is None:
+        raise click.BadParameter(f"{escape(value)!r}, expected {words.AGES}")
+    return age
 
 
 def moment_ms(_context: click.Context, _param: click.Parameter, value: str | None) -> int | None:
     """Convert an age, or a date and time with its zone, to ms since 1970."""
     if value is None:
         return None
-    age_ms = _age_ms(value)
-    if age_ms is not None:
-        return now_ms() - age_ms
-    with suppress(ValueError):
-        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value))
-        if moment.tzinfo is not None:
-            return epoch_ms(moment)
-    raise click.BadParameter(
-        f"{escape(value)!r}, expected {_AGES}, or a date and time with its zone such as 2026-11-24T12:00:00Z"
-    )
-
-
-def _age_ms(value: str) -> int | None:
-    age = re.fullmatch(r"([0-9]{1,6})([smhd])", value)
-    return int(age.group(1)) * _UNIT_MS[age.group(2)] if age else None
+    moment = words.moment_ms(value, now_ms=now_ms())
+    if moment is None:
+        raise click.BadParameter(f"{escape(value)!r}, expected {words.MOMENTS}")
+    return moment
 
 
 def _check_url(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:

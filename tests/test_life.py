@@ -7,9 +7,18 @@ import pytest
 from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, add_row, row
-from outbox import Policy
-from outbox.cli import show
+from command_line import runner
+from outbox import Policy, life
+from outbox.cli import main
 from outbox.pauses import SharedPause
+
+
+@pytest.fixture
+def run(url):
+    def run(*arguments):
+        return runner().invoke(main, ["--database", url, *map(str, arguments)])
+
+    return run
 
 
 def facts(run, row_id=1):
@@ -63,7 +72,7 @@ def test_an_unknown_state_has_no_next(run, outbox):
     add_row(outbox)
     odd = row(outbox, 1)
     odd._machine_status = "odd"
-    assert "does not know the status" in show.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[])
+    assert "does not know the status" in life.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[])
 
 
 def test_show_tells_everything_and_what_comes_next(run, outbox):

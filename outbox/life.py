@@ -1,4 +1,4 @@
-"""What `outbox show` prints of one event: its columns, why it waits, and what happens to it next."""
+"""One event in words: its columns, why it waits, and what happens to it next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outbox import capture
-from outbox.cli.display import facts_table
 from outbox.decisions import age_out_ms
 from outbox.destinations import shown
 from outbox.events import check_payload, content_hash
@@ -21,10 +20,13 @@ from outbox.reasons import in_words
 from outbox.records import LOST_LEASES_ALONE, Pause
 from outbox.stats import duration
 from outbox.storage.column_types import invalid_column
-from outbox.words import escape, utc, when
+from outbox.words import escape, facts_table, utc, when
 
 if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent
+
+OF_PAYLOAD = frozenset({"rules", "session", "file", "content hash"})
+"""The names of the facts that are taken from the payload."""
 
 _WAITS: dict[str, str] = {
     WaitsFor.SERVICE: "the service probably failed, not this event; it is due when the service accepts another",
@@ -50,6 +52,14 @@ _IDLE: dict[str, str] = {
 
 def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:
     """Return what `outbox show` prints."""
+    facts = event_facts(row, now_ms=now_ms, policy=policy, pauses=pauses)
+    return f"{facts_table(facts)}\n\n{pretty(row.payload_json)}"
+
+
+def event_facts(
+    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]
+) -> list[tuple[str, str]]:
+    """Return what is known of an event besides its payload, as names and texts."""
     facts = [
         ("event", str(row.id)),
         ("event id", str(row.event_id)),
@@ -78,7 +88,7 @@ def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses
         if value  # most events have no such field
     ]
     facts.append(("content hash", _content_hash(row.payload_json)))
-    return f"{facts_table(facts)}\n\n{_pretty(row.payload_json)}"
+    return facts
 
 
 def event_as_dict(row: ObservationEvent) -> dict[str, Any]:
@@ -137,7 +147,8 @@ def _lost_leases(count: int) -> str:
     return f"{text}; it is sent alone now" if is_alone else text
 
 
-def _pretty(payload_json: str) -> str:
+def pretty(payload_json: str) -> str:
+    """Return a payload over several lines, each escaped; in one line if it is no JSON."""
     try:
         lines = json.dumps(json.loads(payload_json), indent=2, ensure_ascii=False).split("\n")
     except (ValueError, RecursionError):
