@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 
 from outbox.failures import ConfigurationError
-from outbox.web import destinations, errors, events, ledger, login, overview, security, texts
+from outbox.web import actions, destinations, errors, events, ledger, login, overview, security, texts
 from outbox.web.console import EXTENSION, Console
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def create_app(  # noqa: PLR0913 - each setting has a default
     )
     for module in (security, errors, texts):
         module.add_to(app)
-    for page in (overview, events, destinations, ledger, login):
+    for page in (overview, events, actions, destinations, ledger, login):
         app.register_blueprint(page.pages)
     return app
 

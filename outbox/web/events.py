@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING
 
 from flask import Blueprint, abort, render_template, request
 
-from outbox.destinations import DEFAULT_NAME
+from outbox.failures import ConfigurationError
+from outbox.life import OF_PAYLOAD, event_facts, pretty
 from outbox.lifecycle import Status
+from outbox.reasons import without_body
+from outbox.web import filters
+from outbox.web.actions import ACTIONS, listing_url
 from outbox.web.console import console
+from outbox.web.filters import Filters
+
+if TYPE_CHECKING:
+    from outbox.storage.finding import Found
+    from outbox.storage.tables import ObservationEvent
 
 pages = Blueprint("events", __name__)
 
 _PER_PAGE = 50
+_MOST_READ = 10_000
+"""How many events one page reads to look for a text, which takes about a tenth of a second."""
+_ERROR_WIDTH = 160
+_SHOWN_APART = frozenset({"event", "status", "next"})
 
 
 @pages.get("/events")
-def listing() -> str:
-    """Show the events that match."""
+def listing() -> tuple[str, int]:
+    """Show the events that match, a page of them."""
     settings = console()
-    given = {name: request.args.get(name) or None for name in ("status", "event_type", "destination")}
-    rows = settings.outbox.find(**given, limit=_PER_PAGE)  # type: ignore[arg-type] # each is a text
-    return render_template(
+    now_ms = settings.outbox.store.now_ms()
+    problem = None
+    try:
+        found = filters.read(request.args, now_ms=now_ms, hide_payloads=settings.hide_payloads)
+        events = _page(found)
+    except ConfigurationError as error:
+        found, events, problem = filters.unread(request.args), None, str(error)
+    stats = settings.looks.look().stats
+    page = render_template(
         "events.html",
-        rows=rows,
-        given=given,
+        actions=ACTIONS,
+        destinations=sorted(stats.by_destination),
+        events=events,
+        filters=found,
+        is_oldest_first=_is_oldest_first(),
+        now_ms=now_ms,
+        problem=problem,
         statuses=[status.value for status in Status],
-        default=DEFAULT_NAME,
-        now_ms=settings.outbox.store.now_ms(),
+        types=sorted(stats.by_type),
+        error_of=_error_of,
+        page_url=lambda start: _page_url(found, start),
     )
+    return page, 200 if problem is None else 400
 
 
 @pages.get("/events/<int:row_id>")
@@ -38,13 +64,61 @@ def one(row_id: int) -> str:
     row = settings.outbox.get(row_id)
     if row is None:
         abort(404, f"there is no event {row_id}: it was never enqueued here, or it was deleted")
-    payload = None if settings.hide_payloads else pretty(row.payload_json)
-    return render_template("event.html", row=row, payload=payload, now_ms=settings.outbox.store.now_ms())
+    now_ms = settings.outbox.store.now_ms()
+    pauses = [
+        pause
+        for pause in settings.outbox.store.views.pauses(now_ms=now_ms)
+        if pause.destination == row.destination
+    ]
+    if settings.hide_payloads:
+        pauses = [pause._replace(last_error=without_body(pause.last_error)) for pause in pauses]
+        row.last_error = row.last_error and without_body(row.last_error)
+    facts = dict(event_facts(row, now_ms=now_ms, policy=settings.outbox.policy, pauses=pauses))
+    return render_template(
+        "event.html",
+        actions=ACTIONS,
+        row=row,
+        what_next=facts["next"],
+        facts=[
+            (name, text)
+            for name, text in facts.items()
+            if name not in _SHOWN_APART and not (settings.hide_payloads and name in OF_PAYLOAD)
+        ],
+        payload=None if settings.hide_payloads else pretty(row.payload_json),
+    )
 
 
-def pretty(payload_json: str) -> str:
-    """Return a payload over several lines; as it is if it is no JSON."""
-    try:
-        return json.dumps(json.loads(payload_json), indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return payload_json
+def _page(found: Filters) -> Found:
+    position = request.args.get("from")
+    start = None if not position else filters.row_id(position)
+    is_oldest_first = _is_oldest_first()
+    return console().outbox.find(
+        found.where,
+        limit=_PER_PAGE,
+        newest_first=not is_oldest_first,
+        before=None if is_oldest_first else start,
+        after=start if is_oldest_first else None,
+        scan_limit=_MOST_READ,
+    )
+
+
+def _page_url(found: Filters, start: int | None) -> str:
+    """Return the URL of the page that begins after an event, or of the first one."""
+    fields = [*found.as_given()]
+    if _is_oldest_first():
+        fields.append(("order", "oldest"))
+    if start is not None:
+        fields.append(("from", str(start)))
+    return listing_url(fields)
+
+
+def _is_oldest_first() -> bool:
+    return request.args.get("order") == "oldest"
+
+
+def _error_of(row: ObservationEvent) -> str:
+    """Return the last failure of an event, in one short line."""
+    error = row.last_error or ""
+    if error and console().hide_payloads:
+        error = without_body(error)
+    return error if len(error) <= _ERROR_WIDTH else f"{error[:_ERROR_WIDTH]}…"

@@ -13,7 +13,7 @@ from outbox.records import Pause
 from outbox.stats import DestinationStats, Stats, counted, duration
 from outbox.web.console import console
 from outbox.web.looks import Look, Point
-from outbox.words import escape, pause_in_words
+from outbox.words import pause_in_words
 
 pages = Blueprint("overview", __name__)
 
@@ -64,7 +64,7 @@ def situation(stats: Stats) -> Situation:
     """Say whether somebody has to act, and on what."""
     if stats.likely_cause is not None:
         # `likely_cause` joins several causes by these words.
-        causes = [escape(cause) for cause in stats.likely_cause.split(". Also: ")]
+        causes = stats.likely_cause.split(". Also: ")
         title = "One thing keeps events from being delivered" if len(causes) == 1 else "What keeps events here"
         return Situation("bad", title, causes)
     waiting = stats.counts[Status.PENDING] + stats.counts[Status.SENDING]
@@ -82,7 +82,7 @@ def situation(stats: Stats) -> Situation:
 def destination_in_words(one: DestinationStats, pause: Pause | None, *, now_ms: int) -> str:
     """Say what happens at a destination now."""
     if pause is not None:
-        return escape(pause_in_words(pause, now_ms=now_ms))
+        return pause_in_words(pause, now_ms=now_ms)
     if one.next_due_at_ms is None:
         return "nothing is waiting"
     if one.overdue_ms:

@@ -26,6 +26,7 @@ def add_to(app: Flask) -> None:
         printable=escape,
         time=time,
         when=when,
+        with_code=with_code,
     )
     app.context_processor(_shared)
 
@@ -57,6 +58,14 @@ def time(ms: int, now_ms: int) -> Markup:
     exact = datetime.fromtimestamp(ms / 1_000, timezone.utc).isoformat(timespec="milliseconds")
     distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
     return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, utc(ms), distance)
+
+
+def with_code(text: str) -> Markup:
+    """Return a text whose commands stand between backticks, with these set as code."""
+    parts = escape(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 def _shared() -> dict[str, object]:

@@ -69,7 +69,7 @@ def test_hidden_payloads_take_the_bodies_of_answers_with_them(open_console, outb
         ({"overdue_ms": 120_000}, "bad", "1 event is on the way; one has been due for 2 minutes; is a worker or a timer running?"),
         ({"counts": {"pending": 0, "sending": 0, "sent": 3, "parked": 0, "abandoned": 0}}, "good", "Everything is delivered"),
         ({"likely_cause": "a. Also: b"}, "bad", "What keeps events here; a; b"),
-        ({"likely_cause": "a\x1b"}, "bad", "One thing keeps events from being delivered; a\\x1b"),
+        ({"likely_cause": "a"}, "bad", "One thing keeps events from being delivered; a"),
     ],
 )  # fmt: skip
 def test_what_is_going_on_is_said_in_words(outbox, changed, kind, words):

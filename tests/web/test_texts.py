@@ -26,6 +26,10 @@ def test_a_time_is_its_distance_and_the_exact_one_on_demand():
     assert ">in 2 seconds<" in texts.time(NOON_MS + 2_000, NOON_MS)
 
 
+def test_commands_in_a_text_are_set_as_code_and_all_of_it_is_escaped():
+    assert texts.with_code("run `outbox <b>` \x1b") == "run <code>outbox &lt;b&gt;</code> \\x1b"
+
+
 @pytest.mark.parametrize("stored", [10**18, -1, "<b>"])
 def test_a_stored_value_that_is_no_time_is_shown_escaped(stored):
     shown = texts.time(stored, NOON_MS)

@@ -1,0 +1,164 @@
+"""What a reader can do with events: each action is counted first, confirmed, and then done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from werkzeug.datastructures import MultiDict
+from werkzeug.wrappers import Response as AnyResponse
+
+from outbox.failures import ConfigurationError
+from outbox.filters import Where
+from outbox.maintenance import ActionReport, PurgeReport
+from outbox.outbox import Outbox
+from outbox.stats import counted
+from outbox.web import filters
+from outbox.web.console import console
+from outbox.web.filters import Filters
+
+pages = Blueprint("actions", __name__)
+
+_REASON = "cancelled in the console"
+"""Stands for the reason that is not given yet while events are only counted."""
+_LONGEST_REASON = 500
+
+Report = ActionReport | PurgeReport
+
+
+@dataclass(frozen=True)
+class Action:
+    """An action, in words."""
+
+    name: str
+    title: str
+    done: str
+    applies_to: str
+    effect: str
+    run: Callable[[Outbox, Where, str, bool], Report]
+    """Acts on an outbox, or only counts. The text is the reason."""
+    is_final: bool = False
+    needs_reason: bool = False
+
+
+ACTIONS = {
+    action.name: action
+    for action in (
+        Action(
+            "retry",
+            "Retry",
+            "made due",
+            "that wait or are parked",
+            "They become due now, and the pauses of their destinations end. Events scheduled for later stay"
+            " as they are.",
+            lambda outbox, where, _, dry_run: outbox.retry(where, dry_run=dry_run),
+        ),
+        Action(
+            "requeue",
+            "Requeue",
+            "requeued",
+            "that are abandoned",
+            "They return to the queue as if they were new: their failures and their age are reset.",
+            lambda outbox, where, _, dry_run: outbox.requeue(where, dry_run=dry_run),
+        ),
+        Action(
+            "abandon",
+            "Abandon",
+            "abandoned",
+            "that are pending or parked",
+            "They are not sent. They stay here with your reason, and Requeue returns them to the queue.",
+            lambda outbox, where, reason, dry_run: outbox.abandon(where=where, reason=reason, dry_run=dry_run),
+            needs_reason=True,
+        ),
+        Action(
+            "purge",
+            "Purge",
+            "deleted for good",
+            "that are not being sent",
+            "They are deleted for good, with their payloads. This can't be undone. The ledger keeps their number.",
+            lambda outbox, where, _, dry_run: outbox.purge(where=where, dry_run=dry_run),
+            is_final=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The events that an action is about: those that were selected, or all that match the conditions."""
+
+    filters: Filters
+    ids: Sequence[int] | None
+    """The selected events; None stands for all that match."""
+    is_one: bool
+    """Whether the action was chosen on the page of one event."""
+
+    @property
+    def where(self) -> Where:
+        """The events, for the outbox."""
+        return self.filters.where if self.ids is None else Where(ids=self.ids)
+
+    def fields(self) -> Iterator[tuple[str, str]]:
+        """Yield the fields of a form that names the same events."""
+        yield "scope", "all" if self.ids is None else "one" if self.is_one else "selected"
+        yield from (("id", str(row_id)) for row_id in self.ids or ())
+        yield from self.filters.as_meant()
+
+    def back(self) -> str:
+        """Return the URL of the page on which the action was chosen."""
+        if self.is_one and self.ids:
+            return url_for("events.one", row_id=self.ids[0])
+        return listing_url(self.filters.as_given())
+
+
+@pages.get("/events/confirm")
+def confirm() -> str | AnyResponse:
+    """Show what an action would do, without doing it."""
+    action, target = _asked(request.args)
+    if target.ids is not None and not target.ids:
+        flash("No event is selected.", "bad")
+        return redirect(target.back(), 303)
+    report = action.run(console().outbox, target.where, _REASON, True)
+    return render_template(
+        "confirm.html", action=action, target=target, report=report, longest_reason=_LONGEST_REASON
+    )
+
+
+@pages.post("/events/act")
+def act() -> AnyResponse:
+    """Do it, and return to the page on which it was chosen."""
+    action, target = _asked(request.form)
+    reason = request.form.get("reason", "").strip()
+    if action.needs_reason and not 0 < len(reason) <= _LONGEST_REASON:
+        raise ConfigurationError(f"the reason has {len(reason)} characters, expected 1 to {_LONGEST_REASON}")
+    report = action.run(console().outbox, target.where, reason, False)
+    console().looks.forget()
+    words = f"{counted(report.total, 'event')} {'was' if report.total == 1 else 'were'} {action.done}."
+    if report.in_flight:
+        words += f" {counted(report.in_flight, 'event')} stayed as before, because a flusher is sending them."
+    flash(words, "good" if report.total else "")
+    is_gone = action.is_final and target.is_one and report.total
+    return redirect(url_for("events.listing") if is_gone else target.back(), 303)
+
+
+def _asked(fields: MultiDict[str, str]) -> tuple[Action, Target]:
+    settings = console()
+    action = ACTIONS.get(fields.get("action", ""))
+    if action is None:
+        raise ConfigurationError(f"action is {fields.get('action')!r}, expected one of {', '.join(ACTIONS)}")
+    scope = fields.get("scope", "")
+    if scope not in {"all", "selected", "one"}:
+        raise ConfigurationError(f"scope is {scope!r}, expected all, selected or one")
+    if settings.read_only:
+        abort(403, "this console is read-only")
+    found = filters.read(fields, now_ms=settings.outbox.store.now_ms(), hide_payloads=settings.hide_payloads)
+    ids = None if scope == "all" else [filters.row_id(word) for word in fields.getlist("id")]
+    return action, Target(found, ids, scope == "one")
+
+
+def listing_url(fields: Iterable[tuple[str, str]]) -> str:
+    """Return the URL of the list of events with these conditions."""
+    query = urlencode([*fields])
+    return url_for("events.listing") + (f"?{query}" if query else "")
