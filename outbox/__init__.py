@@ -21,7 +21,7 @@ from outbox.failures import (
 )
 from outbox.filters import Where
 from outbox.lifecycle import Status
-from outbox.maintenance import ActionReport, PurgeReport, RequeueReport
+from outbox.maintenance import ActionReport, PurgeReport, ReplaceReport, RequeueReport
 from outbox.outbox import Outbox
 from outbox.policy import Policy, Verdict
 from outbox.storage.tables import ObservationEvent
@@ -67,6 +67,7 @@ __all__ = [
     "Policy",
     "PurgeReport",
     "QueueFull",
+    "ReplaceReport",
     "RequeueReport",
     "RuleActuallyCited",
     "RuleCitedInEdit",

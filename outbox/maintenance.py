@@ -59,6 +59,16 @@ class PurgeReport:
 
 
 @dataclass(frozen=True)
+class ReplaceReport:
+    """Which events were replaced."""
+
+    replaced: dict[int, int] = field(default_factory=dict)
+    """The row id of each new event, by the row id of the old one."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why an event was not replaced, in words, by its row id."""
+
+
+@dataclass(frozen=True)
 class CopyReport:
     """Number of events that were copied to another destination, or would be in a dry run."""
 

@@ -15,9 +15,11 @@ from outbox.destinations import Routes, stored
 from outbox.event_ids import add_event_ids
 from outbox.events import AnyEvent, with_type
 from outbox.failures import ConfigurationError
+from outbox.filters import LARGEST_ID, is_row_id
 from outbox.new_rows import Redact, new_row
 from outbox.operations import Operations
 from outbox.policy import Policy
+from outbox.records import Replacement
 from outbox.storage.engines import Synchronous, default_url, engine_of
 
 if TYPE_CHECKING:
@@ -211,14 +213,9 @@ class Outbox(Operations):
             return []
         now = self.store.now_ms()
         due = maintenance.earliest_ms(not_before)
-        rows = [
-            new_row(event, self._redact, strict=self._is_strict, now_ms=now, not_before_ms=due) for event in events
-        ]
+        rows = self._new_rows(events, now_ms=now, not_before_ms=due)
         if event_ids is not None:
             add_event_ids(rows, event_ids)
-        if (trace_context := tracing.current_context()) is not None:
-            for row in rows:
-                row["trace_context"] = trace_context
         addressed = self._routes.address(rows, to, may_have_ids=event_ids is not None)
         if not rows:
             return []
@@ -234,6 +231,50 @@ class Outbox(Operations):
             maintenance.cap(self.store, self.policy, destination, now_ms=now)
         self._wake()
         return ids
+
+    def replace(
+        self, events: Mapping[int, AnyEvent], *, created_at_ms: Mapping[int, int] | None = None
+    ) -> maintenance.ReplaceReport:
+        """Put new events in the place of recorded ones. `events` has the new event for the row id of the old one.
+
+        The new event has the destination of the old one, and its `not_before` if that is in the future. Its event
+        id is new, even if the old id was yours: a service that saw the old id would drop the new event as a
+        duplicate. Up to a hundred events are replaced in a transaction. The ledger counts the old ones with the
+        reason `replaced`.
+
+        An event that is sent, being sent or gone is left alone, and its new event is not recorded. The report says
+        why. If `created_at_ms` has the creation time of the event you mean, an event that took its row id in
+        another database is left alone, too. Raises `InvalidEvent` if one of the events is invalid; then nothing is
+        replaced. Does nothing if OUTBOX_CAPTURE=false is set in the environment.
+        """
+        if capture.is_off():
+            return maintenance.ReplaceReport(refused=dict.fromkeys(events, capture.IS_OFF))
+        for row_id in events:
+            if not is_row_id(row_id):
+                raise ConfigurationError(
+                    f"events has the key {row_id!r}, expected a row id from 1 to {LARGEST_ID}"
+                )
+        now = self.store.now_ms()
+        created = created_at_ms or {}
+        rows = self._new_rows(events.values(), now_ms=now)
+        replacements = [
+            Replacement(row_id, row, created.get(row_id)) for row_id, row in zip(events, rows, strict=True)
+        ]
+        done = self.store.replacing.replace(replacements, policy=self.policy, now_ms=now)
+        self._wake()
+        return maintenance.ReplaceReport(done.ids, done.refused)
+
+    def _new_rows(
+        self, events: Iterable[AnyEvent], *, now_ms: int, not_before_ms: int | None = None
+    ) -> list[dict[str, Any]]:
+        rows = [
+            new_row(event, self._redact, strict=self._is_strict, now_ms=now_ms, not_before_ms=not_before_ms)
+            for event in events
+        ]
+        if (trace_context := tracing.current_context()) is not None:
+            for row in rows:
+                row["trace_context"] = trace_context
+        return rows
 
     def flush(self, client: UploadClient, *, destination: str | None = None) -> FlushReport:
         """Send one batch of due events of a destination; None and `default` mean the default destination.

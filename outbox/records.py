@@ -243,6 +243,23 @@ class Overview(NamedTuple):
     """The commands for which PostgreSQL hides every row from this database user."""
 
 
+class Replacement(NamedTuple):
+    """A new row, and which row it replaces."""
+
+    row_id: int
+    row: dict[str, Any]
+    """The columns to insert, without the destination."""
+    created_at_ms: int | None = None
+    """When the old row was created, if the caller knows. A row of that id from another time is another event."""
+
+
+class Replaced(NamedTuple):
+    """The id of each new row, and why each of the other old rows stays, by the id of the old row."""
+
+    ids: dict[int, int]
+    refused: dict[int, str]
+
+
 class Oddities(NamedTuple):
     """How many rows have times or numbers that no healthy queue has."""
 

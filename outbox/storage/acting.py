@@ -20,8 +20,8 @@ from outbox.storage.sql import (
     by_id,
     columns,
     contains_text,
+    is_in_flight,
     is_one_of,
-    literal,
     move,
     now,
     these_rows,
@@ -32,7 +32,7 @@ from outbox.storage.transactions import Transaction, Writer
 
 MATCHED = select(
     *(columns[name] for name in ("id", "status", "event_type", "destination", "created_at_ms")),
-    and_(columns.status == literal(Status.SENDING), columns.next_attempt_at_ms > now).label("is_in_flight"),
+    is_in_flight,
     and_(
         columns.next_attempt_at_ms > now, or_(columns.not_before_ms.is_(None), columns.not_before_ms <= now)
     ).label("is_waiting"),

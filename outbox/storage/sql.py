@@ -209,6 +209,9 @@ of_destination = columns.destination == bindparam("destination")
 LAST_ID = select(func.max(columns.id))
 
 # A row under an unexpired lease is in flight.
+is_in_flight = and_(columns.status == literal(Status.SENDING), columns.next_attempt_at_ms > now).label(
+    "is_in_flight"
+)
 _not_in_flight = or_(columns.status != literal(Status.SENDING), columns.next_attempt_at_ms <= now)
 
 

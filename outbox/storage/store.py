@@ -20,6 +20,7 @@ from outbox.storage.finding import Finding
 from outbox.storage.identity import Identity
 from outbox.storage.intake import Intake
 from outbox.storage.pauses import Pauses
+from outbox.storage.replacing import Replacing
 from outbox.storage.revival import Revival
 from outbox.storage.views import Views
 
@@ -47,6 +48,7 @@ class Store:
         self.intake = Intake(engine, self._writer, self.deletion, self.bounds, identity)
         self.finding = Finding(engine, identity)
         self.acting = Acting(self._writer, self.finding, self.deletion)
+        self.replacing = Replacing(engine, self._writer, self.deletion, self.bounds)
         self.copying = Copying(self._writer, identity)
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
         self.pauses = Pauses(engine, self._writer)

@@ -15,6 +15,7 @@ _REASONS = {
     "max_sent": "there were more delivered events than max_sent allows",
     "retention": "they were delivered longer ago than keep_sent allows",
     "purge": "an operator purged them",
+    "replaced": "an operator replaced them by edited events",
 }
 
 

@@ -41,6 +41,7 @@ from outbox import (
     Pause,
     Policy,
     PurgeReport,
+    ReplaceReport,
     RequeueReport,
     RuleFired,
     Settled,
@@ -215,6 +216,7 @@ def operating(outbox: Outbox, now: datetime) -> None:
     assert_type(outbox.abandon(where=these, reason="wrong price"), ActionReport)
     assert_type(outbox.abandon(17, "wrong price"), bool)
     assert_type(outbox.purge(where=these, progress=print), PurgeReport)
+    assert_type(outbox.replace({17: {"event_type": "order_shipped"}}), ReplaceReport)
     row = outbox.get(found[0].id)
     assert_type(row, ObservationEvent | None)
     if row is not None:
