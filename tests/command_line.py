@@ -29,6 +29,11 @@ def runner():
         return CliRunner()
 
 
+def logged(text):
+    """Return the lines of a log of `outbox run` without their times."""
+    return [re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (.*)", line)[1] for line in text.splitlines()]
+
+
 def read_config(folder, text):
     """Return what an outbox.toml with this text says."""
     file = folder / "outbox.toml"

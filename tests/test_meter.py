@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from builders import DOWN, REJECTED, ScriptedClient, on_statement, rule_fired
+from command_line import runner
 from outbox import Outbox, Policy, Worker, measures
+from outbox.cli import main, sending
 from outbox.meter import OutboxMeter
 from outbox.metrics import OutboxMetrics
 from outbox.storage.engines import writing
@@ -137,3 +139,21 @@ def test_without_a_provider_the_metrics_go_to_the_programs_own(
     monkeypatch.setattr(_internal, "_METER_PROVIDER", MeterProvider([reader]))
     OutboxMeter(outbox)
     assert collected(reader)["outbox_up", frozenset()] == 1
+
+
+def test_run_exports_through_the_meter_that_its_process_has_set_up(
+    outbox: Outbox, url: str, reader: InMemoryMetricReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_internal, "_METER_PROVIDER", MeterProvider([reader]))
+    seen: list[Samples] = []
+
+    def look(_seconds: float) -> None:
+        seen.append(collected(reader))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sending, "_sleep", look)
+    assert (
+        runner().invoke(main, ["--database", url, "run", "--url", "http://127.0.0.1:9", "--no-auth"]).exit_code
+        == 0
+    )
+    assert seen[0]["outbox_up", frozenset()] == 1

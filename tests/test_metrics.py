@@ -30,7 +30,7 @@ from builders import (
     on_statement,
     rule_fired,
 )
-from command_line import runner
+from command_line import logged, runner
 from outbox import ObservationEvent, Outbox, Policy, Worker, measures, metrics
 from outbox.cli import main
 from outbox.metrics import OutboxMetrics, serve
@@ -344,8 +344,8 @@ def test_run_serves_them(outbox: Outbox, url: str, monkeypatch) -> None:
     )
     with run:
         said = run.stderr.readline()
-        assert said.startswith("outbox: metrics at http://127.0.0.1:")
-        assert run.stderr.readline().startswith("outbox: delivering from ")
+        assert logged(said)[0].startswith("INFO metrics at http://127.0.0.1:")
+        assert logged(run.stderr.readline())[0].startswith("INFO delivering from ")
         assert "outbox_up 1.0" in requests.get(said.split()[-1], timeout=20).text
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=240)

@@ -14,10 +14,10 @@ import click
 from outbox.cli import console, copying, database, events, receive, sending
 from outbox.cli.credentials import environment_token
 from outbox.cli.display import say
-from outbox.cli.endings import FAILED, INTERRUPTED, MISUSE, fail
+from outbox.cli.endings import FAILED, INTERRUPTED, exit_code_of, fail
 from outbox.cli.options import config_option, database_option, json_option, types_option
 from outbox.cli.streams import drop_unwritten, open_closed_streams
-from outbox.failures import ConfigurationError, InvalidEvent, OutboxError
+from outbox.failures import OutboxError
 from outbox.words import escape
 
 
@@ -37,10 +37,8 @@ class _Main(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ConfigurationError, InvalidEvent) as error:
-            fail(str(error), MISUSE)
         except OutboxError as error:
-            fail(str(error), FAILED)
+            fail(str(error), exit_code_of(error))
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
 

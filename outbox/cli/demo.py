@@ -17,7 +17,7 @@ from rich.console import Console
 
 from outbox import capture
 from outbox.cli.demo_stage import TOKEN, Service, Stage
-from outbox.cli.display import hidden_log
+from outbox.cli.logs import hidden_log
 from outbox.clock import monotonic_s, now_ms
 from outbox.delays import backoff
 from outbox.event_types import RuleCitedInEdit

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from enum import Enum
 from types import TracebackType
@@ -54,35 +53,9 @@ def encodable(text: str, encoding: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-class _Log(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        for line in self.format(record).splitlines():
-            say(f"outbox: {escape(line)}", err=True)
-
-
-def shown_log() -> AbstractContextManager[None]:
-    """Print this package's log on standard error."""
-    return _logging_to(_Log())
-
-
-def hidden_log() -> AbstractContextManager[None]:
-    """Keep this package's log off standard error, where Python prints unhandled warnings."""
-    return _logging_to(logging.NullHandler())
-
-
-@contextmanager
-def _logging_to(handler: logging.Handler) -> Iterator[None]:
-    log = logging.getLogger("outbox")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-
-
-def as_json(value: object) -> str:
-    """Return JSON in ASCII, so its text can't control the terminal."""
-    return json.dumps(value, default=_plain).replace("\x7f", "\\u007f")
+def as_json(value: object, default: Callable[[object], object] | None = None) -> str:
+    """Return JSON in ASCII, so its text can't control the terminal. `default` converts what JSON does not know."""
+    return json.dumps(value, default=default or _plain).replace("\x7f", "\\u007f")
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

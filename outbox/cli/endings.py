@@ -10,10 +10,16 @@ from typing import NoReturn
 import click
 
 from outbox.cli.display import say
+from outbox.failures import ConfigurationError, InvalidEvent
 from outbox.words import escape
 
 FAILED, MISUSE, UNDELIVERED, INTERRUPTED = 1, 2, 3, 130
 """The exit codes of the commands. `MISUSE` means wrong usage, settings or input. `INTERRUPTED` means Ctrl-C."""
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code for an expected error."""
+    return MISUSE if isinstance(error, (ConfigurationError, InvalidEvent)) else FAILED
 
 
 def fail(message: str, exit_code: int) -> NoReturn:

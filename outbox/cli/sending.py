@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +16,9 @@ import click
 
 from outbox import capture
 from outbox.cli.bounds import bounds_options
-from outbox.cli.display import Bar, as_json, say, shown_log
-from outbox.cli.endings import FAILED, MISUSE, UNDELIVERED, fail, sigterm_like_ctrl_c
+from outbox.cli.display import Bar, as_json, say
+from outbox.cli.endings import UNDELIVERED, exit_code_of, fail, sigterm_like_ctrl_c
+from outbox.cli.logs import Form, run_log, shown_log
 from outbox.cli.options import duration_ms, heartbeat_option, json_option, uses_database
 from outbox.cli.service import Service, Services, service_options
 from outbox.clock import now_ms
@@ -29,6 +32,8 @@ from outbox.words import escape, when
 
 if TYPE_CHECKING:
     from outbox.records import FlushReport, UploadClient
+
+log = logging.getLogger("outbox.run")
 
 _CHECK_WORKER_EVERY_S = 10
 _sleep = time.sleep
@@ -68,7 +73,7 @@ def flush(
                 if not of:
                     raise
                 say(f"outbox: {of}{escape(str(error))}", err=True)
-                exit_codes.add(MISUSE if isinstance(error, ConfigurationError) else FAILED)
+                exit_codes.add(exit_code_of(error))
                 continue
             if in_json:
                 say(as_json({"destination": service.destination, **dataclasses.asdict(report)}))
@@ -151,6 +156,17 @@ def _way_out(report: FlushReport, service: Service) -> str:
     show_default=True,
     help="Address on which metrics are served.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(("text", "json")),
+    default="text",
+    show_default=True,
+    help="Shape of a line of the log: time, level and message, or a JSON object with the details, too.",
+)
+@click.option(
+    "-v", "--verbose", count=True, help="Also log each event that is not delivered; -vv logs each delivery, too."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Log only warnings and errors.")
 @heartbeat_option
 @bounds_options
 @uses_database
@@ -162,6 +178,9 @@ def run(
     grace: int,
     metrics_port: int | None,
     metrics_address: str,
+    log_format: Form,
+    verbose: int,
+    quiet: bool,
     heartbeat: Path | None,
     policy: Policy,
 ) -> None:
@@ -177,6 +196,7 @@ def run(
     from outbox.worker import Worker  # noqa: PLC0415 - slow to load: only this command needs it
 
     with ExitStack() as opened:
+        opened.enter_context(run_log(log_format, verbose=verbose, quiet=quiet))
         outbox = opened.enter_context(Outbox(database, policy=policy))
         clients = {
             service.destination: opened.enter_context(
@@ -184,21 +204,29 @@ def run(
             )
             for service in services.every
         }
-        opened.enter_context(shown_log())
         opened.enter_context(_served_metrics(outbox, metrics_port, metrics_address))
+        if "opentelemetry.metrics" in sys.modules:  # as `opentelemetry-instrument outbox run` does
+            from outbox.meter import OutboxMeter  # noqa: PLC0415 - it loads OpenTelemetry
+
+            OutboxMeter(outbox)
         opened.enter_context(sigterm_like_ctrl_c())
         worker = Worker(outbox, clients, concurrency=concurrency, heartbeat=heartbeat)
         try:
             if not capture.is_off():  # otherwise the worker logs that capture is off
-                where = escape(outbox.engine.url.render_as_string(hide_password=True))
+                where = outbox.engine.url.render_as_string(hide_password=True)
                 for service in services.every:
-                    what = f" {escape(service.destination)}" if len(clients) > 1 else ""
-                    say(f"outbox: delivering{what} from {where} to {escape(service.name)}", err=True)
+                    log.info(
+                        "delivering%s from %s to %s",
+                        f" {service.destination}" if len(clients) > 1 else "",
+                        where,
+                        service.name,
+                        extra={"event_name": "outbox.delivering", "destination": service.destination},
+                    )
             while True:
                 worker.start()  # also replaces a thread that died
                 _sleep(_CHECK_WORKER_EVERY_S)
         except KeyboardInterrupt:
-            say("outbox: stopping", err=True)
+            log.info("stopping", extra={"event_name": "outbox.stopping"})
         finally:
             worker.stop(grace)
 
@@ -215,7 +243,7 @@ def _served_metrics(outbox: Outbox, port: int | None, address: str) -> Iterator[
             "--metrics-port needs prometheus-client: pip install 'observation-outbox[prometheus]'"
         ) from None
     with serve(outbox, port=port, address=address) as url:
-        say(f"outbox: metrics at {escape(url)}", err=True)
+        log.info("metrics at %s", url, extra={"event_name": "outbox.metrics_served", "url": url})
         yield
 
 

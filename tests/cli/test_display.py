@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import types
 from dataclasses import replace
 from datetime import timedelta
@@ -142,10 +141,3 @@ def test_what_the_output_can_not_encode_is_escaped(monkeypatch, capsys):
 def test_json_takes_no_value_by_guess():
     with pytest.raises(TypeError, match="bytes has no JSON"):
         display.as_json(b"")
-
-
-def test_the_log_of_run_steers_no_terminal(capsys):
-    with display.shown_log():
-        logging.getLogger("outbox").warning("%s", HOSTILE)
-    assert "red" in (shown := capsys.readouterr().err)
-    assert not STEERING.search(shown)

@@ -12,7 +12,7 @@ import pytest
 from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, ROOT, add_row, row, rule_fired, statuses
-from command_line import IS_OFF, TOKEN, process, record_bars
+from command_line import IS_OFF, TOKEN, logged, process, record_bars
 from conditions import until
 from outbox import Outbox, threads
 from outbox.cli import sending
@@ -293,7 +293,7 @@ def start_run(url, server, token_file, *options):
         text=True,
         cwd=ROOT,
     )
-    assert run.stderr.readline() == f"outbox: delivering from {url} to {server.url}\n"
+    assert logged(run.stderr.readline()) == [f"INFO delivering from {url} to {server.url}"]
     return run
 
 
@@ -304,8 +304,8 @@ def test_run_says_that_capture_is_off_and_waits(url, outbox, server, token_file,
     with process(*arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT) as run:
         said = run.stderr.readline()
         run.terminate()
-        assert run.communicate(timeout=240) == (None, "outbox: stopping\n")
-    assert said == f"outbox: can't deliver: {IS_OFF}\n"
+        assert logged(run.communicate(timeout=240)[1]) == ["INFO stopping"]
+    assert logged(said) == [f"WARNING can't deliver: {IS_OFF}"]
     assert run.returncode == 0
     assert statuses(outbox) == ["pending"]
 
@@ -315,7 +315,7 @@ def test_run_delivers_what_others_enqueue_until_sigterm(url, outbox, server, tok
         outbox.enqueue_many([rule_fired()] * 3)
         until(lambda: statuses(outbox) == ["sent"] * 3)
         run.terminate()
-        assert run.communicate(timeout=240) == (None, "outbox: stopping\n")
+        assert logged(run.communicate(timeout=240)[1]) == ["INFO stopping"]
     assert run.returncode == 0
 
 
@@ -324,11 +324,11 @@ def test_run_delivers_to_every_destination_of_the_file(url, outbox, server, two_
     with process(*arguments, stderr=subprocess.PIPE, text=True) as run:
         until(lambda: statuses(outbox) == ["sent"] * 3)
         run.terminate()
-        assert run.communicate(timeout=240)[1].splitlines() == [
-            f"outbox: delivering default from {url} to {server.url}",
-            f"outbox: delivering billing from {url} to {server.url}/billing",
-            f"outbox: delivering search from {url} to {server.url}/search",
-            "outbox: stopping",
+        assert logged(run.communicate(timeout=240)[1]) == [
+            f"INFO delivering default from {url} to {server.url}",
+            f"INFO delivering billing from {url} to {server.url}/billing",
+            f"INFO delivering search from {url} to {server.url}/search",
+            "INFO stopping",
         ]
     assert run.returncode == 0
 
@@ -338,8 +338,8 @@ def test_run_delivers_to_the_destination_that_is_named(url, outbox, server, two_
     with process(*arguments, stderr=subprocess.PIPE, text=True) as run:
         until(lambda: statuses(outbox) == ["pending", "sent", "pending"])
         run.terminate()
-        first = run.communicate(timeout=240)[1].splitlines()[0]
-    assert first == f"outbox: delivering from {url} to {server.url}/billing"
+        first = logged(run.communicate(timeout=240)[1])[0]
+    assert first == f"INFO delivering from {url} to {server.url}/billing"
 
 
 def test_a_new_token_brings_back_the_events_of_its_destination_only(run, outbox, two_services, monkeypatch):
@@ -397,9 +397,9 @@ def test_run_replaces_a_worker_that_died(run, outbox, logged_in, monkeypatch):
 
     monkeypatch.setattr(sending, "_sleep", sleep)
     outbox.enqueue(rule_fired())
-    assert run("run").stderr.splitlines()[1:] == [
-        "outbox: a thread of the worker died, new ones take over",
-        "outbox: stopping",
+    assert logged(run("run").stderr)[1:] == [
+        "WARNING a thread of the worker died, new ones take over",
+        "INFO stopping",
     ]
 
 
@@ -448,10 +448,10 @@ def test_run_tries_again_what_is_parked_when_the_token_changes(url, outbox, serv
         fresh.write_text(TOKEN)
         fresh.replace(token_file)
         until(lambda: statuses(outbox) == ["sent"])
-        assert run.stderr.readline().startswith("outbox: can't deliver: 401 Unauthorized")
-        assert "outbox: delivering again\n" in iter(run.stderr.readline, "")
+        assert logged(run.stderr.readline())[0].startswith("WARNING can't deliver: 401 Unauthorized")
+        assert any(line.endswith(" WARNING delivering again\n") for line in iter(run.stderr.readline, ""))
         run.terminate()
-        assert run.communicate(timeout=240)[1].endswith("outbox: stopping\n")
+        assert logged(run.communicate(timeout=240)[1])[-1] == "INFO stopping"
 
 
 def test_run_retries_nothing_when_the_token_is_taken_away(url, outbox, server, token_file):
@@ -462,7 +462,7 @@ def test_run_retries_nothing_when_the_token_is_taken_away(url, outbox, server, t
         said = run.stderr.readline()
         run.terminate()
         run.communicate(timeout=240)
-    assert said.startswith("outbox: can't deliver: not logged in")
+    assert logged(said)[0].startswith("WARNING can't deliver: not logged in")
     # Before, as one parked event a minute is, one may have been tried.
     assert statuses(outbox).count("parked") >= 2
 

@@ -65,7 +65,8 @@ def test_the_page_lists_every_log_record_with_its_level_and_attributes() -> None
         node
         for path in (ROOT / "outbox").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and re.fullmatch(r"log\.(log|debug|info|warning)", ast.unparse(node.func))
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"log\.(log|debug|info|warning|error)", ast.unparse(node.func))
     ]
     listed = [
         (codes(name)[0], level, frozenset(codes(attributes)))
