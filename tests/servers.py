@@ -195,10 +195,13 @@ class PrivatePostgresql(_PrivateServer):
 
     def _begin(self) -> None:
         self._keep('read -r _; "$2" -D "$1" -m immediate stop; rm -rf "$1"', self._pg_ctl)
+        self._fill()
+        self.start()
+
+    def _fill(self) -> None:
         self._run(
             self._initdb, "-D", self.data, "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync"
         )
-        self.start()
 
     def start(self) -> None:
         # Nothing that tests look at outlives the machine, so nothing has to reach the disk.

@@ -13,7 +13,7 @@ from sqlalchemy import URL, select
 
 from builders import rule_fired
 from conditions import until
-from outbox import BatchItem, ObservationEvent, Outbox, StorageError
+from outbox import BatchItem, ObservationEvent, Outbox, Policy, StorageError
 from outbox.storage.engines import reading
 
 IS_FULL = bool(os.environ.get("OUTBOX_RIGS_FULL"))
@@ -36,7 +36,8 @@ class Load:
     valid leases.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy | None = None) -> None:
+        self._policy = policy
         self.accepted: list[str] = []
         self.uploaded: Counter[str] = Counter()
         self.errors: list[str] = []
@@ -45,6 +46,7 @@ class Load:
         self.worked_at: dict[str, float] = {}
         """When each thread had its last success."""
         self._lock = threading.Lock()
+        self._is_enough = threading.Event()
         self._is_over = threading.Event()
         self._enqueuers: list[threading.Thread] = []
         self._flushers: list[threading.Thread] = []
@@ -55,14 +57,14 @@ class Load:
         with self._lock:
             self.uploaded.update(item.event_id for item in batch)
 
-    def enqueue(self, url: str | URL, name: str, number: int) -> None:
-        """Start an enqueuer of so many events."""
+    def enqueue(self, url: str | URL, name: str, at_most: int, *, every_s: float = 0) -> None:
+        """Start an enqueuer, which goes on until it is told that it is enough."""
 
         def work(outbox: Outbox) -> None:
-            for count in range(number):
+            for count in range(at_most):
                 self._enqueue_one(outbox, f"{name}-{count}")
                 self.worked_at[name] = time.monotonic()
-                if self._is_over.is_set():
+                if self._is_enough.wait(every_s):
                     return
 
         self._start(self._enqueuers, url, name, work)
@@ -100,7 +102,7 @@ class Load:
     ) -> None:
         def run() -> None:
             try:
-                with Outbox(url) as outbox:
+                with Outbox(url, policy=self._policy) as outbox:
                     work(outbox)
             except BaseException as error:
                 self.errors.append(f"{name}: {error!r}")
@@ -117,6 +119,23 @@ class Load:
             self.stop()
             raise AssertionError(f"{self.figures()}; errors: {self.errors[:5]}") from None
 
+    def until_more(self, number: int) -> None:
+        """Wait until so many more events are accepted."""
+        before = len(self.accepted)
+        self.until(lambda: len(self.accepted) >= before + number)
+
+    def until_all_went_on(self, after: Callable[[], object]) -> float:
+        """Wait until each thread had a success after this, such as a promotion; return within how many seconds."""
+        since = time.monotonic()
+        after()
+        done = time.monotonic()
+        names = [thread.name for thread in self._enqueuers + self._flushers]
+        self.until(lambda: all(self.worked_at[name] > done for name in names))
+        return time.monotonic() - since
+
+    def enough(self) -> None:
+        self._is_enough.set()
+
     def until_sent(self, url: str | URL) -> None:
         """Wait until the enqueuers are done and every row is sent; then end the flushers."""
         self.until(lambda: not any(thread.is_alive() for thread in self._enqueuers))
@@ -125,6 +144,7 @@ class Load:
         self.stop()
 
     def stop(self) -> None:
+        self._is_enough.set()
         self._is_over.set()
         for thread in self._enqueuers + self._flushers:
             thread.join()
