@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import re
 from pathlib import Path
@@ -112,6 +113,9 @@ def names(caplog) -> list[str]:
 
 FUNCTIONS = {"absent", "histogram_quantile", "increase", "max", "min", "rate", "sum"}
 WORDS = {"or", "by"}
+# Prometheus adds these to all that it scrapes.
+OF_SCRAPES = {"instance", "job"}
+DASHBOARD = json.loads((ROOT / "docs" / "grafana.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -172,21 +176,67 @@ def test_every_alert_rule_has_what_prometheus_wants() -> None:
     assert len({rule["alert"] for rule in rules()}) == len(rules())
 
 
-@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
-def test_every_name_in_an_alert_rule_is_exported(samples, rule: dict[str, str]) -> None:
-    expression = rule["expr"]
+def check_names(expression: str, samples: dict[str, dict[str, set[str]]]) -> set[str]:
+    """Check that all names in an expression are exported; return the metrics."""
     assert expression.count("(") == expression.count(")")
-    bare = re.sub(r"\[[1-9][0-9]*[mh]\]|\{[^}]*\}|\bby \([^)]*\)", "", expression)
+    bare = re.sub(r"\[(?:[1-9][0-9]*[mh]|\$__rate_interval)\]|\{[^}]*\}|\bby \([^)]*\)", "", expression)
     used = re.findall(r"[A-Za-z_:][A-Za-z0-9_:]*", re.sub(r"\b[0-9][0-9.e]*\b", "", bare))
     metrics = {*used} - FUNCTIONS - WORDS
     assert metrics
     assert metrics <= samples.keys()
     for metric, matchers in re.findall(r"([a-z_]+)\{([^}]*)\}", expression):
-        for matcher in matchers.split(","):
-            label, value = re.fullmatch(r'([a-z_]+)!?="([a-z_]+)"', matcher).groups()
-            assert value in samples[metric][label]
-    for labels in re.findall(r"\bby \(([^)]*)\)", expression):
-        assert {*labels.split(", ")} <= {label for metric in metrics for label in samples[metric]}
+        for matcher in matchers.split(", "):
+            label, variable, value = re.fullmatch(r'([a-z_]+)(?:=~"\$([a-z]+)"|!?="([a-z_]+)")', matcher).groups()
+            assert label in samples[metric] or label in OF_SCRAPES
+            assert value in samples[metric][label] if variable is None else variable == label
+    labels = {label for metric in metrics for label in samples[metric]} | OF_SCRAPES
+    for grouping in re.findall(r"\bby \(([^)]*)\)", expression):
+        assert {*grouping.split(", ")} <= labels
+    return metrics
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_every_name_in_an_alert_rule_is_exported(samples, rule: dict[str, str]) -> None:
+    check_names(rule["expr"], samples)
+
+
+def test_every_name_in_the_dashboard_is_exported_and_every_metric_is_shown(samples) -> None:
+    shown = set()
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            shown |= check_names(target["expr"], samples)
+            grouped = {*", ".join(re.findall(r"\bby \(([^)]*)\)", target["expr"])).split(", ")}
+            assert {*re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])} <= grouped
+    # Of a histogram, percentiles and rates tell more than the sum.
+    assert shown == samples.keys() - {"outbox_upload_duration_seconds_sum"}
+
+
+def test_the_variables_of_the_dashboard_are_labels_that_are_exported(samples) -> None:
+    source, *others = DASHBOARD["templating"]["list"]
+    assert (source["name"], source["type"]) == ("datasource", "datasource")
+    for variable in others:
+        query = r'label_values\((\w+)(?:\{job=~"\$job"\})?, (\w+)\)'
+        metric, label = re.fullmatch(query, variable["query"]).groups()
+        assert label == variable["name"]
+        assert label in samples[metric] or label in OF_SCRAPES
+    assert {*re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD))} == {
+        "__all",
+        "__rate_interval",
+        *(variable["name"] for variable in DASHBOARD["templating"]["list"]),
+    }
+
+
+def test_no_panel_of_the_dashboard_covers_another() -> None:
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len({*cells}) == len(cells)
+    assert max(x for x, _ in cells) < 24  # the width of Grafana's grid
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
 
 
 # --- the examples ---
