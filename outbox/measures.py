@@ -158,7 +158,7 @@ class Measures:
                 stats.by_destination, key=lambda name: stats.by_destination[name].undelivered, reverse=True
             )
             found = _figures(stats, {name: self._label(name) for name in by_size})
-        found["up"] = {(): self._is_up}
+        found["up"] = {(): int(self._is_up)}  # OTLP has no booleans
         silent_ms = [age for silence in tuple(self._outbox.heartbeats) if (age := silence()) is not None]
         if silent_ms:
             found["silent"] = {(): max(silent_ms) / 1_000}
