@@ -27,6 +27,7 @@ from outbox.policy import Policy, Verdict
 from outbox.storage.tables import ObservationEvent
 
 if TYPE_CHECKING:
+    from outbox.holds import Hold
     from outbox.hooks import Hooks, Settled, SettledEvent, Upload
     from outbox.records import BatchItem, FlushReport, Pause, UploadClient
     from outbox.stats import DestinationStats, Stats
@@ -53,6 +54,7 @@ __all__ = [
     "FlushReport",
     "Format",
     "Found",
+    "Hold",
     "Hooks",
     "HttpClient",
     "HttpFailure",
@@ -96,6 +98,7 @@ _ON_USE = {
     "outbox.upload.formats": ("CloudEvents", "Format"),
     "outbox.upload.oauth": ("ClientCredentials",),
     "outbox.upload.signing": ("StandardWebhooks",),
+    "outbox.holds": ("Hold",),
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
     "outbox.records": ("BatchItem", "FlushReport", "Pause", "UploadClient"),
     "outbox.stats": ("DestinationStats", "Stats"),

@@ -48,6 +48,16 @@ def epoch_ms(when: dt.datetime) -> int:
     return (when - _EPOCH) // _MILLISECOND
 
 
+def utc(ms: int) -> str:
+    """Return "2026-11-24 12:00:00 UTC"; a stored value that is no date is returned as it is."""
+    if not isinstance(ms, int):  # SQLite stores any value in any column
+        return repr(ms)
+    try:
+        return f"{_EPOCH + ms * _MILLISECOND:%Y-%m-%d %H:%M:%S} UTC"
+    except OverflowError:
+        return f"{ms} ms since 1970"
+
+
 class SharedClock:
     """The clock of the database server, which all hosts share, so that wrong clocks of hosts don't matter.
 

@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from outbox import capture, schema
 from outbox.failures import OutboxError
+from outbox.holds import hold_in_words
 from outbox.policy import Policy, longest_wait_ms
 from outbox.stats import duration, silence_in_words, silent
 from outbox.storage.counts import filling_in_words
@@ -111,7 +112,10 @@ def _destinations(engine: Engine) -> Iterator[tuple[bool, str]]:
     store = Store(engine)
     now = store.now_ms()
     others = store.figures.other_destinations()
-    unserved = silent(store.views.due(now_ms=now), now_ms=now)
+    holds = store.holds.lasting(now_ms=now)
+    unserved = silent(store.views.due(now_ms=now), holds, now_ms=now)
+    for hold in holds:
+        yield True, hold_in_words(hold)
     # `outbox health` tells whether a lone destination is served. A file that was just moved here need not be.
     if others and unserved:
         advice = "check that a flusher serves each of them, and what `outbox status` shows"

@@ -9,6 +9,7 @@ from outbox.destinations import DEFAULT_DESTINATION
 from outbox.events import check_types
 from outbox.failures import ConfigurationError
 from outbox.held_claim import HeldClaim
+from outbox.holds import hold_in_words
 from outbox.hooks import Hooks
 from outbox.isolation import isolate
 from outbox.policy import Policy
@@ -124,13 +125,15 @@ def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
 
 
 def _nothing_claimed(store: Store, policy: Policy, claimed: Claim, *, now_ms: int) -> FlushReport:
-    pause = claimed.pause
-    is_paused = pause.holds_until_ms > now_ms
+    pause, hold = claimed.pause, claimed.hold
+    is_paused = hold is not None or pause.holds_until_ms > now_ms
     chores = maintenance.look(store, policy, claimed.destination, now_ms=now_ms)
     if chores is not None:
         if not is_paused:
             maintenance.try_parked(store, policy, chores, now_ms=now_ms)
         maintenance.delete(store, policy, chores, now_ms=now_ms)
+    if hold is not None:
+        return FlushReport(skipped=hold_in_words(hold), hold=hold)
     if not is_paused:
         return FlushReport()
     return FlushReport(

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outbox import capture
+from outbox.clock import utc
 from outbox.decisions import age_out_ms
 from outbox.destinations import shown
 from outbox.events import check_payload, content_hash
 from outbox.failures import InvalidEvent
+from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.pauses import PROBE_AFTER
@@ -20,7 +22,7 @@ from outbox.reasons import in_words
 from outbox.records import LOST_LEASES_ALONE, Pause
 from outbox.stats import duration
 from outbox.storage.column_types import invalid_column
-from outbox.words import escape, facts_table, utc, when
+from outbox.words import escape, facts_table, when
 
 if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent
@@ -50,14 +52,16 @@ _IDLE: dict[str, str] = {
 }
 
 
-def event_in_words(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:
+def event_in_words(
+    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
+) -> str:
     """Return what `outbox show` prints."""
-    facts = event_facts(row, now_ms=now_ms, policy=policy, pauses=pauses)
+    facts = event_facts(row, now_ms=now_ms, policy=policy, pauses=pauses, holds=holds)
     return f"{facts_table(facts)}\n\n{pretty(row.payload_json)}"
 
 
 def event_facts(
-    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]
+    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
 ) -> list[tuple[str, str]]:
     """Return what is known of an event besides its payload, as names and texts."""
     facts = [
@@ -66,7 +70,7 @@ def event_facts(
         ("type", row.event_type),
         ("destination", shown(row.destination)),
         ("status", row.status),
-        ("next", what_next(row, now_ms=now_ms, policy=policy, pauses=pauses)),
+        ("next", what_next(row, now_ms=now_ms, policy=policy, pauses=pauses, holds=holds)),
         *_why_it_waits(row, now_ms=now_ms, policy=policy),
         ("created", when(row.created_at_ms, now_ms=now_ms)),
         ("occurred", when(row.occurred_at_ms, now_ms=now_ms)),
@@ -97,7 +101,9 @@ def event_as_dict(row: ObservationEvent) -> dict[str, Any]:
     return {**found, "destination": shown(row.destination)}
 
 
-def what_next(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause]) -> str:
+def what_next(
+    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
+) -> str:
     """Return what happens to an event next, and what the operator can do about it."""
     due_ms = row.next_attempt_at_ms
     if row.status not in (Status.PENDING, Status.SENDING):
@@ -111,8 +117,11 @@ def what_next(row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Seq
     else:
         text = f"it {_when_tried(due_ms, now_ms=now_ms, pauses=pauses)}"
         text += f". A failure after {utc(age_out_ms(row, policy.max_age_ms))} abandons it"
+        obstacles = [hold_in_words(hold) for hold in holds if hold.destination == shown(row.destination)]
         if capture.is_off():
-            text += f". But nothing is sent now: {capture.IS_OFF}"
+            obstacles.append(capture.IS_OFF)
+        if obstacles:
+            text += f". But nothing is sent now: {'; '.join(obstacles)}"
     return text
 
 

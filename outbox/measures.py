@@ -58,6 +58,9 @@ OF_QUEUE = {
         "outbox_waiting_events", "Pending events that failed, by what they wait for.", ("waits_for",)
     ),
     "paused": Measure("outbox_paused_destinations", "Destinations that are paused for all hosts."),
+    "held": Measure(
+        "outbox_destination_held", "1 while an operator holds the destination, else 0.", ("destination",)
+    ),
     "silent": Measure("outbox_worker_silent_seconds", "Time since a worker of this process gave a sign of life."),
     "deleted": Measure("outbox_deleted_undelivered_total", "Undelivered events that were deleted."),
     "disk_free": Measure("outbox_disk_free_bytes", "Free disk space beside the SQLite file."),
@@ -157,7 +160,8 @@ class Measures:
             by_size = sorted(
                 stats.by_destination, key=lambda name: stats.by_destination[name].undelivered, reverse=True
             )
-            found = _figures(stats, {name: self._label(name) for name in by_size})
+            names = [*by_size, *(hold.destination for hold in stats.holds)]
+            found = _figures(stats, {name: self._label(name) for name in names})
         found["up"] = {(): int(self._is_up)}  # OTLP has no booleans
         silent_ms = [age for silence in tuple(self._outbox.heartbeats) if (age := silence()) is not None]
         if silent_ms:
@@ -176,6 +180,7 @@ def _figures(stats: Stats, labels: Mapping[str, str]) -> dict[str, Mapping[tuple
         for status, count in one.counts.items():
             depth[label, _known(status)] += count
         overdue_ms[label] = max(overdue_ms.get(label, 0), one.overdue_ms)
+    held = dict.fromkeys(overdue_ms, 0) | {labels[hold.destination]: 1 for hold in stats.holds}
     return {
         "events": _events(stats.by_type.items()),
         "oldest": {(): (stats.oldest_pending_age_ms or 0) / 1_000},
@@ -183,6 +188,7 @@ def _figures(stats: Stats, labels: Mapping[str, str]) -> dict[str, Mapping[tuple
         "overdue": {(label,): ms / 1_000 for label, ms in overdue_ms.items()},
         "waiting": {(waits_for,): count for waits_for, count in stats.waits_for.items()},
         "paused": {(): len(stats.pauses)},
+        "held": {(label,): is_held for label, is_held in held.items()},
         "deleted": {(): stats.left_undelivered},
     }
 

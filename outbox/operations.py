@@ -6,8 +6,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, overload
 
-from outbox import maintenance
-from outbox.destinations import stored
+from outbox import holds, maintenance
+from outbox.destinations import shown, stored
 from outbox.failures import ConfigurationError
 from outbox.filters import LARGEST_ID, Where, cutoff_ms, valid
 from outbox.lifecycle import Status
@@ -15,6 +15,7 @@ from outbox.outcomes import as_last_error
 from outbox.reasons import cancelled
 
 if TYPE_CHECKING:
+    from outbox.holds import Hold
     from outbox.policy import Policy
     from outbox.stats import Stats
     from outbox.storage.finding import EventCount, Found, Progress
@@ -148,6 +149,42 @@ class Operations:
         acted = self.store.acting.purge(these, now_ms=self.store.now_ms(), dry_run=dry_run, progress=progress)
         return maintenance.purge_report(acted)
 
+    def hold(
+        self, destination: str, *, why: str, for_ms: int | None = None, until: datetime | int | None = None
+    ) -> Hold:
+        """Send nothing more to a destination until `resume`, on all hosts. Return the hold.
+
+        `why` is the reason, at most 500 characters, which everybody sees who looks at the outbox. The hold ends by
+        itself after `for_ms` milliseconds, or at `until`, a datetime with a time zone or epoch milliseconds.
+        Events are still enqueued. A batch that is being sent is settled as usual. No retry and no acceptance ends
+        a hold. If the destination is held already, this replaces the reason and the end.
+
+        Raises `ConfigurationError` for a reason or an end that no hold can have.
+        """
+        if for_ms is not None and until is not None:
+            raise ConfigurationError("for_ms and until are both given, expected at most one of them")
+        if for_ms is not None and (not isinstance(for_ms, int) or isinstance(for_ms, bool)):
+            raise ConfigurationError(f"for_ms is {for_ms!r}, expected a whole number of milliseconds")
+        now = self.store.now_ms()
+        until_ms = now + for_ms if for_ms is not None else None
+        if until is not None:
+            until_ms = cutoff_ms(until, "until")
+        return self.store.holds.hold(
+            stored(destination),
+            why=holds.checked_why(why),
+            until_ms=None if until_ms is None else holds.checked_end_ms(until_ms, now_ms=now),
+            now_ms=now,
+        )
+
+    def resume(self, destination: str) -> bool:
+        """End the hold of a destination. Return False, and change nothing, if it is not on hold.
+
+        Running workers go on within their poll interval, at most 20 seconds.
+        """
+        is_resumed = self.store.holds.resume(stored(destination), now_ms=self.store.now_ms())
+        self._wake()
+        return is_resumed
+
     def pending_count(self) -> int:
         """Return the number of pending and sending events of all destinations. Parked events do not count."""
         return self.store.views.pending_count()
@@ -222,10 +259,13 @@ class Operations:
     def overdue_ms(self) -> int:
         """Return how long, in ms, the next event has been due; 0 if no event is due. Far cheaper than `stats`.
 
-        The event is pending, or its flusher died while sending it.
+        The event is pending, or its flusher died while sending it. Events of destinations on hold do not count.
         """
         now = self.store.now_ms()
-        due_ms = [due.next_due_at_ms for due in self.store.views.due(now_ms=now).values()]
+        held = {hold.destination for hold in self.store.holds.lasting(now_ms=now)}
+        due_ms = [
+            one.next_due_at_ms for name, one in self.store.views.due(now_ms=now).items() if shown(name) not in held
+        ]
         return max((now - one for one in due_ms if one is not None and one <= now), default=0)
 
     def _wake(self, _session: object = None) -> None:

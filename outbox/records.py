@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from outbox.destinations import DEFAULT_DESTINATION
 from outbox.events import Event, decode
 from outbox.failures import InvalidEvent, UploadFailure
+from outbox.holds import Hold
 from outbox.pauses import SharedPause
 from outbox.policy import Verdict
 
@@ -61,10 +62,10 @@ class Pause(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """The rows that a flusher got, in the order of the claim, and the pause of their destination.
+    """The rows that a flusher got, in the order of the claim, and the pause and the hold of their destination.
 
-    While that pause lasts, there are no rows. `invalid` says, by row id, which column holds an invalid value; such
-    a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
+    While the pause or the hold lasts, there are no rows. `invalid` says, by row id, which column holds an invalid
+    value; such a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
     """
 
     rows: list[ClaimedRow]
@@ -73,6 +74,7 @@ class Claim(NamedTuple):
     invalid: Mapping[int, str] = MappingProxyType({})
     due_at_ms: Mapping[int, int] = MappingProxyType({})
     destination: str = DEFAULT_DESTINATION
+    hold: Hold | None = None
 
     @property
     def failed_before(self) -> bool:
@@ -151,10 +153,12 @@ class FlushReport:
     paused_until_ms: int | None = None
     """When the pause ends. Until then no flusher sends anything: the service failed, or asked to slow down."""
     skipped: str | None = None
-    """Why nothing was tried, in words: not logged in, capture is off, or the service is paused. None if events
-    were tried or nothing was due. In a sum of reports: why the last flush tried nothing."""
+    """Why nothing was tried, in words: not logged in, capture is off, or the destination is on hold or paused.
+    None if events were tried or nothing was due. In a sum of reports: why the last flush tried nothing."""
     goes_on: bool = False
     """Whether to flush again at once: rows were claimed, and the service works or only one row failed."""
+    hold: Hold | None = None
+    """The hold of the destination, if that is why nothing was tried."""
 
     def __add__(self, other: FlushReport) -> FlushReport:
         return FlushReport(
@@ -170,6 +174,7 @@ class FlushReport:
             other.paused_until_ms,
             other.skipped,
             other.goes_on,
+            other.hold,
         )
 
 
@@ -239,6 +244,7 @@ class Overview(NamedTuple):
     parked."""
     deleted: list[Deleted]
     pauses: list[Pause]
+    holds: list[Hold]
     without_policy: list[str]
     """The commands for which PostgreSQL hides every row from this database user."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from outbox import capture
 from outbox.destinations import DEFAULT_DESTINATION, DEFAULT_NAME, shown
+from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.reasons import in_words, without_body
@@ -71,6 +72,8 @@ class Stats:
     pauses: list[Pause]
     """The destinations that failed and have accepted nothing since. A pause holds for all flushers of the database
     until its `until_ms`."""
+    holds: list[Hold]
+    """The destinations that an operator put on hold: nothing is sent to them."""
     filling: str | None
     """How full the queue is: None below half of the policy's `max_undelivered`."""
     likely_cause: str | None
@@ -106,6 +109,7 @@ def gather(store: Store, policy: Policy, *, now_ms: int, with_bodies: bool = Tru
         left_undelivered=sum(entry.events for entry in seen.deleted if entry.status != Status.SENT),
         waits_for={kind.value: sum(one.events for one in seen.waiting.get(kind, ())) for kind in WaitsFor},
         pauses=[pause._replace(destination=shown(pause.destination)) for pause in seen.pauses],
+        holds=seen.holds,
         filling=_filling(by_destination, policy.max_undelivered),
         likely_cause=_likely_cause(
             seen, by_destination, store.login_problems, now_ms=now_ms, lease_ms=policy.lease_ms
@@ -185,13 +189,16 @@ def _likely_cause(
 ) -> str | None:
     parked = seen.parked
     causes = [capture.IS_OFF] if capture.is_off() else []
-    for destination, problem in sorted(login_problems.items()):
-        counts = (
-            by_destination[shown(destination)].counts if shown(destination) in by_destination else _no_events()
-        )
-        undelivered = counts["pending"] + counts["sending"] + counts["parked"]
-        if undelivered:
-            causes.append(f"{_of(destination)}{problem}; {_are(undelivered)} waiting")
+    causes += [
+        f"{hold_in_words(hold)}; {_are(undelivered)} waiting"
+        for hold in seen.holds
+        if (undelivered := _to_send(by_destination, hold.destination))
+    ]
+    causes += [
+        f"{_of(destination)}{problem}; {_are(undelivered)} waiting"
+        for destination, problem in sorted(login_problems.items())
+        if (undelivered := _to_send(by_destination, shown(destination)))
+    ]
     if seen.without_policy:
         causes.append(
             "row-level security hides events from this database user: the table observation_events has no policy"
@@ -233,23 +240,33 @@ def _likely_cause(
             f"{_are(abandoned)} abandoned; `outbox list --status abandoned` shows why,"
             " and `outbox requeue --older-than 0s` returns them to the queue"
         )
-    paused = {pause.destination for pause in seen.pauses}
-    unserved = [name for name in silent(seen.due, now_ms=now_ms) if name not in paused]
+    paused = {shown(pause.destination) for pause in seen.pauses}
+    unserved = [name for name in silent(seen.due, seen.holds, now_ms=now_ms) if shown(name) not in paused]
     if unserved and by_destination.keys() != {DEFAULT_NAME}:
         causes.append(silence_in_words(unserved))
     return ". Also: ".join(causes) or None
 
 
-def silent(due: Mapping[str, Due], *, now_ms: int) -> list[str]:
-    """Return the stored names of destinations with events due for an hour in which none was delivered."""
+def silent(due: Mapping[str, Due], holds: Sequence[Hold], *, now_ms: int) -> list[str]:
+    """Return the stored names of destinations with events due for an hour in which none was delivered.
+
+    Destinations on hold are left out.
+    """
     before_ms = now_ms - _SILENT_MS
+    held = {hold.destination for hold in holds}
     return [
         destination
         for destination, one in sorted(due.items())
         if one.next_due_at_ms is not None
         and one.next_due_at_ms <= before_ms
         and (one.last_accepted_ms is None or one.last_accepted_ms <= before_ms)
+        and shown(destination) not in held
     ]
+
+
+def _to_send(by_destination: dict[str, DestinationStats], name: str) -> int:
+    counts = by_destination[name].counts if name in by_destination else _no_events()
+    return counts["pending"] + counts["sending"] + counts["parked"]
 
 
 def silence_in_words(destinations: Sequence[str]) -> str:

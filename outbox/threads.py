@@ -241,7 +241,7 @@ class Threads:
         )
         self._drop_claim()
         lane.report(report)
-        is_paused = report.paused_until_ms is not None
+        is_paused = report.paused_until_ms is not None or report.hold is not None
         now = now_ms() if report.skipped and not is_paused else self._store.now_ms()
         lane.plan(self._seen_in(report, lane.destination), now)
 
@@ -249,7 +249,8 @@ class Threads:
         next_due_ms = None
         if not report.claimed and report.skipped is None:
             next_due_ms = self._store.views.next_due_ms(destination, now_ms=self._store.now_ms())
-        return Look(report.goes_on, report.paused_until_ms, next_due_ms, has_failed=report.verdict is not None)
+        paused_until_ms = report.paused_until_ms if report.hold is None else report.hold.ends_ms
+        return Look(report.goes_on, paused_until_ms, next_due_ms, has_failed=report.verdict is not None)
 
     def _hold(self, lane: Lane, let_go: Callable[[], None]) -> None:
         self._held[threading.get_ident()] = let_go

@@ -17,7 +17,7 @@ class Look(NamedTuple):
     goes_on: bool = False
     """Whether to claim again at once: a row was accepted or proven bad, or the claim was a lone failure."""
     paused_until_ms: int | None = None
-    """When the pause of the destination, or the probe of another flusher, ends."""
+    """When the hold or the pause of the destination, or the probe of another flusher, ends."""
     next_due_ms: int | None = None
     """When the next row is due, if no row was due."""
     has_failed: bool = False
@@ -30,7 +30,7 @@ def wait_ms(look: Look, *, rounds: int, poll_interval_ms: int, now_ms: int) -> i
     `rounds` is the number of looks before this one with the same result.
 
     - `look.goes_on`: 0.
-    - A pause: until its end, but at most the poll interval, because another flusher may end it.
+    - A hold or a pause: until its end, but at most the poll interval: an operator or another flusher may end it.
     - A failure without a pause: 1 s, doubled up to a minute, plus a jitter of up to a quarter.
     - Nothing due: until a row is due, but at most 100 ms, doubled up to the poll interval.
 

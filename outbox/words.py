@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
-from outbox.clock import epoch_ms
+from outbox.clock import epoch_ms, utc
 from outbox.pauses import PROBE_AFTER
 from outbox.reasons import in_words
 from outbox.records import Pause
@@ -33,20 +33,10 @@ def facts_table(facts: Sequence[tuple[str, str]]) -> str:
 
 def when(ms: int, *, now_ms: int) -> str:
     """Return "2026-11-24 12:00:00 UTC (3 minutes ago)"; a stored value that is no number is shown as it is."""
-    if not _is_number(ms):
+    if not isinstance(ms, int):  # SQLite stores any value in any column
         return repr(ms)
     distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
     return f"{utc(ms)} ({distance})"
-
-
-def utc(ms: int) -> str:
-    """Return "2026-11-24 12:00:00 UTC"; a stored value that is no date is shown as it is."""
-    if not _is_number(ms):
-        return repr(ms)
-    try:
-        return f"{_EPOCH + timedelta(milliseconds=ms):%Y-%m-%d %H:%M:%S} UTC"
-    except OverflowError:
-        return f"{ms} ms since 1970"
 
 
 def exact(ms: int) -> str:
@@ -70,11 +60,6 @@ def moment_ms(text: str, *, now_ms: int) -> int | None:
         if moment.tzinfo is not None:
             return epoch_ms(moment)
     return None
-
-
-def _is_number(stored: object) -> bool:
-    # SQLite stores any value in any column.
-    return isinstance(stored, int)
 
 
 def pause_in_words(pause: Pause, *, now_ms: int) -> str:

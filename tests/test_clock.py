@@ -12,7 +12,7 @@ from sqlalchemy import create_engine
 
 from builders import NOON, NOON_MS, ROOT, ScriptedClient, row, rule_fired
 from outbox import Outbox, clock
-from outbox.clock import SharedClock, monotonic_s, now_ms
+from outbox.clock import SharedClock, monotonic_s, now_ms, utc
 
 
 def test_the_time_is_the_systems() -> None:
@@ -51,7 +51,7 @@ with freeze_time("2020-01-01") as frozen:
     for module in pkgutil.iter_modules(outbox.__path__, "outbox."):
         if module.name != "outbox.__main__":
             __import__(module.name)
-    from outbox.clock import SharedClock, monotonic_s, now_ms
+    from outbox.clock import SharedClock, monotonic_s, now_ms, utc
     assert now_ms() == 1_577_836_800_000
     frozen.tick(1)
     assert now_ms() == 1_577_836_801_000
@@ -233,3 +233,9 @@ def test_a_host_whose_clock_is_ten_minutes_off_changes_nothing(outbox: Outbox, u
     assert now_ms <= new.created_at_ms == new.next_attempt_at_ms <= outbox.store.now_ms()
     assert now_ms <= row(outbox, due).sent_at_ms <= new.created_at_ms
     assert outbox.flush(ScriptedClient()).sent == 1
+
+
+def test_a_number_that_is_no_date_stays_a_number() -> None:
+    assert utc(NOON_MS) == "2026-11-24 12:00:00 UTC"
+    assert utc(10**18) == f"{10**18} ms since 1970"
+    assert utc("x") == "'x'"  # type: ignore[arg-type]

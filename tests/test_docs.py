@@ -473,7 +473,9 @@ def test_the_code_about_destinations_delivers_to_each(server: ScriptedServer, sh
         namespace[name].close()
     assert namespace["outbox"].stats().counts["pending"] == 1
     (shell.folder / "outbox.toml").write_text('database = "sqlite:///outbox.db"')
-    dry, done = shell.run("docs/destinations.md")
+    hold, resume, dry, done = shell.run("docs/destinations.md")
+    assert hold.endswith("`outbox resume billing` ends the hold\n0 events wait\n")
+    assert resume == "billing is no longer on hold\n"
     assert (dry, done) == tuple(
         f"4 events {did} from billing to archive\n" for did in ("would be copied", "copied")
     )

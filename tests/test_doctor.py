@@ -19,6 +19,7 @@ from outbox import Outbox, Policy
 from outbox.cli import main
 from outbox.delays import backoff
 from outbox.doctor import examine
+from outbox.holds import hold_in_words
 from outbox.storage import sqlite_file
 
 
@@ -194,6 +195,10 @@ def test_the_doctor_names_destinations_that_nobody_delivers_to(outbox: Outbox) -
         add_row(outbox, destination=destination, next_attempt_at_ms=NOON_MS - hour_ms)
     words = "nothing was delivered for an hour to {}, although events are due; check that a flusher serves each of them"
     assert said() == [(False, f"{words.format('unserved')}, and what `outbox status` shows")]
+    hold = outbox.hold("unserved", why="a deploy")
+    assert said() == []
+    assert ("destinations", True, hold_in_words(hold)) in examine(outbox.engine, Policy())  # that is no fault
+    outbox.resume("unserved")
     for number in range(12):
         add_row(outbox, destination=f"d{number:02}", status="sending", next_attempt_at_ms=NOON_MS - hour_ms)
     ((_, listed),) = said()

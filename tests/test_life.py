@@ -72,7 +72,7 @@ def test_an_unknown_state_has_no_next(run, outbox):
     add_row(outbox)
     odd = row(outbox, 1)
     odd._machine_status = "odd"
-    assert "does not know the status" in life.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[])
+    assert "does not know the status" in life.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[], holds=[])
 
 
 def test_show_tells_everything_and_what_comes_next(run, outbox):

@@ -136,6 +136,20 @@ def test_a_pause_is_told(outbox: Outbox, registry: CollectorRegistry) -> None:
 
 
 @pytest.mark.usefixtures("exported")
+def test_a_hold_is_told_and_so_is_its_end(outbox: Outbox, registry: CollectorRegistry) -> None:
+    outbox.enqueue(rule_fired(), to="billing")
+    outbox.hold("billing", why="billing moves")
+    outbox.hold("search", why="search moves")  # it has no events
+
+    def held() -> dict[str, float]:
+        return {key[1]: value for key, value in scrape(registry).items() if key[0] == "outbox_destination_held"}
+
+    assert held() == {"default": 0, "billing": 1, "search": 1}
+    outbox.resume("billing")
+    assert held() == {"default": 0, "billing": 0, "search": 1}
+
+
+@pytest.mark.usefixtures("exported")
 def test_the_free_space_beside_the_file_is_told(registry: CollectorRegistry) -> None:
     assert scrape(registry)["outbox_disk_free_bytes",] > 0
 
@@ -177,6 +191,9 @@ def test_destinations_beyond_the_largest_share_series(
     for name, events in (("default", 0), ("billing", 3), ("(other)", 2)):
         assert samples["outbox_outcomes_total", "sent", name] == events
         assert samples.get(("outbox_destination_events", "sent", name), 0) == events
+    outbox.hold("archive", why="a deploy")
+    held = {key[1]: value for key, value in scrape(registry).items() if key[0] == "outbox_destination_held"}
+    assert held == {"default": 0, "billing": 0, "(other)": 1}
 
 
 @pytest.mark.usefixtures("exported")

@@ -138,6 +138,18 @@ def test_a_flush_without_credentials_is_a_cause_until_one_has_some(outbox: Outbo
     )
 
 
+def test_a_hold_is_a_cause_only_if_events_wait_for_its_end(outbox: Outbox) -> None:
+    outbox.hold("default", why="a deploy")
+    assert outbox.stats().likely_cause is None
+    add_row(outbox, status="sent")
+    assert outbox.stats().likely_cause is None
+    for status in ("parked", "sending", "pending"):
+        add_row(outbox, status=status)
+    assert (
+        ": a deploy; `outbox resume default` ends the hold; 3 events are waiting." in outbox.stats().likely_cause
+    )
+
+
 # Several destinations
 
 
@@ -209,6 +221,12 @@ def test_a_destination_that_nobody_delivers_to_is_a_cause(outbox: Outbox) -> Non
     assert causes(outbox) is None
     outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=NOON_MS + 1))
     assert said() == "nothing was delivered for an hour to default, although events are due"
+    with freeze_time(NOON):
+        outbox.hold("default", why="a deploy")
+    assert said() == (
+        "an operator put default on hold at 2026-11-24 12:00:00 UTC: a deploy; `outbox resume default` ends the hold;"
+        " 1 event is waiting"
+    )
 
 
 def test_the_fullest_destination_fills_the_queue(url: str) -> None:

@@ -4,10 +4,6 @@ from command_line import HOSTILE, STEERING
 from outbox import words
 
 
-def test_a_number_that_is_no_date_stays_a_number():
-    assert words.utc(10**18) == f"{10**18} ms since 1970"
-
-
 def test_escaped_text_is_one_line_that_steers_nothing():
     shown = words.escape(HOSTILE)
     assert "red" in shown

@@ -286,6 +286,36 @@ def test_it_says_once_that_it_can_not_deliver_and_once_that_it_can(outbox: Outbo
     ]
 
 
+@pytest.mark.parametrize("for_ms", [None, NEVER_MS])
+def test_a_hold_is_told_of_once_and_the_worker_goes_on_after_it(
+    outbox: Outbox, url: str, caplog, for_ms: int | None
+) -> None:
+    client = ScriptedClient()
+    with Outbox(url) as other:
+        other.hold("default", why="a deploy", for_ms=for_ms)
+        with Worker(outbox, client, poll_interval_ms=20):
+            until(lambda: "can't deliver: an operator put default on hold" in caplog.text)
+            other.enqueue(rule_fired())
+            outbox.retry_now()
+            other.hold("default", why="a long deploy", for_ms=for_ms)
+            until(lambda: ": a long deploy; `outbox resume default` ends the hold" in caplog.text)
+            assert client.batches == []
+            other.resume("default")
+            until(lambda: all_sent(outbox))
+    assert caplog.text.count("can't deliver") == 2
+    until(lambda: "delivering again" in caplog.text)
+
+
+def test_during_a_hold_no_enqueue_lets_a_worker_look(outbox: Outbox, monkeypatch) -> None:
+    outbox.hold("default", why="a deploy")
+    monkeypatch.setattr("outbox.waits._LONGEST_WAIT_MS", NEVER_MS)
+    with idle(outbox, ScriptedClient()) as running:
+        outbox.enqueue_many([rule_fired()] * 2)
+        until(lambda: running._threads._lanes[0]._is_woken)
+        assert len(running.looks) == 1
+        assert running.looks[0].paused_until_ms == outbox.stats().holds[0].ends_ms
+
+
 @pytest.mark.servers("postgresql")
 def test_a_pause_that_another_host_began_is_told_of_and_over_when_it_is_ended(
     outbox: Outbox, url: str, caplog

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outbox.clock import utc
 from outbox.destinations import DEFAULT_NAME, shown
+from outbox.holds import hold_in_words
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.stats import DestinationStats, Stats, counted, duration
-from outbox.words import escape, facts_table, pause_in_words, utc, when
+from outbox.words import escape, facts_table, pause_in_words, when
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -90,6 +92,7 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
         facts.append(("oldest", f"{duration(stats.oldest_pending_age_ms)} old (pending or sending)"))
     if stats.next_due_at_ms is not None:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
+    facts += [("on hold", hold_in_words(hold)) for hold in stats.holds]
     facts += [("paused", _of(pause) + pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
     facts += [("waiting", f"{_waiting(count)} {_WAITS[kind]}") for kind, count in stats.waits_for.items() if count]
     if stats.filling is not None:

@@ -168,13 +168,15 @@ def show(database: str, row_id: int, *, in_json: bool) -> None:
             for pause in outbox.store.views.pauses(now_ms=now)
             if row is not None and pause.destination == row.destination
         ]
+        holds = outbox.store.holds.lasting(now_ms=now)
         policy = outbox.policy
     if row is None:
         fail(f"there is no event {row_id}: it was never enqueued here, or it was deleted", FAILED)
     if in_json:
-        say(as_json({**event_as_dict(row), "next": what_next(row, now_ms=now, policy=policy, pauses=pauses)}))
+        following = what_next(row, now_ms=now, policy=policy, pauses=pauses, holds=holds)
+        say(as_json({**event_as_dict(row), "next": following}))
     else:
-        say(event_in_words(row, now_ms=now, policy=policy, pauses=pauses))
+        say(event_in_words(row, now_ms=now, policy=policy, pauses=pauses, holds=holds))
 
 
 @click.command(epilog="Example: outbox retry")

@@ -25,10 +25,10 @@ _CONFIG = "outbox.config"
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def duration_ms(_context: click.Context, _param: click.Parameter, value: str) -> int:
+def duration_ms(_context: click.Context, _param: click.Parameter, value: str | None) -> int | None:
     """Convert an age such as 30s to ms."""
-    age = words.age_ms(value)
-    if age is None:
+    age = None if value is None else words.age_ms(value)
+    if age is None and value is not None:
         raise click.BadParameter(f"{escape(value)!r}, expected {words.AGES}")
     return age
 
@@ -153,6 +153,7 @@ def destination_option(*names: str, words: str, required: bool = False) -> Calla
     return click.option(*names, metavar="NAME", required=required, callback=_destination, help=words)
 
 
+destination_argument = click.argument("destination", metavar="DESTINATION", callback=_destination)
 only_destination_option = destination_option("--destination", words="Only events of this destination.")
 json_option = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
 type_option = click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")

@@ -14,11 +14,10 @@ from rich.live import Live
 from rich.text import Text
 
 from outbox.cli.display import as_json, encodable, say, status_as_dict, status_in_words
-from outbox.clock import monotonic_s, now_ms
+from outbox.clock import monotonic_s, now_ms, utc
 from outbox.lifecycle import Status
 from outbox.outbox import Outbox
 from outbox.stats import Stats, duration
-from outbox.words import utc
 
 _LABEL_WIDTH = 10
 _NUMBER_WIDTH = 12

@@ -67,7 +67,7 @@ class Wanted(NamedTuple):
     is_newest: bool = False
     """Whether it asks for the newest rows of the kind `FRESH`."""
     unless_paused: bool = False
-    """If the dialect `checks_pause`: claim nothing while the destination is paused or probed."""
+    """If the dialect `checks_pause`: claim nothing while the destination is held, paused or probed."""
 
     @property
     def due(self) -> dict[str, Any]:

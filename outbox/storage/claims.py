@@ -18,8 +18,9 @@ from outbox.records import Claim
 from outbox.storage.claimed import Kind, Wanted
 from outbox.storage.counts import Counts
 from outbox.storage.dialects import dialect_of
+from outbox.storage.holds import hold_of
 from outbox.storage.identity import Identity, with_ids
-from outbox.storage.pauses import begin_probe, pause_of, write_pause
+from outbox.storage.pauses import begin_probe, pause_and_hold, write_pause
 from outbox.storage.sql import (
     by_id,
     events,
@@ -95,16 +96,16 @@ class Claims:
     ) -> Claim:
         """Move due rows to sending, under the lease. Claims alternate between rows that failed before and others.
 
-        While the destination is paused, the claim has no rows. After three failures in a row, one flusher gets one
-        row as a probe. The other flushers get no rows until the outcome of the probe is known or its lease ends.
-        The original's claims ignore pauses and do not alternate.
+        While the destination is on hold or paused, the claim has no rows. After three failures in a row, one
+        flusher gets one row as a probe. The other flushers get no rows until the outcome of the probe is known or
+        its lease ends. The original's claims ignore pauses, but not holds, and do not alternate.
         """
         # Before the claim: if this fails, no row waits for the end of a lease.
         outbox_id = self._identity.outbox_id(lambda query: look(self._writer, lambda found: found.value(query)))
         wanted = Wanted(destination, now_ms, lease_until_ms, batch_size)
         claimed = Claim([])
         if is_original:
-            claimed = self._run(lambda transaction: self._dialect.claim(transaction, Kind.ANY, wanted))
+            claimed = self._run(lambda transaction: self._claim_any(transaction, wanted))
         elif self._dialect.checks_pause:
             kind, unless_paused = self._kinds_in_turn(destination)[0], wanted._replace(unless_paused=True)
             # A single statement is repeatable: if the first one was committed unnoticed, its rows are due again
@@ -112,7 +113,7 @@ class Claims:
             claimed = look(self._writer, lambda found: self._dialect.claim(found, kind, unless_paused))
         if not claimed.rows and not is_original:
             claimed = self._run(lambda transaction: self._claim_unless_paused(transaction, wanted))
-        if not claimed.rows and claimed.pause.holds_until_ms <= now_ms:
+        if not claimed.rows and claimed.hold is None and claimed.pause.holds_until_ms <= now_ms:
             claimed = self._run(lambda transaction: self._dialect.claim_never_due(transaction, wanted))
         if claimed.rows and not claimed.is_probe:
             self._turns[destination].took_failed = claimed.failed_before
@@ -185,10 +186,17 @@ class Claims:
             return Kind.FAILED, Kind.FRESH
         return Kind.FRESH, Kind.FAILED
 
+    def _claim_any(self, transaction: Transaction, wanted: Wanted) -> Claim:
+        hold = hold_of(transaction, wanted.destination, now_ms=wanted.now_ms)
+        return Claim([], hold=hold) if hold is not None else self._dialect.claim(transaction, Kind.ANY, wanted)
+
     def _claim_unless_paused(self, transaction: Transaction, wanted: Wanted) -> Claim:
         destination, now_ms, lease_until_ms = wanted.destination, wanted.now_ms, wanted.lease_until_ms
         while True:
-            pause = pause_of(transaction, destination).trusted(now_ms)
+            found, hold = pause_and_hold(transaction, destination, now_ms=now_ms)
+            pause = found.trusted(now_ms)
+            if hold is not None:
+                return Claim([], pause, hold=hold)
             if pause.holds_until_ms > now_ms:
                 return Claim([], pause)
             if not pause.needs_probe:

@@ -25,6 +25,7 @@ from outbox.storage.column_types import INTEGERS
 from outbox.storage.dialects import dialect_of
 from outbox.storage.due_times import due
 from outbox.storage.engines import reading
+from outbox.storage.holds import lasting
 from outbox.storage.pauses import PAUSED
 from outbox.storage.sql import columns, failed_before, has_creation_time, has_due_time, is_one_of, literal, now
 from outbox.storage.tables import destinations_ledger, ledger
@@ -134,6 +135,7 @@ class Figures:
                 waiting=dict(waiting),
                 deleted=[Deleted(*row) for row in connection.execute(DELETED)],
                 pauses=[Pause(*row) for row in connection.execute(PAUSED, {"now": now_ms})],
+                holds=lasting(connection, now_ms=now_ms),
                 without_policy=dialect_of(self._engine).hidden_commands(connection),
             )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Select, bindparam, or_, select, update
+from sqlalchemy import Engine, Select, bindparam, literal_column, or_, select, update
 
+from outbox.destinations import shown
+from outbox.holds import Hold
 from outbox.pauses import LONGEST_TRUSTED_MS, PROBE_AFTER, SharedPause
 from outbox.records import Pause
 from outbox.storage.dialects import dialect_of
 from outbox.storage.dialects.base import Dialect
+from outbox.storage.holds import HOLD_COLUMNS, IS_HELD
 from outbox.storage.sql import lease_until, now, this_destination
-from outbox.storage.tables import destinations
+from outbox.storage.tables import destinations, holds
 from outbox.storage.transactions import Transaction, Writer
 
 _known = destinations.c
@@ -27,6 +30,11 @@ _STATE = (
     "last_error",
 )
 PAUSE = select(*(_known[name] for name in _STATE)).where(this_destination)
+_ONE = select(literal_column("1").label("one")).subquery("one")
+PAUSE_AND_HOLD = select(*(_known[name] for name in _STATE), *HOLD_COLUMNS).select_from(
+    _ONE.outerjoin(destinations, this_destination).outerjoin(holds, IS_HELD)
+)
+"""Always finds one row: a claim reads both by one query, and a destination may have none, one or both of them."""
 LOCK_PAUSE = PAUSE.with_for_update()
 CHANGE_PAUSE = (
     update(destinations).where(this_destination).values({name: bindparam(f"new_{name}") for name in _STATE})
@@ -105,10 +113,15 @@ def know(dialect: Dialect, transaction: Transaction, destination: str) -> None:
     dialect.insert_or_add(transaction, destinations, adds=None, **{**NEW, "destination": destination})
 
 
-def pause_of(transaction: Transaction, destination: str) -> SharedPause:
-    """Return the pause of a destination."""
-    found = transaction.rows(PAUSE, destination=destination)
-    return _pause(found[0]) if found else SharedPause()
+def pause_and_hold(transaction: Transaction, destination: str, *, now_ms: int) -> tuple[SharedPause, Hold | None]:
+    """Return the pause of a destination, and its hold if one lasts."""
+    (found,) = transaction.rows(PAUSE_AND_HOLD, destination=destination, now=now_ms)
+    pause, hold = found[: len(_STATE)], found[len(_STATE) :]
+    is_known, is_held = pause[0] is not None, hold[0] is not None
+    return (
+        _pause(pause) if is_known else SharedPause(),
+        Hold(shown(destination), *hold) if is_held else None,
+    )
 
 
 def write_pause(transaction: Transaction, destination: str, pause: SharedPause) -> None:

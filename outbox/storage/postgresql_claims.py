@@ -22,6 +22,7 @@ from outbox.storage.claimed import (
     waits_for_other,
     waits_for_row,
 )
+from outbox.storage.holds import IS_HELD
 from outbox.storage.sql import (
     columns,
     did_not_fail,
@@ -49,9 +50,13 @@ _is_any_due = or_(
     )
 )
 _known = destinations.c
-_is_unpaused = ~exists().where(
-    this_destination,
-    or_(_known.failures >= PROBE_AFTER, _known.paused_until_ms > now, _known.probe_until_ms > now),
+_is_unheld = ~exists().where(IS_HELD)
+_is_unpaused = and_(
+    _is_unheld,
+    ~exists().where(
+        this_destination,
+        or_(_known.failures >= PROBE_AFTER, _known.paused_until_ms > now, _known.probe_until_ms > now),
+    ),
 )
 _seen = select(_known.pauses).where(this_destination).scalar_subquery()
 
@@ -87,7 +92,7 @@ def _failed(*conditions: Any) -> Update:
 
 
 class _Statements(NamedTuple):
-    """The claims of one kind: one ignores pauses, the other has no rows during a pause or if a probe is due."""
+    """The claims of one kind: one ignores holds and pauses. The other has no rows then, or if a probe is due."""
 
     claim: Update
     claim_unless_paused: Update
@@ -104,8 +109,8 @@ CLAIM_ANY = _claim(
     _chosen("last", is_undelivered, is_due, waits_for_row),
 )
 CLAIM_NEVER_DUE = _claim(
-    _chosen("fresh", is_undelivered, did_not_fail, ~has_due_time),
-    _chosen("failed", is_undelivered, failed_before, ~has_due_time),
+    _chosen("fresh", is_undelivered, did_not_fail, ~has_due_time, _is_unheld),
+    _chosen("failed", is_undelivered, failed_before, ~has_due_time, _is_unheld),
 )
 
 

@@ -17,6 +17,7 @@ from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import is_own
 from outbox.storage.figures import Figures
 from outbox.storage.finding import Finding
+from outbox.storage.holds import Holds
 from outbox.storage.identity import Identity
 from outbox.storage.intake import Intake
 from outbox.storage.pauses import Pauses
@@ -51,6 +52,7 @@ class Store:
         self.replacing = Replacing(engine, self._writer, self.deletion, self.bounds)
         self.copying = Copying(self._writer, identity)
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
+        self.holds = Holds(engine, self._writer)
         self.pauses = Pauses(engine, self._writer)
         self.revival = Revival(engine, self._writer)
         self.figures = Figures(engine)

@@ -73,7 +73,8 @@ def one(row_id: int) -> str:
     if settings.hide_payloads:
         pauses = [pause._replace(last_error=without_body(pause.last_error)) for pause in pauses]
         row.last_error = row.last_error and without_body(row.last_error)
-    facts = dict(event_facts(row, now_ms=now_ms, policy=settings.outbox.policy, pauses=pauses))
+    holds = settings.outbox.store.holds.lasting(now_ms=now_ms)
+    facts = dict(event_facts(row, now_ms=now_ms, policy=settings.outbox.policy, pauses=pauses, holds=holds))
     return render_template(
         "event.html",
         actions=ACTIONS,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from flask import Blueprint, render_template
 
 from outbox.destinations import DEFAULT_NAME
+from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.records import Pause
 from outbox.stats import DestinationStats, Stats, counted, duration
@@ -44,17 +45,13 @@ def live() -> str:
 
 def _shown(look: Look) -> dict[str, Any]:
     stats = look.stats
-    pauses = {pause.destination: pause for pause in stats.pauses}
     return {
         "look": look,
         "stats": stats,
         "now_ms": look.now_ms,
         "situation": situation(stats),
         "curve": curve(look.points),
-        "rows": [
-            (name, one, destination_in_words(one, pauses.get(name), now_ms=look.now_ms))
-            for name, one in stats.by_destination.items()
-        ],
+        "rows": destination_rows(look),
         "statuses": [status.value for status in Status],
         "is_one_destination": stats.by_destination.keys() <= {DEFAULT_NAME},
     }
@@ -79,8 +76,20 @@ def situation(stats: Stats) -> Situation:
     return Situation("good", "Everything is delivered", ())
 
 
-def destination_in_words(one: DestinationStats, pause: Pause | None, *, now_ms: int) -> str:
+def destination_rows(look: Look) -> list[tuple[str, DestinationStats, str]]:
+    """Return each destination with its numbers, and what happens there now."""
+    pauses = {pause.destination: pause for pause in look.stats.pauses}
+    holds = {hold.destination: hold for hold in look.stats.holds}
+    return [
+        (name, one, destination_in_words(one, pauses.get(name), holds.get(name), now_ms=look.now_ms))
+        for name, one in look.stats.by_destination.items()
+    ]
+
+
+def destination_in_words(one: DestinationStats, pause: Pause | None, hold: Hold | None, *, now_ms: int) -> str:
     """Say what happens at a destination now."""
+    if hold is not None:
+        return hold_in_words(hold)
     if pause is not None:
         return pause_in_words(pause, now_ms=now_ms)
     if one.next_due_at_ms is None:

@@ -7,10 +7,11 @@ from datetime import datetime, timezone
 from flask import Flask
 from markupsafe import Markup
 
+from outbox.clock import utc
 from outbox.destinations import shown
 from outbox.stats import counted, duration
 from outbox.web.console import console
-from outbox.words import escape, utc, when
+from outbox.words import escape, when
 
 _LATEST_MS = 253_402_300_799_999
 

@@ -147,7 +147,7 @@ def test_on_a_terminal_it_draws_curves_until_ctrl_c(outbox: Outbox, url: str) ->
 
 
 def look(**numbers: float | None) -> Look:
-    stats = Stats({}, {}, {}, None, None, 0, [], 0, {}, [], None, None)
+    stats = Stats({}, {}, {}, None, None, 0, [], 0, {}, [], [], None, None)
     return Look(**{"stats": stats, "depth": 0, "enqueued_per_s": None, "sent_per_s": None, **numbers})
 
 

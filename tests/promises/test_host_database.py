@@ -162,6 +162,8 @@ def flush(shop: Shop) -> None:
             outbox.flush_all(ScriptedClient(), destination=destination)
         outbox.retry_now()
         outbox.requeue_abandoned(older_than=FAR_AWAY_MS)
+        outbox.hold("billing", why="a deploy")
+        outbox.resume("billing")
         outbox.stats()
         outbox.find()
         assert all(found.is_well for found in examine(outbox.engine, outbox.policy))

@@ -105,8 +105,8 @@ class World(Director):
         self.case = case
         self.kinds = case.chosen_kinds()
         self._theatre = theatre
-        self._schedule, self._trouble, self._time, self.work, self._routing = (
-            stream(case.seed, name) for name in ("schedule", "trouble", "time", "work", "routing")
+        self._schedule, self._trouble, self._time, self.work, self._routing, self._holding = (
+            stream(case.seed, name) for name in ("schedule", "trouble", "time", "work", "routing", "holding")
         )
         shape = stream(case.seed, "shape")
         self.policy = self._policy(shape)
@@ -297,6 +297,7 @@ class World(Director):
     def _operate(self, process: Process) -> None:
         outbox = self._open(process)
         while not self.calm:
+            self._hold_or_resume(process, outbox)
             kind = self.work.choice(("retry_now", "requeue", "look"))
             cutoff_ms = process.stage.now_ms + self.work.choice((1, -1_000, -600_000))
             operation = process.begin(kind, cutoff_ms=cutoff_ms)
@@ -315,6 +316,27 @@ class World(Director):
                 if not operation.troubled:
                     raise
             process.rest()
+        for destination, ends_ms in self.model.holds.items():
+            if ends_ms:
+                process.begin("resume", destinations=(destination,))
+                outbox.resume(shown(destination))
+
+    def _hold_or_resume(self, process: Process, outbox: Outbox) -> None:
+        """End a hold, or begin one now and then. It is the next one's turn soon, or little else would happen."""
+        held = [destination for destination, ends_ms in self.model.holds.items() if ends_ms]
+        if not held and self._holding.random() < 0.8:
+            return
+        (destination,) = held[:1] or self._holding.sample([*self.weathers], 1)
+        operation = process.begin("resume" if held else "hold", destinations=(destination,))
+        try:
+            if held:
+                outbox.resume(shown(destination))
+            else:
+                for_ms = self._holding.choice((None, 1_000, 60_000))
+                outbox.hold(shown(destination), why="a deploy", for_ms=for_ms)
+        except StorageError:
+            if not operation.troubled:
+                raise
 
     def _some_destinations(self) -> list[str]:
         return self._routing.sample([*self.weathers], self._routing.randint(1, len(self.weathers)))

@@ -12,7 +12,7 @@ from outbox import HttpFailure, UploadFailure
 MINUTE_MS = 60 * 1_000
 WEEK_MS = 7 * 24 * 60 * MINUTE_MS
 
-MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT, PAUSE, BLAME, DELETION, ISOLATION = (
+MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICITY, REPORT, PAUSE, BLAME, DELETION, ISOLATION, HOLD = (
     "1 only moves of the table",
     "2 one owner under valid leases",
     "3 sent means accepted",
@@ -26,6 +26,7 @@ MOVE, EXCLUSION, ACCEPTANCE, CONSERVATION, LOSS, LIVENESS, ABANDONMENT, ATOMICIT
     "11 no event that the service would accept is given up",
     "12 nothing undelivered is deleted",
     "13 a destination is on its own",
+    "14 nothing of a held destination is claimed",
 )  # fmt: skip
 
 
@@ -145,6 +146,8 @@ class Operation:
     lease_ms: int = 0
     pauses: list[Pause] = field(default_factory=list)
     """The pauses that its transaction may have seen."""
+    holds: list[int] = field(default_factory=list)
+    """When the holds end that its transaction may have seen; 0 is no hold."""
     seen: set[int] = field(default_factory=set)
     """The number of the pause when it claimed: more than one, if it may have seen either."""
     probe_until_ms: int = 0

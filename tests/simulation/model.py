@@ -22,6 +22,7 @@ from .facts import (
     BLAME,
     CONSERVATION,
     EXCLUSION,
+    HOLD,
     ISOLATION,
     LOSS,
     MOVE,
@@ -45,6 +46,7 @@ _LEDGER = """
     UNION ALL SELECT destination, reason, status, event_type, events FROM observation_destinations_ledger
 """
 _PAUSES = f"SELECT {', '.join(Pause._fields)} FROM observation_destinations"
+_HOLDS = f"SELECT destination, coalesce(until_ms, {2**62}) FROM observation_holds"
 # A trigger writes it down: an event may be deleted in the transaction that enqueued it.
 _BORN = "SELECT id, destination FROM born"
 _FAIL_OVER = """
@@ -78,6 +80,8 @@ class Model:
         self.rows, self.deleted, self.ever_inserted = self.read()
         self.pauses: dict[str, Pause] = {}
         self.pauses = self.read_pauses()
+        self.holds = self.read_holds()
+        """When the hold of a destination ends, or 0."""
         self.holders: dict[int, Operation] = {}
         moves = OriginalMoves if policy.is_original else OurMoves
         self._moves = {destination: moves(policy) for destination in servers}
@@ -102,6 +106,9 @@ class Model:
         known = self.pauses
         return {name: old if (old := known.get(name)) == pause else pause for name, pause in found.items()}
 
+    def read_holds(self) -> dict[str, int]:
+        return {**dict.fromkeys(self.servers, 0), **dict(self._observer.execute(_HOLDS).fetchall())}
+
     def observe(self, process: Process, stage: Stage) -> None:
         """Check what the process has just committed."""
         before, deleted, ever_inserted, pauses_before = self.rows, self.deleted, self.ever_inserted, self.pauses
@@ -111,6 +118,8 @@ class Model:
         operation = process.operation
         if not self.shared:
             operation.pauses = [pauses_before[operation.destination]]
+            operation.holds = [self.holds[operation.destination]]
+        self._see_holds(stage)
         born = sorted(self.ever_inserted.keys() - ever_inserted.keys())
         operation.inserted += len(born)
         gone = [before[row_id] for row_id in before.keys() - self.rows.keys()]
@@ -126,6 +135,8 @@ class Model:
         for row in gone:
             self.holders.pop(row.id, None)
         moves = self._check_changed(process, stage, before, changed) if changed else {}
+        if "claim" in moves and min(operation.holds) > operation.now_ms:
+            raise Violation(HOLD, f"at {operation.now_ms} {moves} in spite of a hold until {operation.holds}")
         for destination, old in pauses_before.items():
             is_own = destination == operation.destination
             self._check_pause(process, stage, old, claimed=len(moves.get("claim", ())) if is_own else 0)
@@ -363,6 +374,16 @@ class Model:
 
     def transaction_begins(self, operation: Operation) -> None:
         operation.pauses = [self.pauses[operation.destination]]
+        operation.holds = [self.holds[operation.destination]]
+
+    def _see_holds(self, stage: Stage) -> None:
+        before, self.holds = self.holds, self.read_holds()
+        for destination, ends_ms in self.holds.items():
+            if ends_ms != before[destination]:
+                self.seen["hold" if ends_ms else "end of a hold"] += 1
+                for one in [one.operation for one in stage.processes]:
+                    if one.destination == destination:
+                        one.holds.append(ends_ms)
 
     def _check_pause(self, process: Process, stage: Stage, old: Pause, *, claimed: int) -> None:
         operation, new = process.operation, self.pauses[old.destination]
@@ -416,7 +437,8 @@ class Model:
         """Check what a flush reports, and that it recorded what it saw accepted."""
         self.seen["lost lease"] += report.lost_leases
         outcomes = report.sent + report.rescheduled + report.parked + report.abandoned + report.lost_leases
-        if not report.claimed and not (report.skipped or "").startswith("not logged in"):
+        is_held = report.hold is not None
+        if not report.claimed and not is_held and not (report.skipped or "").startswith("not logged in"):
             self._check_nothing_waits(operation)
         if outcomes != report.claimed:
             raise Violation(REPORT, f"{report.claimed} were claimed, {outcomes} have an outcome")

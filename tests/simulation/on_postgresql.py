@@ -48,7 +48,7 @@ _PREPARE = """
 """
 _EMPTY = """
     TRUNCATE observation_events, observation_events_ledger, observation_destinations_ledger,
-        observation_destinations, born RESTART IDENTITY
+        observation_destinations, observation_holds, observation_tries, born RESTART IDENTITY
 """
 
 

@@ -16,6 +16,7 @@ from .facts import (
     CONSERVATION,
     DELETION,
     EXCLUSION,
+    HOLD,
     ISOLATION,
     LIVENESS,
     LOSS,
@@ -143,6 +144,12 @@ MUTATIONS = {
         "",
         (PAUSE,),
     ),
+    "the hold is ignored": Bug(
+        "storage/claims.py",
+        "            if hold is not None:\n                return Claim([], pause, hold=hold)\n",
+        "",
+        (HOLD,),
+    ),
     "a probe as large as any batch": Bug(
         "storage/claims.py",
         "_replace(at_most=1, is_newest",
@@ -207,8 +214,8 @@ MUTATIONS = {
     ),
     "a pause of the default destination holds up the others": Bug(
         "storage/claims.py",
-        "pause = pause_of(transaction, destination).trusted(now_ms)",
-        "pause = max((pause_of(transaction, one).trusted(now_ms) for one in (destination, '')),"
+        "pause = found.trusted(now_ms)",
+        "pause = max((pause_and_hold(transaction, one, now_ms=now_ms)[0].trusted(now_ms) for one in (destination, '')),"
         " key=lambda one: one.holds_until_ms)",
         (ISOLATION,),
         first_seed=8,

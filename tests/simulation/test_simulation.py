@@ -47,6 +47,7 @@ def test_every_promise_holds_in_worlds_on_a_server(administrator: str) -> None:
             seen += result.seen
     wanted = {
         *("pause", "late pause", "resume", "end of all pauses", "revive"),
+        *("hold", "end of a hold"),
         *("wait for a lock", "take over", "lost lease", "renew", "unpark", "release"),
         *("cap pending", "retention sent"),
     }
@@ -64,6 +65,7 @@ def test_every_promise_holds_in_worlds_that_know_what_they_are_for() -> None:
     wanted = {
         *("claim", "take over", "renew", "lost lease"),
         *("pause", "late pause", "probe", "resume", "end of all pauses", "revive", "max_sent sent"),
+        *("hold", "end of a hold"),
         *("deliver", "reschedule", "park", "unpark", "release", "retry_now", "requeue"),
         *("abandon permanent", "abandon aged-out", "abandon aged-out (rate-limited)"),
         *("cap sent", "cap abandoned", "cap pending", "cap parked", "cap sending"),

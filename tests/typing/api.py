@@ -31,6 +31,7 @@ from outbox import (
     FlushReport,
     Format,
     Found,
+    Hold,
     Hooks,
     HttpClient,
     HttpFailure,
@@ -229,6 +230,10 @@ def operating(outbox: Outbox, now: datetime) -> None:
     assert_type(stats.by_destination["billing"].paused_until_ms, int | None)
     assert_type(stats.waits_for, dict[str, int])
     assert_type(stats.pauses, list[Pause])
+    assert_type(stats.holds, list[Hold])
+    assert_type(outbox.hold("billing", why="billing moves", for_ms=7_200_000), Hold)
+    assert_type(outbox.hold("billing", why="billing moves", until=now).until_ms, int | None)
+    assert_type(outbox.resume("billing"), bool)
     assert_type(stats.likely_cause, str | None)
 
 

@@ -83,7 +83,7 @@ def test_the_situation_of_a_destination_is_said_in_words(outbox):
     one = outbox.stats().by_destination["default"]
     pause = Pause("default", 1, NOON_MS + 5_000, 0, "503 Down")
     said = [
-        overview.destination_in_words(replace(one, **changed), of, now_ms=NOON_MS)
+        overview.destination_in_words(replace(one, **changed), of, None, now_ms=NOON_MS)
         for changed, of in (
             ({}, pause),
             ({"next_due_at_ms": None}, None),

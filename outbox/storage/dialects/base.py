@@ -263,7 +263,7 @@ class Dialect:
     """Whether `deliver` is one statement for any number of rows."""
 
     checks_pause: ClassVar[bool] = False
-    """Whether `claim` looks for a pause of `wanted.destination` in the same statement."""
+    """Whether `claim` looks for a hold and a pause of `wanted.destination` in the same statement."""
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
         """Move the first due rows of a kind to sending; leave out rows that another transaction has locked.

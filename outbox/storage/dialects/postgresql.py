@@ -201,7 +201,7 @@ class PostgreSQL(Dialect):
         return insert_new(transaction, postgresql.insert, rows, notification)
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-        """Lock and move the rows, and look for a pause, by one statement."""
+        """Lock and move the rows, and look for a hold and a pause, by one statement."""
         return postgresql_claims.take(transaction, kind, wanted)
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
