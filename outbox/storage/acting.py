@@ -39,6 +39,10 @@ MATCHED = select(
     (columns.next_attempt_at_ms > bindparam("due_after", type_=BigInteger)).label("is_due_later"),
     contains_text(columns.last_error, bindparam("failure", type_=Text)).label("has_failure"),
 )
+_APART = ("status", "event_type", "is_in_flight", "is_waiting", "is_due_later")
+KINDS = MATCHED.with_only_columns(*(MATCHED.selected_columns[name] for name in _APART))
+"""What tells rows apart for a dry run that looks for no text."""
+
 LOCK_MATCHED = by_id(MATCHED.where(these_rows).order_by(columns.id).with_for_update())
 
 RETRY_PARKED_ROWS, RETRY_WAITING_ROWS = (
@@ -180,6 +184,8 @@ class Acting:
         # A lease or a due time that ends meanwhile is taken as it was at the start: that leaves a row alone.
         due_after: Any = action.where.due_after
         these = {"now": now_ms, "due_after": due_after or 0, "failure": action.where.failure or ""}
+        if dry_run and not action.where.has_text:
+            return self._count(action, these)
         changed: Counter[tuple[str, str]] = Counter()
         in_flight = 0
         resumed: set[str] = set()
@@ -195,6 +201,18 @@ class Acting:
             for row in rows:
                 in_flight += bool(row.is_in_flight)
                 changed[row.status, row.event_type] += action.applies_to(row)
+        return Acted(+changed, in_flight)
+
+    def _count(self, action: _Action, these: dict[str, Any]) -> Acted:
+        """Count in one query: that takes a fifth of the time in which the rows are read."""
+        changed: Counter[tuple[str, str]] = Counter()
+        in_flight = 0
+        for *kind, events in self._finding.tally(action.searched, KINDS, these):
+            row = Matched(
+                id=0, destination="", created_at_ms=0, has_failure=None, **dict(zip(_APART, kind, strict=True))
+            )
+            in_flight += events * bool(row.is_in_flight)
+            changed[row.status, row.event_type] += events * action.applies_to(row)
         return Acted(+changed, in_flight)
 
     def _change(self, action: _Action, found: Rows, these: dict[str, Any]) -> list[Matched]:

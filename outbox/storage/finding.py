@@ -119,6 +119,16 @@ class Finding:
         counted.rows_read, counted.is_complete = looked.rows_read, looked.is_complete
         return counted
 
+    def tally(self, where: Where, kinds: Select[Any], parameters: dict[str, Any]) -> Sequence[Any]:
+        """Return what `kinds` selects of the rows that match, each kind once, with the number of its rows.
+
+        The conditions must have no text.
+        """
+        with reading(self._engine) as connection:
+            # In a subquery, because some drivers make two parameters of one that stands in SELECT and GROUP BY.
+            each = kinds.where(*self._conditions(connection, where)).subquery().c
+            return connection.execute(select(*each, func.count()).group_by(*each), parameters).all()
+
     def slices(
         self, where: Where, rows: Select[Any], parameters: dict[str, Any], *, progress: Progress | None
     ) -> Iterator[Sequence[Any]]:
