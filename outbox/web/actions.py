@@ -103,7 +103,7 @@ class Target:
     def fields(self) -> Iterator[tuple[str, str]]:
         """Yield the fields of a form that names the same events."""
         yield "scope", "all" if self.ids is None else "one" if self.is_one else "selected"
-        yield from (("id", str(row_id)) for row_id in self.ids or ())
+        yield from (("row", str(row_id)) for row_id in self.ids or ())
         yield from self.filters.as_meant()
 
     def back(self) -> str:
@@ -145,16 +145,16 @@ def act() -> AnyResponse:
 
 def _asked(fields: MultiDict[str, str]) -> tuple[Action, Target]:
     settings = console()
-    action = ACTIONS.get(fields.get("action", ""))
+    action = ACTIONS.get(fields.get("do", ""))
     if action is None:
-        raise ConfigurationError(f"action is {fields.get('action')!r}, expected one of {', '.join(ACTIONS)}")
+        raise ConfigurationError(f"do is {fields.get('do')!r}, expected one of {', '.join(ACTIONS)}")
     scope = fields.get("scope", "")
     if scope not in {"all", "selected", "one"}:
         raise ConfigurationError(f"scope is {scope!r}, expected all, selected or one")
     if settings.read_only:
         abort(403, "this console is read-only")
     found = filters.read(fields, now_ms=settings.outbox.store.now_ms(), hide_payloads=settings.hide_payloads)
-    ids = None if scope == "all" else [filters.row_id(word) for word in fields.getlist("id")]
+    ids = None if scope == "all" else [filters.row_id(word) for word in fields.getlist("row")]
     return action, Target(found, ids, scope == "one")
 
 

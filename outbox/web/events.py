@@ -39,18 +39,18 @@ def listing() -> tuple[str, int]:
         events = _page(found)
     except ConfigurationError as error:
         found, events, problem = filters.unread(request.args), None, str(error)
-    stats = settings.looks.look().stats
+    stats = settings.looks.latest()  # only to suggest names
     page = render_template(
         "events.html",
         actions=ACTIONS,
-        destinations=sorted(stats.by_destination),
+        destinations=sorted(stats.by_destination) if stats else [],
         events=events,
         filters=found,
         is_oldest_first=_is_oldest_first(),
         now_ms=now_ms,
         problem=problem,
         statuses=[status.value for status in Status],
-        types=sorted(stats.by_type),
+        types=sorted(stats.by_type) if stats else [],
         error_of=_error_of,
         page_url=lambda start: _page_url(found, start),
     )

@@ -13,10 +13,11 @@ from outbox.failures import ConfigurationError
 from outbox.filters import Where
 from outbox.words import MOMENTS, exact, moment_ms
 
-TEXTS = ("destination", "event_type", "failure", "contains")
+# No field has the name of an attribute of its form, such as `id`, `action` or `contains`: it would hide that one.
+TEXTS = ("destination", "event_type", "failure", "payload")
 TIMES = ("older_than", "newer_than", "due_after")
 LISTS = ("ids", "event_ids")
-MAY_SHOW_PAYLOADS = ("failure", "contains")
+MAY_SHOW_PAYLOADS = ("failure", "payload")
 """The conditions by which a reader could guess at hidden payloads."""
 
 
@@ -57,6 +58,8 @@ def read(fields: MultiDict[str, str], *, now_ms: int, hide_payloads: bool) -> Fi
     given = {name: text for name in (*TEXTS, *TIMES, *LISTS) if (text := fields.get(name, "").strip())}
     statuses = [status for status in fields.getlist("status") if status]
     conditions: dict[str, Any] = {name: given[name] for name in TEXTS if name in given}
+    if "payload" in conditions:
+        conditions["contains"] = conditions.pop("payload")
     hidden = [name for name in MAY_SHOW_PAYLOADS if name in given] if hide_payloads else []
     if hidden:
         raise ConfigurationError(f"this console hides payloads, so no event can be found by {hidden[0]}")

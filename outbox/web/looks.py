@@ -72,6 +72,10 @@ class Looks:
                 self._fresh_until_s = began_s + took_s + max(FRESH_S, _PART_OF_TIME * took_s)
             return self._latest
 
+    def latest(self) -> Stats | None:
+        """Return the queue as it was at the last look, however long ago. Reads nothing."""
+        return None if self._latest is None else self._latest.stats
+
     def forget(self) -> None:
         """Read the queue again at the next look, because it was changed."""
         self._fresh_until_s = 0.0

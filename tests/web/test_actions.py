@@ -38,25 +38,25 @@ def confirmed(browser, **fields):
     ],
 )  # fmt: skip
 def test_an_action_is_counted_confirmed_and_done(browser, outbox, rows, action, counted, done, after):
-    browser.get(f"/events/confirm?action={action}&scope=all")
+    browser.get(f"/events/confirm?do={action}&scope=all")
     assert counted in browser.text
     assert "every event of this outbox" in browser.text
     assert "1 event is being sent and stays as before" in browser.text
     assert statuses(outbox) == ["pending", "parked", "abandoned", "sent", "sending"]
-    browser.post("/events/act", action=action, scope="all", reason="not wanted")
+    browser.post("/events/act", do=action, scope="all", reason="not wanted")
     assert f"{done} 1 event stayed as before, because a flusher is sending them." in browser.text
     assert statuses(outbox) == after
 
 
 def test_only_the_selected_events_are_changed(browser, outbox, rows):
-    before, _ = confirmed(browser, action="purge", scope="selected", id=f"{rows[2]},{rows[3]}")
+    before, _ = confirmed(browser, do="purge", scope="selected", row=f"{rows[2]},{rows[3]}")
     assert "You chose 2 events." in before
     assert "1 of them was never delivered" in before
     assert statuses(outbox) == ["pending", "parked", "sending"]
 
 
 def test_all_that_match_are_changed_and_no_others(browser, outbox, rows):
-    before, answer = confirmed(browser, action="retry", scope="all", status="parked", older_than="0s")
+    before, answer = confirmed(browser, do="retry", scope="all", status="parked", older_than="0s")
     assert "all events that match these conditions" in before
     assert "1 invoice_paid" in before
     assert statuses(outbox)[:2] == ["pending", "pending"]
@@ -65,39 +65,39 @@ def test_all_that_match_are_changed_and_no_others(browser, outbox, rows):
 
 
 def test_the_form_names_what_was_counted_not_an_age_that_moves(browser, rows):
-    browser.get("/events/confirm?action=retry&scope=all&older_than=1h")
+    browser.get("/events/confirm?do=retry&scope=all&older_than=1h")
     assert 'name="older_than" value="20' in browser.page
 
 
 def test_an_action_on_the_page_of_an_event_returns_there(browser, outbox, rows):
-    _, answer = confirmed(browser, action="requeue", scope="one", id=rows[2])
+    _, answer = confirmed(browser, do="requeue", scope="one", row=rows[2])
     assert answer.request.path == f"/events/{rows[2]}"
     assert "1 event was requeued" in browser.text
 
 
 def test_after_the_purge_of_an_event_its_page_is_not_asked_for(browser, outbox, rows):
-    _, answer = confirmed(browser, action="purge", scope="one", id=rows[3])
+    _, answer = confirmed(browser, do="purge", scope="one", row=rows[3])
     assert (answer.status_code, answer.request.path) == (200, "/events")
 
 
 def test_a_reason_is_needed_to_abandon_and_is_kept(browser, outbox, rows):
-    browser.get("/events/confirm?action=abandon&scope=all")
-    assert browser.post("/events/act", action="abandon", scope="all", reason=" ").status_code == 400
+    browser.get("/events/confirm?do=abandon&scope=all")
+    assert browser.post("/events/act", do="abandon", scope="all", reason=" ").status_code == 400
     assert "the reason has 0 characters, expected 1 to 500" in browser.text
     browser.get("/")
-    browser.get("/events/confirm?action=abandon&scope=all")
-    browser.post("/events/act", action="abandon", scope="all", reason="the customer left")
+    browser.get("/events/confirm?do=abandon&scope=all")
+    browser.post("/events/act", do="abandon", scope="all", reason="the customer left")
     assert row(outbox, rows[0]).last_error == "cancelled: the customer left"
 
 
 def test_an_action_that_applies_to_nothing_offers_only_the_way_back(browser, rows):
-    browser.get(f"/events/confirm?action=requeue&scope=selected&id={rows[3]}")
+    browser.get(f"/events/confirm?do=requeue&scope=selected&row={rows[3]}")
     assert "Nothing to requeue" in browser.text
     assert "/events/act" not in browser.page
 
 
 def test_an_action_without_a_selection_says_so(browser, rows):
-    answer = browser.get("/events/confirm?action=purge&scope=selected&status=sent")
+    answer = browser.get("/events/confirm?do=purge&scope=selected&status=sent")
     assert answer.request.full_path == "/events?status=sent"
     assert "No event is selected" in browser.text
 
@@ -106,29 +106,29 @@ def test_an_action_without_a_selection_says_so(browser, rows):
     ("fields", "words"),
     [
         (
-            {"action": "explode", "scope": "all"},
-            "action is 'explode', expected one of retry, requeue, abandon, purge",
+            {"do": "explode", "scope": "all"},
+            "do is 'explode', expected one of retry, requeue, abandon, purge",
         ),
-        ({"action": "purge", "scope": "some"}, "scope is 'some', expected all, selected or one"),
-        ({"action": "purge"}, "scope is '', expected all, selected or one"),
-        ({"action": "purge", "scope": "selected", "id": "x"}, "ids has the entry 'x'"),
+        ({"do": "purge", "scope": "some"}, "scope is 'some', expected all, selected or one"),
+        ({"do": "purge"}, "scope is '', expected all, selected or one"),
+        ({"do": "purge", "scope": "selected", "row": "x"}, "ids has the entry 'x'"),
     ],
 )
 def test_a_form_that_makes_no_sense_changes_nothing(browser, outbox, rows, fields, words):
-    browser.get("/events/confirm?action=purge&scope=all")
+    browser.get("/events/confirm?do=purge&scope=all")
     assert browser.post("/events/act", **fields).status_code == 400
     assert words in browser.text.replace("&#39;", "'")
     assert len(statuses(outbox)) == 5
 
 
 def test_without_its_token_no_action_is_done(browser, outbox, rows):
-    browser.get("/events/confirm?action=purge&scope=all")
-    assert browser.client.post("/events/act", data={"action": "purge", "scope": "all"}).status_code == 400
+    browser.get("/events/confirm?do=purge&scope=all")
+    assert browser.client.post("/events/act", data={"do": "purge", "scope": "all"}).status_code == 400
     assert len(statuses(outbox)) == 5
 
 
 def test_a_link_changes_nothing(browser, outbox, rows):
-    assert browser.get("/events/act?action=purge&scope=all").status_code == 405
+    assert browser.get("/events/act?do=purge&scope=all").status_code == 405
     assert len(statuses(outbox)) == 5
 
 
@@ -139,8 +139,8 @@ def test_a_read_only_console_offers_and_does_nothing(open_console, outbox, rows)
     browser.get("/events")
     assert "read-only" in browser.text
     assert "Purge" not in browser.text
-    assert browser.get("/events/confirm?action=purge&scope=all").status_code == 403
+    assert browser.get("/events/confirm?do=purge&scope=all").status_code == 403
     browser.get("/")
-    assert browser.post("/events/act", action="purge", scope="all").status_code == 403
+    assert browser.post("/events/act", do="purge", scope="all").status_code == 403
     assert "this console is read-only" in browser.text
     assert len(statuses(outbox)) == 5

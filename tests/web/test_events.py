@@ -51,7 +51,7 @@ def test_a_text_is_looked_for_in_so_many_events_and_then_further(browser, outbox
     monkeypatch.setattr(events, "_MOST_READ", 2)
     for number in range(4):
         add_row(outbox, payload_json=f'{{"order":{number}}}')
-    browser.get('/events?contains="order":0')
+    browser.get('/events?payload="order":0')
     assert "None of these events matches" in browser.text
     assert "the text was looked for in 2 events" in browser.text
     browser.get(re.search(r'rel="next" href="([^"]+)"', browser.page).group(1).replace("&amp;", "&"))
@@ -107,7 +107,7 @@ def test_nothing_in_an_event_is_run(browser, outbox):
         status="parked",
     )
     for page in ("/", "/events", "/events/1", f"/events?event_type={HOSTILE}&failure={HOSTILE}",
-                 f"/events/confirm?action=purge&scope=all&event_type={HOSTILE}"):  # fmt: skip
+                 f"/events/confirm?do=purge&scope=all&event_type={HOSTILE}"):  # fmt: skip
         browser.get(page)
         assert "<script>alert" not in browser.page
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in browser.page

@@ -57,7 +57,7 @@ function keepUpToDate(region) {
 
 function countSelected(form) {
   const all = form.querySelector("[data-all]");
-  const boxes = [...form.querySelectorAll("input[name=id]")];
+  const boxes = [...form.querySelectorAll("input[name=row]")];
   const chosen = form.querySelector("[data-chosen]");
   const bySelection = form.querySelector("input[name=scope][value=selected]");
 
