@@ -7,6 +7,7 @@ OutboxError
 ├── IllegalTransition       the lifecycle does not allow a move
 ├── SchemaError             the database's schema is missing, or older or newer than this program's
 ├── StorageError            a database operation failed
+│   └── OutcomeUnknown      the connection broke during a commit, which may be done or not
 └── UploadFailure           one upload did not succeed
     ├── HttpFailure         the service answered with another status than 2xx
     ├── TransportFailure    there was no complete answer
@@ -45,6 +46,10 @@ class SchemaError(OutboxError):
 
 class StorageError(OutboxError):
     """A database operation failed. The message says why and what to do."""
+
+
+class OutcomeUnknown(StorageError):  # noqa: N818 - the name says what is unknown
+    """The connection to the database server broke during a commit: all of it is done, or nothing."""
 
 
 class UploadFailure(OutboxError):  # noqa: N818 - a failure is data that policy judges, not a bug

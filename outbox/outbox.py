@@ -40,8 +40,7 @@ class Outbox(Operations):
     which says what to do. `Outbox.open` upgrades the schema first. An unsupported driver raises
     `ConfigurationError`.
 
-    `synchronous` applies to SQLite. With FULL, an accepted event survives a power cut; with NORMAL, only a crash
-    of the program.
+    `synchronous` applies to SQLite. With FULL, accepted events survive a power cut; with NORMAL, only a crash.
 
     With `strict`, or the policy of the original, every event needs a registered type.
 
@@ -80,6 +79,7 @@ class Outbox(Operations):
         """The rows, for the other modules of this package. Programs use the methods of this class."""
         self._redact = redact
         self.policy = (policy or Policy()).on(is_shared=self.store.is_shared)
+        self.store.wait_for_server(self.policy)
         self._is_strict = strict or self.policy.is_original  # to the original, other events are undecodable
         try:
             schema.check(self.engine)
@@ -176,9 +176,9 @@ class Outbox(Operations):
 
         Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if the
         session or connection can't be used, `QueueFull` if the policy rejects events at the cap, and
-        `StorageError`. Then nothing was recorded, with one exception: if the connection to a server breaks during
-        the commit, the result is unknown. It is also unknown after an exception from outside, such as
-        `KeyboardInterrupt` or the time limit of a task queue. With `event_id`, you can call this again.
+        `StorageError`. Then nothing was recorded, except after `OutcomeUnknown`: a connection broke during a
+        commit. The result is also unknown after an exception from outside, such as `KeyboardInterrupt` or the time
+        limit of a task queue. With `event_id`, commits that broke are repeated, and you can call this again.
         """
         # Lazy: while capture is off, nothing is converted.
         events = [event] if event_type is None else map(with_type, [event], [event_type])

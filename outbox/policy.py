@@ -80,6 +80,10 @@ class Policy:
     """Number of parked rows that return to the queue after each success."""
     unpark_spread_ms: int = 5_000
     """The due times of these rows are spread over this time, so that they do not all become due at once."""
+    enqueue_patience_ms: int = 5_000
+    """How long an `enqueue` or an operator's command is tried again while the database server is out of reach."""
+    flush_patience_ms: int = 30_000
+    """The same for the claims and outcomes of flushers and workers."""
     verdicts: Mapping[int, Verdict] = field(default_factory=dict, hash=False)
     """What an answer with one of these HTTP statuses (100 to 599) means, instead of the default, such as
     `{409: Verdict.TRANSIENT}`."""

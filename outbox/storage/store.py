@@ -7,6 +7,7 @@ from collections import defaultdict
 from sqlalchemy import Engine
 
 from outbox.clock import SharedClock, now_ms
+from outbox.policy import Policy
 from outbox.storage.acting import Acting
 from outbox.storage.bounds import Bounds
 from outbox.storage.claims import Claims
@@ -58,6 +59,15 @@ class Store:
         self.figures = Figures(engine)
         self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)
 
+    def wait_for_server(self, policy: Policy) -> None:
+        """Let the policy say how long operations are tried again while the database server is out of reach."""
+        self._writer.patience_ms = policy.enqueue_patience_ms
+        self._writer.flush_patience_ms = policy.flush_patience_ms
+
     def _read_clock(self) -> int:
         # By the writer, which tries again if the connection is broken.
-        return int(self._writer.run(lambda transaction: transaction.value(self._dialect.clock)))
+        return int(
+            self._writer.run(
+                lambda transaction: transaction.value(self._dialect.clock), repeatable=True, is_single=True
+            )
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
@@ -10,7 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 from sqlalchemy import CompoundSelect, Dialect, Engine, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 
-from outbox.failures import StorageError
+from outbox.clock import monotonic_s
+from outbox.failures import OutcomeUnknown, StorageError
 from outbox.storage import forks
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import begun, in_words, is_own, refusals, translated
@@ -19,7 +21,7 @@ from outbox.storage.sql import CHUNK
 Result = TypeVar("Result")
 Returning: TypeAlias = UpdateBase | Select[Any] | CompoundSelect[Any]
 
-# Between the tries: long enough in all for a server to fail over or to restart.
+# Between the tries, on average.
 _WAITS_S = (0.02, 0.05, 0.1, 0.5, 2.0)
 _ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
 _CREATED_NAMES = [f"created_at_ms_{number}" for number in range(CHUNK)]
@@ -27,10 +29,6 @@ _CREATED_NAMES = [f"created_at_ms_{number}" for number in range(CHUNK)]
 
 class _UndoneError(StorageError):
     """The server aborted the transaction, for example to end a deadlock, or went away. It can be run again."""
-
-
-class _UnknownError(StorageError):
-    """The connection broke during the commit."""
 
 
 class _UnreachableError(StorageError):
@@ -155,8 +153,26 @@ def without_nul(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def waits_s(patience_ms: int) -> Iterator[float]:
+    """Yield how long to wait before each further try, until `patience_ms` are over.
+
+    Random, because programs that lost their connections together must not all come back together.
+    """
+    end_s = monotonic_s() + patience_ms / 1_000
+    for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
+        varied_s = wait_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret depends on it
+        if monotonic_s() + varied_s > end_s:
+            return
+        yield varied_s
+
+
 class Writer:
     """Runs writing transactions on one engine, and caches their compiled statements."""
+
+    patience_ms = 5_000
+    """How long an operation is tried again while the server is out of reach."""
+    flush_patience_ms = 30_000
+    """The same for operations of flushers."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -170,7 +186,7 @@ class Writer:
         *,
         repeatable: bool = False,
         is_single: bool = False,
-        survives_power_cut: bool = True,  # noqa: ARG002 - servers decide that for all transactions
+        survives_power_cut: bool = True,
         shares_commit: bool = False,  # noqa: ARG002 - servers let transactions commit side by side
     ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
@@ -178,27 +194,32 @@ class Writer:
         An `is_single` operation runs one statement. If the driver commits each statement, no transaction is opened
         around it. This saves two of three round trips on PostgreSQL.
 
-        The operation is run again, a few times at most, if the server aborted the transaction, for example to end
-        a deadlock, or if the connection broke before the commit; this also waits for a server that went away. If
-        the connection breaks during the commit, the result is unknown. Then only a `repeatable` operation is run
-        again. Raises `StorageError`, and does so at once if the first connection can't be opened.
+        The operation is run again if the server aborted the transaction, for example to end a deadlock, if the
+        connection broke before the commit, or if none can be opened. This ends after `patience_ms`, or after
+        `flush_patience_ms` without `survives_power_cut`, because such operations are those of flushers. If the
+        connection breaks during the commit, the result is unknown. Then only a `repeatable` operation is run
+        again.
+
+        Raises `StorageError`, and `OutcomeUnknown` if a commit may be done.
         """
-        began = False
+        unknown: OutcomeUnknown | None = None
+        waits = waits_s(self.patience_ms if survives_power_cut else self.flush_patience_ms)
         with forks.held_back(), translated(self._engine):
-            for wait_s in _WAITS_S:
+            while True:
                 try:
                     return self._once(operation, is_single=is_single)
-                except _UndoneError:
-                    began = True
-                except _UnknownError:
+                except OutcomeUnknown as error:
                     if not repeatable:
                         raise
-                    began = True
-                except _UnreachableError:
-                    if not began:
-                        raise
+                    failure: StorageError = error
+                    unknown = error
+                except (_UndoneError, _UnreachableError) as error:
+                    failure = unknown or StorageError(str(error))
+                    failure.__cause__ = failure.__cause__ or error.__cause__
+                wait_s = next(waits, None)
+                if wait_s is None:
+                    raise failure
                 time.sleep(wait_s)
-            return self._once(operation, is_single=is_single)
 
     def on(self, cursor: Any) -> Transaction:
         """Return a transaction on a driver's cursor; the owner of the cursor begins and ends it."""
@@ -231,7 +252,7 @@ class Writer:
                     self._engine.dispose()  # the others of the pool lead to the same server
                     raise _UndoneError(words) from error.orig
                 if error.connection_invalidated and committing:
-                    raise _UnknownError(
+                    raise OutcomeUnknown(
                         f"{words}; the connection broke during the commit, it is not known whether that was done"
                     ) from error.orig
                 if error.connection_invalidated or not codes.isdisjoint(self._database.given_up):

@@ -307,7 +307,7 @@ def test_a_server_that_became_read_only_is_left_for_a_new_connection(
 def test_a_server_that_stays_read_only_is_told_in_its_own_words(
     outbox: Outbox, host: Engine, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transactions, "_WAITS_S", (0, 0))
+    monkeypatch.setattr(transactions, "waits_s", lambda _: iter([0] * 2))
     answer(
         outbox,
         {

@@ -551,7 +551,7 @@ def test_a_connection_that_is_killed_before_the_commit_costs_nothing(
 def test_a_server_that_never_stops_to_conflict_is_told_in_its_own_words(
     watched: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transactions, "_WAITS_S", (0, 0))
+    monkeypatch.setattr(transactions, "waits_s", lambda _: iter([0] * 2))
     watched.enqueue(rule_fired())
     tries = []
 
@@ -754,7 +754,7 @@ def private(servers: Servers) -> Iterator[PrivatePostgresql]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transactions, "_WAITS_S", (0,) * 5)
+    monkeypatch.setattr(transactions, "waits_s", lambda _: iter([0] * 5))
 
 
 @pytest.mark.slow
