@@ -525,7 +525,7 @@ def _churn(url: URL, number: int, kept: int, label: str) -> None:
 _SIZES = (
     "table_size(relid)",
     "indexes_size(relid)",
-    "relation_size('observation_events_claim_idx')",
+    "relation_size('observation_events_untried_idx')",
 )
 
 

@@ -16,7 +16,7 @@ from conditions import FOREVER_S
 from outbox import (
     Outbox,
 )
-from outbox.storage.dialects import postgresql
+from outbox.storage import postgresql_listener
 from outbox.storage.engines import open_engine
 from outbox.wakeup import Wakeup
 
@@ -26,7 +26,7 @@ from outbox.wakeup import Wakeup
 def test_who_can_not_listen_sleeps_all_the_same(outbox: Outbox, monkeypatch, fault: str) -> None:
     engine = outbox.engine
     if fault == "the statement is refused":
-        monkeypatch.setattr(postgresql, "CHANNEL", "no name")
+        monkeypatch.setattr(postgresql_listener, "CHANNEL", "no name")
     else:
         engine = open_engine(engine.url.set(database="outbox_that_is_not_there"))
     bell = Wakeup(engine)

@@ -16,6 +16,7 @@ from outbox.storage.dialects import dialect_of
 EVENT_ID_INDEX = "observation_events_event_id_idx"
 QUEUE_INDEX = "observation_events_queue_idx"
 WAITING_INDEX = "observation_events_waiting_idx"
+TIMES_INDEX = "observation_events_times_idx"
 DELIVERED_INDEX = "observation_events_delivered_idx"
 
 _PENDING = "status = 'pending' AND waits_for IS"
@@ -23,6 +24,8 @@ _FRESH = f"{_PENDING} NULL AND next_attempt_at_ms <= created_at_ms"
 _BROUGHT_BACK = f"{_PENDING} NULL AND next_attempt_at_ms > created_at_ms"
 """Rows that wait, but not because they failed."""
 _FAILED = f"{_PENDING} NOT NULL"
+_TIMED = f"waits_for IS NULL AND (status = 'sending' OR ({_BROUGHT_BACK}))"
+"""Rows brought back, and rows under a lease that did not fail before."""
 _UNDELIVERED = "status IN ('pending', 'sending') AND waits_for"
 
 _IN_ORDER = ("created_at_ms", "id", "next_attempt_at_ms", "status")
@@ -48,8 +51,10 @@ def event_indexes() -> list[Index]:
         ("due", (*_BY_DUE_TIME, "waits_for"), _BROUGHT_BACK),
         ("failed", ("waits_for", *_IN_ORDER), _FAILED),
         ("retry", ("waits_for", *_BY_DUE_TIME, "suspected_at_ms"), _FAILED),
-        # PostgreSQL.
-        ("claim", _IN_ORDER, f"{_UNDELIVERED} IS NULL"),
+        # PostgreSQL: the same orders. An enqueue writes one of them, and so does a claim.
+        ("untried", _IN_ORDER, _FRESH),
+        ("again", _IN_ORDER, _BROUGHT_BACK),
+        ("timed", ("status", *_BY_DUE_TIME[:-1]), _TIMED),
         ("others", (*_IN_ORDER, "waits_for"), f"{_UNDELIVERED} <> 'row'"),
         ("later", ("waits_for", *_BY_DUE_TIME), f"{_UNDELIVERED} IS NOT NULL"),
         ("lost", ("created_at_ms", "id"), "lost_leases > 0"),
@@ -64,6 +69,7 @@ def event_indexes() -> list[Index]:
         # Where there are no partial indexes.
         ("queue", ("status", "created_at_ms", "id", "next_attempt_at_ms"), None),
         ("waiting", ("status", "waits_for", "created_at_ms", "id", "next_attempt_at_ms"), None),
+        ("times", ("status", "waits_for", "next_attempt_at_ms", "created_at_ms", "id"), None),
         ("delivered", ("status", "sent_at_ms", "id"), None),
     ]
     return [

@@ -1,10 +1,14 @@
-"""How PostgreSQL takes the rows that are due: a claim is one statement, which leaves locked rows to others."""
+"""How PostgreSQL takes the rows that are due.
+
+A claim is first tried as one statement, which leaves locked rows to others. It has no rows if it would have to
+pass many rows that are not due. Then the rows are found as on other servers.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import CTE, Select, Update, and_, exists, func, or_, select, union_all
+from sqlalchemy import CTE, Select, Update, and_, exists, func, literal_column, or_, select, union_all
 
 from outbox.outcomes import WaitsFor
 from outbox.pauses import PROBE_AFTER, SharedPause
@@ -12,43 +16,59 @@ from outbox.records import Claim
 from outbox.storage.claimed import (
     CLAIM,
     Kind,
+    Part,
     Wanted,
     batch_size,
     claim_of_due,
     claimed_columns,
     claims_alone,
+    is_pending,
+    is_sending,
     is_undelivered,
-    newest_first,
+    lost_some,
     waits_for_other,
     waits_for_row,
 )
+from outbox.storage.due_rows import Rows, Search
 from outbox.storage.holds import IS_HELD
 from outbox.storage.sql import (
     columns,
     did_not_fail,
-    failed_before,
+    has_creation_time,
     has_due_time,
     is_due,
     literal,
     lock,
     move,
+    never_tried,
     now,
     of_destination,
     oldest_first,
     this_destination,
+    was_tried,
 )
 from outbox.storage.tables import destinations
 from outbox.storage.transactions import Transaction
 
-_with_others = and_(is_undelivered, is_due, ~claims_alone)
-# An index on the due time answers at once. A walk in the order of the claim would pass all waiting rows.
-_is_any_due = or_(
-    *(
-        exists().where(of_destination, is_undelivered, columns.waits_for == literal(one), is_due)
-        for one in WaitsFor
-        if one is not WaitsFor.ROW
-    )
-)
+# What each index has, in the words that let the planner choose it.
+_untried = (is_pending, did_not_fail, never_tried)
+_brought_back = (is_pending, did_not_fail, was_tried)
+_leased = (is_sending, did_not_fail)
+_others = (is_undelivered, waits_for_other)
+_last = (is_undelivered, waits_for_row)
+
+_UNTRIED = Rows(_untried)
+_BROUGHT_BACK = Rows(_brought_back, by_time=(_brought_back,))
+_OTHERS = tuple((is_undelivered, columns.waits_for == literal(one)) for one in WaitsFor if one is not WaitsFor.ROW)
+SEARCHES = {
+    Part.FRESH: Search(_UNTRIED, _BROUGHT_BACK, Rows((*_leased, ~lost_some))),
+    Part.NEWEST: Search(_UNTRIED, _BROUGHT_BACK, Rows((*_leased, ~lost_some)), is_newest=True),
+    Part.ALONE: Search(Rows((claims_alone,))),
+    Part.OTHERS: Search(Rows((*_others, ~claims_alone), by_time=tuple((*one, ~claims_alone) for one in _OTHERS))),
+    Part.LAST: Search(Rows((*_last, ~claims_alone))),
+    Part.ANY: Search(_UNTRIED, _BROUGHT_BACK, Rows(_leased), Rows(_others, by_time=_OTHERS), Rows(_last)),
+}
+
 _known = destinations.c
 _is_unheld = ~exists().where(IS_HELD)
 _is_unpaused = and_(
@@ -59,6 +79,21 @@ _is_unpaused = and_(
     ),
 )
 _seen = select(_known.pauses).where(this_destination).scalar_subquery()
+
+
+def _none_due(*conditions: Any) -> Any:
+    """Return the condition that no such row is due. It needs an index in the order of the due time."""
+    due = select(columns.next_attempt_at_ms).where(of_destination, *conditions, is_due)
+    return due.order_by(columns.next_attempt_at_ms).limit(1).scalar_subquery().is_(None)
+
+
+def _mostly_due(*conditions: Any) -> Any:
+    """Return the condition that a walk from the oldest such row meets a batch that is due, or the end, soon."""
+    look_at = batch_size * literal_column("4")
+    oldest = select(columns.next_attempt_at_ms).where(of_destination, *conditions).order_by(*oldest_first)
+    head = oldest.limit(look_at).subquery()
+    due = func.count().filter(head.c.next_attempt_at_ms <= now)
+    return select(or_(due >= batch_size, func.count() < look_at)).select_from(head).scalar_subquery()
 
 
 def _chosen(name: str, *conditions: Any, order: Any = oldest_first, at_most: Any = batch_size) -> CTE:
@@ -78,51 +113,42 @@ def _claim(*parts: CTE) -> Update:
     return claimed.returning(*claimed_columns, _seen, chosen.c.next_attempt_at_ms)
 
 
-def _fresh(*conditions: Any, order: Any = oldest_first) -> Update:
-    return _claim(_chosen("fresh", _with_others, did_not_fail, *conditions, order=order))
-
-
-def _failed(*conditions: Any) -> Update:
-    alone = _chosen("alone", claims_alone, is_due, *conditions, at_most=1)
-    is_none_alone = ~exists(select(alone.c.id))
-    others = _chosen("others", _with_others, waits_for_other, _is_any_due, is_none_alone, *conditions)
+def _failed() -> Update:
+    with_others = (is_due, ~claims_alone, _is_unpaused)
+    is_none_alone = ~exists().where(of_destination, claims_alone, is_due)
+    others = _chosen("others", *_others, *with_others, is_none_alone, _mostly_due(*_others))
     room = batch_size - select(func.count()).select_from(others).scalar_subquery()
-    last = _chosen("last", _with_others, waits_for_row, is_none_alone, *conditions, at_most=room)
-    return _claim(alone, others, last)
+    last = _chosen("last", *_last, *with_others, is_none_alone, _mostly_due(*_others), at_most=room)
+    return _claim(others, last)
 
 
-class _Statements(NamedTuple):
-    """The claims of one kind: one ignores holds and pauses. The other has no rows then, or if a probe is due."""
-
-    claim: Update
-    claim_unless_paused: Update
-
-
-_CLAIMS = {
-    Kind.FRESH: _Statements(_fresh(), _fresh(_is_unpaused)),
-    Kind.FAILED: _Statements(_failed(), _failed(_is_unpaused)),
+CLAIM_AT_ONCE = {
+    Kind.FRESH: _claim(
+        _chosen("fresh", *_untried, is_due, _is_unpaused, _none_due(*_brought_back), _none_due(*_leased))
+    ),
+    Kind.FAILED: _failed(),
 }
-CLAIM_NEWEST = _fresh(order=newest_first)
-CLAIM_ANY = _claim(
-    _chosen("fresh", is_undelivered, is_due, did_not_fail),
-    _chosen("others", is_undelivered, is_due, waits_for_other, _is_any_due),
-    _chosen("last", is_undelivered, is_due, waits_for_row),
-)
+
+_by_due_time = (columns.next_attempt_at_ms,)
 CLAIM_NEVER_DUE = _claim(
-    _chosen("fresh", is_undelivered, did_not_fail, ~has_due_time, _is_unheld),
-    _chosen("failed", is_undelivered, failed_before, ~has_due_time, _is_unheld),
+    _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, _is_unheld),
+    _chosen("again", *_brought_back, ~has_due_time, _is_unheld, order=_by_due_time),
+    _chosen("leased", *_leased, ~has_due_time, _is_unheld, order=_by_due_time),
+    _chosen(
+        "failed",
+        is_undelivered,
+        columns.waits_for.in_([literal(one) for one in WaitsFor]),
+        ~has_due_time,
+        _is_unheld,
+    ),
 )
 
 
-def take(transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-    """Claim the rows of a kind that are due."""
-    if wanted.is_newest:
-        statement = CLAIM_NEWEST
-    elif kind is Kind.ANY:
-        statement = CLAIM_ANY
-    else:
-        statement = _CLAIMS[kind].claim_unless_paused if wanted.unless_paused else _CLAIMS[kind].claim
-    return _claimed(transaction, statement, kind, wanted)
+def take_at_once(transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
+    """Claim rows of a kind if that is one walk. There are none during a hold or a pause, or if a probe is due."""
+    if kind is Kind.ANY or wanted.is_newest:
+        return Claim([])
+    return _claimed(transaction, CLAIM_AT_ONCE[kind], kind, wanted)
 
 
 def take_never_due(transaction: Transaction, wanted: Wanted) -> Claim:

@@ -70,6 +70,7 @@ TESTED_WITH = {
     "storage/indexes.py": "promises/test_growth.py",
     "storage/intake.py": "test_outbox.py",
     "storage/pings.py": "promises/test_servers.py",
+    "storage/postgresql_listener.py": "test_wakeup.py",
     "storage/revival.py": "test_maintenance.py",
     "storage/row_counts.py": "storage/test_bounds.py",
     "storage/sql.py": "test_maintenance.py",

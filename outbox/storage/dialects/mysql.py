@@ -25,43 +25,23 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 
 from outbox.failures import StorageError
-from outbox.lifecycle import moves
+from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
-from outbox.storage.claimed import (
-    Part,
-    Wanted,
-    claims_alone,
-    is_due_or_never,
-    newest_first,
-    to_claim,
-    waits_for_row,
-)
+from outbox.records import Claim
+from outbox.storage.claimed import CLAIM_ROWS, Kind, Part, Wanted, claim_of_due, claims_alone, waits_for_row
 from outbox.storage.column_types import LONGEST_NAME, LongText, Name, ShortText, TextDefault
 from outbox.storage.dialects.base import Dialect, Ending
+from outbox.storage.due_rows import LOCK_ROWS_IF_DUE, Rows, Search
 from outbox.storage.engines import MIGRATION_LOCK
-from outbox.storage.indexes import QUEUE_INDEX, WAITING_INDEX
+from outbox.storage.indexes import QUEUE_INDEX, TIMES_INDEX, WAITING_INDEX
 from outbox.storage.inserts import KNOWN, known
-from outbox.storage.sql import (
-    by_id,
-    columns,
-    did_not_fail,
-    events,
-    is_one_of,
-    is_source,
-    literal,
-    lock,
-    of_destination,
-    oldest_first,
-    these_rows,
-)
+from outbox.storage.sql import columns, did_not_fail, events, has_due_time, is_one_of, literal, of_destination
 from outbox.storage.transactions import Transaction
 
 _NAMES = ("mysql", "mariadb")
 
 # How long a migration waits for another one; MariaDB can't wait for ever.
 _MIGRATION_PATIENCE_S = 3_600
-# How many batches a claim looks at first.
-_BATCHES_READ = 4
 _KNOWN_NOW = KNOWN.with_for_update(read=True)
 
 
@@ -96,81 +76,44 @@ def _walk(statement: _Statement, index: str) -> _Statement:
     return statement
 
 
-# Locking the due rows in this query would lock every row that it reads, such as a million waiting rows.
-@cache
-def read_due(part: Part) -> Any:
-    """Return the query for the ids of the first rows of a part that are due, or whose due time is invalid.
+def _rows(*waits: Any, index: str = WAITING_INDEX) -> Iterator[Rows]:
+    """Yield the rows of one reason to wait: pending ones may wait long, those under a lease are few."""
+    pending, sending = ((is_one_of(columns.status, one), *waits) for one in (Status.PENDING, Status.SENDING))
+    yield Rows(pending, index, by_time=(pending,), time_index=TIMES_INDEX)
+    yield Rows(sending, index)
 
-    It walks an index in order, for each status and each reason to wait.
-    """
-    walks = [
-        (index, is_one_of(columns.status, status), *conditions)
-        for status in moves()["claim"].sources
-        for index, *conditions in _walks(part)
-    ]
-    order = newest_first if part is Part.NEWEST else oldest_first
-    rows = [
-        _walk(
-            select(columns.id, columns.created_at_ms)
-            .where(of_destination, *conditions, *_apart_from_alone(part), is_due_or_never)
-            .order_by(*order)
-            .limit(bindparam("at_most")),
-            index,
+
+_not_alone = ~claims_alone
+_FRESH = [*_rows(did_not_fail, _not_alone)]
+_FAILED = {one: columns.waits_for == literal(one) for one in WaitsFor}
+# MySQL reads an index in order only for one status and one reason to wait at a time.
+SEARCHES = {
+    Part.FRESH: Search(*_FRESH, hinted=_walk),
+    Part.NEWEST: Search(*_FRESH, is_newest=True, hinted=_walk),
+    Part.ALONE: Search(Rows((claims_alone,), QUEUE_INDEX), hinted=_walk),
+    Part.OTHERS: Search(
+        *(rows for one, waits in _FAILED.items() if one is not WaitsFor.ROW for rows in _rows(waits, _not_alone)),
+        hinted=_walk,
+    ),
+    Part.LAST: Search(*_rows(waits_for_row, _not_alone), hinted=_walk),
+    Part.ANY: Search(
+        *(rows for waits in (did_not_fail, *_FAILED.values()) for rows in _rows(waits)), hinted=_walk
+    ),
+}
+NEVER_DUE = union_all(
+    *(
+        select(
+            _walk(
+                select(columns.id)
+                .where(of_destination, is_one_of(columns.status, status), waits, ~has_due_time)
+                .limit(bindparam("batch_size")),
+                TIMES_INDEX,
+            ).subquery()
         )
-        for index, *conditions in walks
-    ]
-    union = union_all(*(select(one.subquery()) for one in rows))
-    found = (union.selected_columns.created_at_ms, union.selected_columns.id)
-    ordered = union.order_by(*(column.desc() if part is Part.NEWEST else column for column in found))
-    return ordered.limit(bindparam("at_most"))
-
-
-def _walks(part: Part) -> list[tuple[Any, ...]]:
-    if part in {Part.ANY, Part.ALONE}:
-        return [(QUEUE_INDEX,)]
-    if part is Part.OTHERS:
-        others = [one for one in WaitsFor if one is not WaitsFor.ROW]
-        return [(WAITING_INDEX, columns.waits_for == literal(one)) for one in others]
-    return [(WAITING_INDEX, waits_for_row if part is Part.LAST else did_not_fail)]
-
-
-def _apart_from_alone(part: Part) -> list[Any]:
-    if part is Part.ANY:
-        return []
-    return [claims_alone if part is Part.ALONE else ~claims_alone]
-
-
-LOCK_ROWS_IF_DUE = by_id(
-    lock(
-        select(*to_claim, columns.next_attempt_at_ms).where(
-            these_rows, is_source("claim", columns.status), is_due_or_never
-        )
+        for status in (Status.PENDING, Status.SENDING)
+        for waits in (did_not_fail, *_FAILED.values())
     )
-)
-
-
-def _lock_due(transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
-    """Lock the first due rows of a part that no other transaction has locked, and no other row.
-
-    Flushers that read at the same time find the same ids. So this reads more ids than one batch, and then still
-    more, until it has locked a batch or has tried all due rows.
-    """
-    locked: list[tuple[Any, ...]] = []
-    tried: set[int] = set()
-    now, at_most = wanted.now_ms, wanted.at_most
-    look_at = at_most * _BATCHES_READ
-    while True:
-        these_due = {"destination": wanted.destination, "now": now, "at_most": look_at}
-        found = [row_id for row_id, _ in transaction.rows(read_due(part), **these_due)]
-        untried = [row_id for row_id in found if row_id not in tried]
-        while untried and len(locked) < at_most:
-            missing = at_most - len(locked)
-            these, untried = untried[:missing], untried[missing:]
-            tried.update(these)
-            locked += transaction.rows_of(LOCK_ROWS_IF_DUE, these, now=now)
-        if len(locked) == at_most or len(found) < look_at:
-            return locked
-        look_at *= 2
+).limit(bindparam("batch_size"))
 
 
 class MySQL(Dialect):
@@ -200,7 +143,9 @@ class MySQL(Dialect):
     read_only = frozenset({1047, 1290, 1836})
     duplicate = frozenset({1062})
     # There are no partial indexes: one for each order starts with the status.
-    indexes = frozenset(f"observation_events_{name}_idx" for name in ("event_id", "queue", "waiting", "delivered"))
+    indexes = frozenset(
+        f"observation_events_{name}_idx" for name in ("event_id", "queue", "waiting", "times", "delivered")
+    )
     inserts_several = False  # the driver reports the id of a single row only
     last_insert_id = select(func.last_insert_id())
 
@@ -250,8 +195,18 @@ class MySQL(Dialect):
         return known(transaction, destination, event_ids, _KNOWN_NOW)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
-        """Lock the first due rows of a part that no other transaction has locked, and no other row."""
-        return _lock_due(transaction, part, wanted)
+        """Lock the first due rows of a part that no other transaction has locked, and no other row.
+
+        A query that locks would lock each row that it reads, such as a million waiting rows.
+        """
+        return SEARCHES[part].lock(transaction, wanted)
+
+    def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
+        """Find rows with huge times, at the end of the index by the due time."""
+        found = transaction.rows(NEVER_DUE, destination=wanted.destination, batch_size=wanted.at_most)
+        locked = transaction.rows_of(LOCK_ROWS_IF_DUE, [row_id for (row_id,) in found], now=wanted.now_ms)
+        transaction.change_rows(CLAIM_ROWS, [row[0] for row in locked], lease_until=wanted.lease_until_ms)
+        return claim_of_due(locked, Kind.ANY)
 
 
 @cache

@@ -34,22 +34,33 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.records import Claim, Listener
-from outbox.storage import forks, postgresql_claims
-from outbox.storage.claimed import MOVE_TO_SENT, Kind, Wanted, waits_for_other, waits_for_row
+from outbox.storage import postgresql_claims, postgresql_listener
+from outbox.storage.claimed import (
+    MOVE_TO_SENT,
+    Kind,
+    Part,
+    Wanted,
+    is_pending,
+    is_sending,
+    waits_for_other,
+    waits_for_row,
+)
 from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.engines import MIGRATION_LOCK, Synchronous, translated
+from outbox.storage.engines import MIGRATION_LOCK, Synchronous
 from outbox.storage.inserts import Rows, insert_new
-from outbox.storage.sql import columns, contains_text, did_not_fail, failed_before, oldest, upsert
+from outbox.storage.sql import (
+    columns,
+    contains_text,
+    did_not_fail,
+    failed_before,
+    never_tried,
+    oldest,
+    upsert,
+    was_tried,
+)
 from outbox.storage.transactions import Transaction
 
 log = logging.getLogger("outbox")
-
-CHANNEL = "observation_events"
-"""The channel that the commit of new events notifies.
-
-Outboxes in other schemas share it: a flusher that wakes for their events finds none.
-"""
-
 
 _uploaded = (
     func.unnest(bindparam("ids", type_=ARRAY(BigInteger)), bindparam("created_at_ms", type_=ARRAY(BigInteger)))
@@ -99,20 +110,36 @@ class PostgreSQL(Dialect):
     stores_nul = False
     indexes = frozenset(
         f"observation_events_{name}_idx"
-        for name in ("event_id", "claim", "others", "later", "lost", "sent", "parked", "abandoned")
+        for name in (
+            "event_id",
+            "untried",
+            "again",
+            "timed",
+            "others",
+            "later",
+            "lost",
+            "sent",
+            "parked",
+            "abandoned",
+        )
     )
     # Part of the INSERT, so it needs no extra round trip. PostgreSQL sends equal notifications of a transaction
     # once.
-    notification = literal_column(f"pg_notify('{CHANNEL}', '')")
+    notification = literal_column(f"pg_notify('{postgresql_listener.CHANNEL}', '')")
     checks_pause = True
     delivers_at_once = True
     # One condition for each index.
-    pending = tuple(and_(*Dialect.pending, waits) for waits in (did_not_fail, failed_before))
+    pending = (
+        and_(is_pending, did_not_fail, never_tried),
+        and_(is_pending, did_not_fail, was_tried),
+        and_(is_sending, did_not_fail),
+        and_(*Dialect.pending, failed_before),
+    )
     undelivered_to_trim = (
-        *(
-            oldest(Status.PENDING, Status.SENDING, only=waits)
-            for waits in (did_not_fail, waits_for_other, waits_for_row)
-        ),
+        oldest(Status.PENDING, only=and_(did_not_fail, never_tried)),
+        oldest(Status.PENDING, only=and_(did_not_fail, was_tried)),
+        oldest(Status.SENDING, only=did_not_fail),
+        *(oldest(Status.PENDING, Status.SENDING, only=waits) for waits in (waits_for_other, waits_for_row)),
         oldest(Status.PARKED),
     )
 
@@ -201,8 +228,15 @@ class PostgreSQL(Dialect):
         return insert_new(transaction, postgresql.insert, rows, notification)
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-        """Lock and move the rows, and look for a hold and a pause, by one statement."""
-        return postgresql_claims.take(transaction, kind, wanted)
+        """Lock and move the rows, and look for a hold and a pause, by one statement if possible."""
+        claimed = postgresql_claims.take_at_once(transaction, kind, wanted)
+        if claimed.rows or wanted.unless_paused:
+            return claimed
+        return super().claim(transaction, kind, wanted)
+
+    def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
+        """Lock the first due rows of a part that no other transaction has locked, and no other row."""
+        return postgresql_claims.SEARCHES[part].lock(transaction, wanted)
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
         """Find rows with huge times, which the other statements' index scans never reach."""
@@ -218,65 +252,11 @@ class PostgreSQL(Dialect):
 
     def listen(self, engine: Engine) -> Listener | None:
         """Listen on a connection of its own. Only psycopg reports notifications, and only without a pooler."""
-        return _listen(engine) if engine.dialect.driver == "psycopg" else None
+        return postgresql_listener.listen(engine) if engine.dialect.driver == "psycopg" else None
 
     def hidden_commands(self, connection: Connection) -> list[str]:
         """Look for row-level security without a policy for this user."""
         return list(connection.scalars(HIDDEN_COMMANDS))
-
-
-class _Listener:
-    """A connection that runs LISTEN."""
-
-    def __init__(self, connection: Any, error: type[Exception]) -> None:
-        self._connection = connection
-        self._error = error
-
-    def fileno(self) -> int:
-        return int(self._connection.fileno())
-
-    def hear(self) -> bool:
-        try:
-            self._connection.pgconn.consume_input()
-            while self._connection.pgconn.notifies():
-                pass
-        except self._error as error:
-            log.debug(
-                "the connection that listened is broken: %s", error, extra={"event_name": "outbox.listening_ended"}
-            )
-            return False
-        return True
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def _listen(engine: Engine) -> _Listener | None:
-    with forks.held_back(), translated(engine):
-        pooled = engine.raw_connection()
-        connection: Any = pooled.driver_connection
-        pooled.detach()  # it is never returned to the pool
-        try:
-            connection.rollback()
-            connection.autocommit = True
-            if is_behind_pooler(connection):
-                # The pooler would deliver the notifications to any of its clients.
-                connection.close()
-                return None
-            connection.execute(f"LISTEN {CHANNEL}")
-        except BaseException:
-            connection.close()
-            raise
-    return _Listener(connection, engine.dialect.loaded_dbapi.Error)
-
-
-def is_behind_pooler(connection: Any) -> bool:
-    """Tell whether a pooler, such as PgBouncer, stands between psycopg's connection and PostgreSQL.
-
-    A pooler reports a process id of its own, because its clients share the server's processes.
-    """
-    ((process_id,),) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchall()
-    return bool(process_id != connection.info.backend_pid)
 
 
 def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
@@ -288,7 +268,7 @@ def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
 
     @event.listens_for(engine, "connect")
     def _look(connection: Any, _record: ConnectionPoolEntry) -> None:
-        if is_behind_pooler(connection):
+        if postgresql_listener.is_behind_pooler(connection):
             connection.prepare_threshold = None
             log.warning(
                 "%s: prepare_threshold is ignored, because a pooler stands in between",
