@@ -12,6 +12,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from outbox.failures import ConfigurationError
 from outbox.filters import Where
+from outbox.lifecycle import moves
 from outbox.maintenance import ActionReport, PurgeReport
 from outbox.outbox import Outbox
 from outbox.stats import counted
@@ -39,6 +40,8 @@ class Action:
     effect: str
     run: Callable[[Outbox, Where, str, bool], Report]
     """Acts on an outbox, or only counts. The text is the reason."""
+    trigger: str | None
+    """The move that it makes; None stands for a deletion, which any status allows."""
     is_final: bool = False
     needs_reason: bool = False
 
@@ -54,6 +57,7 @@ ACTIONS = {
             "They become due now, and the pauses of their destinations end. Events scheduled for later stay"
             " as they are.",
             lambda outbox, where, _, dry_run: outbox.retry(where, dry_run=dry_run),
+            "retry_now",
         ),
         Action(
             "requeue",
@@ -62,6 +66,7 @@ ACTIONS = {
             "that are abandoned",
             "They return to the queue as if they were new: their failures and their age are reset.",
             lambda outbox, where, _, dry_run: outbox.requeue(where, dry_run=dry_run),
+            "requeue",
         ),
         Action(
             "abandon",
@@ -70,6 +75,7 @@ ACTIONS = {
             "that are pending or parked",
             "They are not sent. They stay here with your reason, and Requeue returns them to the queue.",
             lambda outbox, where, reason, dry_run: outbox.abandon(where=where, reason=reason, dry_run=dry_run),
+            "cancel",
             needs_reason=True,
         ),
         Action(
@@ -79,10 +85,20 @@ ACTIONS = {
             "that are not being sent",
             "They are deleted for good, with their payloads. This can't be undone. The ledger keeps their number.",
             lambda outbox, where, _, dry_run: outbox.purge(where=where, dry_run=dry_run),
+            None,
             is_final=True,
         ),
     )
 }
+
+
+def actions_for(status: str) -> list[Action]:
+    """Return the actions that may apply to an event with this status."""
+    return [
+        action
+        for action in ACTIONS.values()
+        if action.trigger is None or status in moves()[action.trigger].sources
+    ]
 
 
 @dataclass(frozen=True)

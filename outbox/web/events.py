@@ -11,7 +11,7 @@ from outbox.life import OF_PAYLOAD, event_facts, pretty
 from outbox.lifecycle import Status
 from outbox.reasons import without_body
 from outbox.web import filters
-from outbox.web.actions import ACTIONS, listing_url
+from outbox.web.actions import ACTIONS, actions_for, listing_url
 from outbox.web.console import console
 from outbox.web.filters import Filters
 
@@ -42,7 +42,7 @@ def listing() -> tuple[str, int]:
     stats = settings.looks.latest()  # only to suggest names
     page = render_template(
         "events.html",
-        actions=ACTIONS,
+        actions=ACTIONS.values(),
         destinations=sorted(stats.by_destination) if stats else [],
         events=events,
         filters=found,
@@ -77,7 +77,7 @@ def one(row_id: int) -> str:
     facts = dict(event_facts(row, now_ms=now_ms, policy=settings.outbox.policy, pauses=pauses, holds=holds))
     return render_template(
         "event.html",
-        actions=ACTIONS,
+        actions=actions_for(row.status),
         row=row,
         what_next=facts["next"],
         facts=[

@@ -86,13 +86,15 @@ def destination_rows(look: Look) -> list[tuple[str, DestinationStats, str]]:
     ]
 
 
-def destination_in_words(one: DestinationStats, pause: Pause | None, hold: Hold | None, *, now_ms: int) -> str:
-    """Say what happens at a destination now."""
+def destination_in_words(
+    one: DestinationStats | None, pause: Pause | None, hold: Hold | None, *, now_ms: int
+) -> str:
+    """Say what happens at a destination now. None stands for one without events."""
     if hold is not None:
         return hold_in_words(hold)
     if pause is not None:
         return pause_in_words(pause, now_ms=now_ms)
-    if one.next_due_at_ms is None:
+    if one is None or one.next_due_at_ms is None:
         return "nothing is waiting"
     if one.overdue_ms:
         return f"an event has been due for {duration(one.overdue_ms)}"

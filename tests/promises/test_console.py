@@ -106,6 +106,20 @@ def test_an_operator_abandons_all_that_match(open_page, outbox, rows):
     assert statuses(outbox)[1] == "parked"
 
 
+def test_an_operator_holds_and_resumes_a_destination(open_page, outbox, rows):
+    page = open_page("/destinations")
+    page.get_by_text("Put billing on hold…").click()
+    billing = page.get_by_role("region", name="billing")
+    billing.get_by_label("Why").fill("it moves")
+    billing.get_by_label("For how long").fill("2h")
+    billing.get_by_role("button", name="Hold billing").click()
+    expect(page.get_by_text("billing is on hold.")).to_be_visible()
+    assert [hold.why for hold in outbox.stats().holds] == ["it moves"]
+    page.get_by_role("button", name="Resume billing").click()
+    expect(page.get_by_text("billing is no longer on hold.")).to_be_visible()
+    assert outbox.stats().holds == []
+
+
 def test_all_on_a_page_can_be_selected_at_once(open_page, rows):
     page = open_page("/events")
     page.get_by_label("All on this page").check()

@@ -1,6 +1,15 @@
 from __future__ import annotations
 
-from builders import add_row
+import pytest
+
+from builders import NOON_MS, add_row
+from outbox.clock import now_ms
+from outbox.pauses import SharedPause
+from outbox.web import destinations
+
+
+def pause(outbox, name, **fields):
+    outbox.store.pauses.change(name, lambda _: SharedPause(**{"number": 1, "last_error": "503 Down", **fields}))
 
 
 def test_each_destination_is_named_with_what_happens_there(browser, outbox):
@@ -23,3 +32,78 @@ def test_a_hold_is_told_on_both_pages(browser, outbox):
 def test_without_events_there_are_no_destinations(browser):
     browser.get("/destinations")
     assert "There are no events" in browser.text
+
+
+def test_the_latest_answers_of_a_service_are_shown(browser, outbox):
+    add_row(outbox, destination="billing", status="sent", sent_at_ms=NOON_MS)
+    pause(outbox, "billing", until_ms=now_ms() + 60_000, failures=2)
+    browser.get("/destinations")
+    assert "paused" in browser.text
+    assert 'datetime="2026-11-24T12:00:00.000+00:00"' in browser.page
+    assert "last failure 503 Down" in browser.text
+
+
+def test_an_operator_holds_a_destination_and_resumes_it(browser, outbox):
+    add_row(outbox, destination="billing")
+    browser.get("/destinations")
+    browser.post("/destinations/hold", destination="billing", why="it moves", lasts=" 2h ")
+    assert "billing is on hold. Batches that are being sent are finished." in browser.text
+    (held,) = outbox.stats().holds
+    assert (held.destination, held.why, held.until_ms - held.since_ms) == ("billing", "it moves", 7_200_000)
+    assert "it moves" in browser.text
+    browser.post("/destinations/resume", destination="billing")
+    assert "billing is no longer on hold" in browser.text
+    assert outbox.stats().holds == []
+    browser.post("/destinations/resume", destination="billing")
+    assert "billing was not on hold" in browser.text
+
+
+def test_a_hold_without_a_length_lasts(browser, outbox):
+    add_row(outbox)
+    browser.get("/destinations")
+    browser.post("/destinations/hold", destination="default", why="it moves", lasts="")
+    assert outbox.stats().holds[0].until_ms is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"destination": "billing", "why": " "}, "billing is not on hold: why is &#39; &#39;, expected a text"),
+        (
+            {"destination": "billing", "why": "x", "lasts": "soon"},
+            "its length is &#39;soon&#39;, expected a time such as 30s",
+        ),
+        ({"destination": "a b", "why": "x"}, "the destination is &#39;a b&#39;, expected a name"),
+    ],
+)
+def test_a_hold_that_makes_no_sense_is_refused(browser, outbox, fields, words):
+    add_row(outbox, destination="billing")
+    browser.get("/destinations")
+    browser.post("/destinations/hold", **fields)
+    assert words in browser.page
+    assert outbox.stats().holds == []
+
+
+def test_a_destination_on_hold_is_there_without_events(browser, outbox):
+    outbox.hold("billing", why="it moves")
+    browser.get("/destinations")
+    assert "Resume billing" in browser.text
+
+
+def test_the_destinations_with_the_most_undelivered_events_come_first(browser, outbox, monkeypatch):
+    monkeypatch.setattr(destinations, "_MOST_SHOWN", 2)
+    for name in ("c", "b", "a", "a"):
+        add_row(outbox, destination=name)
+    browser.get("/destinations")
+    assert browser.page.index("Hold a") < browser.page.index("Hold b")
+    assert "Hold c" not in browser.text
+    assert "1 destination with fewer undelivered events is not shown" in browser.text
+
+
+def test_a_read_only_console_holds_nothing(open_console, outbox):
+    add_row(outbox, destination="billing")
+    browser = open_console(read_only=True)
+    browser.get("/destinations")
+    assert "Hold" not in browser.text
+    assert browser.client.post("/destinations/hold", data={"destination": "billing"}).status_code == 400
+    assert outbox.stats().holds == []

@@ -143,6 +143,22 @@ def test_hidden_payloads_are_on_no_page(open_console, outbox, page):
     assert "Payload contains" not in browser.text
 
 
+@pytest.mark.parametrize(
+    ("status", "names"),
+    [
+        ("pending", ["Retry", "Abandon", "Purge"]),
+        ("sending", ["Purge"]),
+        ("sent", ["Purge"]),
+        ("parked", ["Retry", "Abandon", "Purge"]),
+        ("abandoned", ["Requeue", "Purge"]),
+    ],
+)
+def test_an_event_offers_only_what_can_be_done_with_it(browser, outbox, status, names):
+    add_row(outbox, status=status)
+    browser.get("/events/1")
+    assert re.findall(r'name="do" value="\w+"[^>]*>(\w+)', browser.page) == names
+
+
 def test_an_event_that_is_not_there_is_a_page_too(browser):
     assert browser.get("/events/7").status_code == 404
     assert "there is no event 7" in browser.text
