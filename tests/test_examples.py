@@ -139,6 +139,37 @@ def test_an_order_to_django_and_its_event_come_together(
     assert items(service) == ["shoes"]
 
 
+CONSOLES = {
+    "flask": ["-m", "flask", "--app", EXAMPLES / "console_flask.py", "run", "--port", "0"],
+    "django": [EXAMPLES / "console_django.py"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [pytest.param(host, marks=needs(host)) for host in CONSOLES])
+def test_a_mounted_console_lets_in_whom_the_host_knows(host: str, environment, url: str, tmp_path: Path) -> None:
+    with Outbox.open(url) as outbox:
+        row_id = outbox.enqueue(rule_fired())
+    changed = environment | {"LISTEN": "127.0.0.1:0"}
+    with serving(*CONSOLES[host], environment=changed, folder=tmp_path) as shop, requests.Session() as browser:
+        assert browser.get(f"{shop}/outbox/", timeout=30).status_code == 403
+        browser.post(f"{shop}/login", data={"user": "mallory"}, timeout=30)
+        assert browser.get(f"{shop}/outbox/", timeout=30).status_code == 403
+        browser.post(f"{shop}/login", data={"user": "ada"}, timeout=30)
+        overview = browser.get(f"{shop}/outbox/", timeout=30).text
+        assert {*re.findall(r'(?:href|src|action|data-live)="(/[^/]*)', overview)} == {"/outbox"}
+        assert browser.get(shop + re.findall(r'href="([^"]+css)"', overview)[0], timeout=30).status_code == 200
+        confirm = browser.get(f"{shop}/outbox/events/confirm?do=purge&scope=one&row={row_id}", timeout=30).text
+        fields = dict(re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', confirm))
+        (path,) = re.findall(r'method="post" action="([^"]+)"', confirm)
+        done = browser.post(shop + path, data=fields, timeout=30)
+        assert (done.status_code, done.url) == (200, f"{shop}/outbox/events")
+        assert "1 event was deleted for good." in done.text
+        paths = {cookie.name: cookie.path for cookie in browser.cookies}
+    assert paths.pop("outbox_console") == "/outbox"
+    assert {*paths.values()} == {"/"}  # the host's own
+
+
 ATOMIC = """
 from django_app import OrderPlaced, connection, datetime, outbox, timezone, transaction
 from outbox import StorageError
