@@ -13,8 +13,11 @@ INTRODUCTION = """\
 # Command line
 
 This page lists all commands of `outbox` and their options, as `outbox COMMAND --help` shows them. An AGE is a
-number and a unit, such as `30s`, `10m`, `12h` or `7d`. The options `--older-than` and `--due-after` also accept a
-date and time with its zone, such as `2026-11-24T12:00:00Z`.
+number and a unit, such as `30s`, `10m`, `12h` or `7d`. The options `--older-than`, `--newer-than` and
+`--due-after` also accept a date and time with its zone, such as `2026-11-24T12:00:00Z`.
+
+`list`, `retry`, `requeue`, `abandon` and `purge` take the same conditions: row ids, and options. An event has to
+meet all of them; if an option is repeated, one of its values. [Recover](recover.md#find-events) has examples.
 
 Every command also has the options `--config`, `--database`, `--types` and `--json`, which are listed once, under
 `outbox`. There are two exceptions: `run` and `web` have no `--json`, and `receive` and `demo` have none of the

@@ -86,7 +86,7 @@ def _times(engine: Engine, policy: Policy) -> Iterator[tuple[bool, str]]:
         (odd.leases_run_out, "held under an expired lease: the flusher died; the next flush takes over"),
         (odd.leases_too_long, f"held under a lease that ends in more than {duration(policy.lease_ms)}: {clock}"),
         (odd.created_in_future, f"created in the future: {clock}"),
-        (odd.due_too_late, f"due later than the longest wait allows: {clock}; run `outbox retry`"),
+        (odd.due_too_late, f"due later than the longest wait allows: {clock}; run `outbox retry --all`"),
         (odd.invalid, f"invalid: {_INVALID_NUMBER}; the next flush abandons them"),
     )
     for events, words in problems:

@@ -46,7 +46,7 @@ _IDLE: dict[str, str] = {
         "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all abandoned events to the queue"
     ),
     Status.PARKED: (
-        "it waits until the service accepts a token: set a new token, then run `outbox retry`. Without a"
+        "it waits until the service accepts a token: set a new token, then run `outbox retry --all`. Without a"
         " retry, one parked event is tried each minute in which nothing else is due"
     ),
 }

@@ -211,7 +211,7 @@ def _likely_cause(
         causes.append(
             f"{_of(parked.destination)}the service rejected the token {ago} ago{text};"
             f" {_are(by_destination[shown(parked.destination)].counts['parked'])} parked;"
-            " set a new token, then run `outbox retry`"
+            " set a new token, then run `outbox retry --all`"
         )
     causes += [
         _why_waiting(seen, waits_for, now_ms=now_ms)

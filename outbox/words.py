@@ -69,7 +69,7 @@ def pause_in_words(pause: Pause, *, now_ms: int) -> str:
         why += f", {counted(pause.failures, 'failure')} in a row"
     if pause.paused_until_ms > now_ms:
         until = when(pause.paused_until_ms, now_ms=now_ms)
-        return f"nothing is sent until {until}: {why}; `outbox retry` ends the pause"
+        return f"nothing is sent until {until}: {why}; `outbox retry --all` ends the pause"
     if pause.probe_until_ms > now_ms:
         until = when(pause.probe_until_ms, now_ms=now_ms)
         return (

@@ -307,9 +307,11 @@ def test_the_policy_of_the_page_is_one() -> None:
 
 
 @covers("docs/recover.md", "python")
-def test_the_code_about_a_full_queue_runs(folder: Path) -> None:
-    opened = run_python("docs/recover.md", {})["outbox"]
+def test_the_code_about_finding_events_and_a_full_queue_runs(folder: Path) -> None:
+    namespace = run_python("docs/recover.md", {})
+    opened = namespace["outbox"]
     assert opened.policy.max_undelivered == 5_000_000
+    assert namespace["would_be_requeued"] == 0
     opened.close()
 
 

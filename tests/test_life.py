@@ -48,7 +48,7 @@ def pause(outbox, **fields):
         ({"status": "sent", "sent_at_ms": NOON_MS}, "nothing: it is delivered"),
         (
             {"status": "parked"},
-            "set a new token, then run `outbox retry`. Without a retry, one parked event is tried each",
+            "set a new token, then run `outbox retry --all`. Without a retry, one parked event is tried each",
         ),
         ({"status": "abandoned"}, "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all"),
         ({"payload_json": "oops"}, "the next flush abandons it, because its payload is no JSON object: "),

@@ -94,7 +94,7 @@ def test_parked_and_waiting_are_two_causes(outbox):
     add_row(outbox, last_error="503")
     add_row(outbox, status="parked", next_attempt_at_ms=NOON_MS + 60_000)
     assert causes(outbox) == (
-        "the service rejected the token 1 minute ago; 1 event is parked; set a new token, then run `outbox retry`."
+        "the service rejected the token 1 minute ago; 1 event is parked; set a new token, then run `outbox retry --all`."
         " Also: the service is failing (503); 1 event is waiting; the next try is due now"
     )
 

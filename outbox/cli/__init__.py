@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from outbox.cli import console, copying, database, events, health, holds, receive, sending
+from outbox.cli import acting, console, copying, database, events, health, holds, listing, receive, sending
 from outbox.cli.credentials import environment_token
 from outbox.cli.display import say
 from outbox.cli.endings import FAILED, INTERRUPTED, exit_code_of, fail
@@ -83,6 +83,6 @@ def main(context: click.Context, /, **shared: Any) -> None:
     context.obj = environment_token()
 
 
-for _module in (sending, health, events, holds, copying, database, console, receive):
+for _module in (sending, health, events, listing, acting, holds, copying, database, console, receive):
     for _command in _module.COMMANDS:
         main.add_command(_command)

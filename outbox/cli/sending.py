@@ -122,7 +122,7 @@ def _way_out(report: FlushReport, service: Service) -> str:
     """Return what to do so that events are sent again."""
     if report.paused_until_ms is not None:
         until = when(report.paused_until_ms, now_ms=now_ms())
-        return f"; the pause ends at {until}, or when you run `outbox retry`"
+        return f"; the pause ends at {until}, or when you run `outbox retry --all`"
     return f"; {service.way_to_log_in}" if report.skipped == NOT_LOGGED_IN else ""
 
 

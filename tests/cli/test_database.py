@@ -16,9 +16,9 @@ from outbox.storage.engines import writing
 from test_schema import alembic_here
 
 
-@pytest.mark.parametrize("command", ["status", "list", "flush", "retry"])
+@pytest.mark.parametrize("command", ["status", "list", "flush", "retry --all"])
 def test_only_upgrade_and_enqueue_create_a_database(run, tmp_path, logged_in, command):
-    result = run(command)
+    result = run(*command.split())
     assert result.exit_code == 1
     assert result.stderr.startswith("outbox: there is no database ")
     assert "`outbox upgrade`" in result.stderr
@@ -71,7 +71,7 @@ database      {url}
 oldest        3 minutes old (pending or sending)
 next due      2026-11-24 12:05:00 UTC (in 2 minutes)
 likely cause  the service rejected the token 3 minutes ago (401 Unauthorized); 2 events are parked; set a new \
-token, then run `outbox retry`
+token, then run `outbox retry --all`
 
              pending  sending  sent  parked  abandoned
 fix_outcome        1        0     0       0          0

@@ -46,7 +46,7 @@ def test_status_counts_what_the_events_wait_for(run, outbox):
         (
             {"until_ms": NOON_MS + 90_000, "failures": 2},
             "nothing is sent until 2026-11-24 12:01:30 UTC (in 30 seconds): the service is failing (503 Down), 2 failures"
-            " in a row; `outbox retry` ends the pause",
+            " in a row; `outbox retry --all` ends the pause",
         ),
         (
             {"until_ms": NOON_MS + 1, "probe_until_ms": NOON_MS + 90_000},
@@ -96,8 +96,8 @@ def test_list_and_show_name_the_destination(run, outbox):
     add_row(outbox, destination="billing")
     lines = [line.split() for line in run("list").stdout.splitlines()]
     assert lines[0][:4] == ["id", "status", "type", "destination"]
-    assert [line[3] for line in lines[1:]] == ["default", "billing"]
-    assert [one["destination"] for one in json.loads(run("list", "--json").stdout)] == ["default", "billing"]
+    assert [line[3] for line in lines[1:]] == ["billing", "default"]
+    assert [one["destination"] for one in json.loads(run("list", "--json").stdout)] == ["billing", "default"]
     assert "\ndestination   billing\n" in run("show", 2).stdout
     assert json.loads(run("show", 1, "--json").stdout)["destination"] == "default"
 

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from datetime import timedelta
 
 import pytest
-from freezegun import freeze_time
 
-from builders import NOON, NOON_MS, ROOT, add_row, row, statuses
+from builders import NOON_MS, ROOT, add_row, row, statuses
 from command_line import GOOD, record_bars
 from outbox import Outbox
 from outbox.cli import events
-from outbox.clock import now_ms
 from outbox.events import MAX_PAYLOAD_BYTES
 
 
@@ -35,20 +31,6 @@ def test_the_routes_of_the_file_or_an_option_name_the_destinations(run, outbox, 
     refused = run("enqueue", "--to", "billing", "--to", "billing", input=GOOD)
     assert refused.exit_code == 2
     assert "to is ('billing', 'billing'), expected different destinations" in refused.stderr
-
-
-def test_an_option_selects_the_events_of_one_destination(run, outbox):
-    for destination in ("", "billing"):
-        for status in ("parked", "abandoned"):
-            add_row(outbox, destination=destination, status=status)
-    of_billing = ("--destination", "billing")
-    assert [one["id"] for one in json.loads(run("list", "--json", *of_billing).stdout)] == [3, 4]
-    assert [one["id"] for one in json.loads(run("list", "--json", "--destination", "default").stdout)] == [1, 2]
-    assert run("retry", *of_billing).stdout == "1 event made due\n"
-    assert run("requeue", "--older-than", "0s", *of_billing).stdout.startswith("1 event requeued\n")
-    assert statuses(outbox) == ["parked", "abandoned", "pending", "pending"]
-    assert run("purge", "--older-than", "0s", *of_billing).stdout.startswith("2 events purged, 2 of them")
-    assert statuses(outbox) == ["parked", "abandoned"]
 
 
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_no_part_of_events(run, outbox):
@@ -158,139 +140,80 @@ def test_a_long_file_draws_a_bar_on_a_terminal(run, outbox, terminal, monkeypatc
     assert drawn == [("Reading", size, size)]
 
 
-def test_list_shows_what_is_due_later(run, outbox):
-    ids = [add_row(outbox, next_attempt_at_ms=NOON_MS + minutes * 60_000) for minutes in (0, 1, 2)]
-    result = run("list", "--due-after", "2026-11-24T12:00:00Z", "--json")
-    assert [found["id"] for found in json.loads(result.stdout)] == ids[1:]
+def edited(outbox, row_id, **fields):
+    """A line of `list --ndjson` with another session."""
+    found = outbox.get(row_id)
+    payload = json.loads(GOOD) | {"session_id": "edited"}
+    return json.dumps({"id": row_id, "created_at_ms": found.created_at_ms, "payload": payload, **fields})
 
 
-def test_list_shows_the_oldest_first_and_says_when_there_are_more(run, outbox):
-    for minutes in (3, 1, 2):
-        add_row(outbox, created_at_ms=NOON_MS + minutes * 60_000, retry_count=1, last_error="x" * 100)
-    result = run("list", "--limit", 2)
-    error = "x" * 77 + "..."
-    assert (
-        result.stdout
-        == f"""\
-id  status   type        created                  failures  last error
- 2  pending  rule_fired  2026-11-24 12:01:00 UTC         1  {error}
- 3  pending  rule_fired  2026-11-24 12:02:00 UTC         1  {error}
-"""
+def test_what_list_prints_can_be_edited_and_takes_the_place_of_the_old_events(run, outbox):
+    for status in ("abandoned", "sent", "abandoned"):
+        add_row(
+            outbox, status=status, destination="billing", event_id=f"mine-{status}" if status == "sent" else None
+        )
+    listed = run("list", "--status", "abandoned", "--ndjson", "--oldest-first").stdout
+    lines = listed.replace('"session_id":"s1"', '"session_id":"edited"')
+    assert (lines.count("edited"), lines != listed) == (2, True)
+    result = run("enqueue", "--replace", input=lines)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "standard input: 2 events replaced\n", "")
+    found = [(one.id, one.status, one.session_id, one.destination) for one in outbox.find()]
+    assert found == [(2, "sent", "", "billing"), *((new, "pending", "edited", "billing") for new in (4, 5))]
+    assert [tuple(entry) for entry in outbox.stats().deleted] == [("abandoned", "rule_fired", "replaced", 2)]
+
+
+def test_an_event_that_can_not_be_replaced_is_named_and_the_others_are_replaced(run, outbox):
+    sent, waiting, gone = add_row(outbox, status="sent"), add_row(outbox), 99
+    lines = [edited(outbox, sent), edited(outbox, waiting), f'{{"id": {gone}, "payload": {GOOD}}}']
+    result = run("enqueue", "--replace", "--json", input="\n".join(lines))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "outbox: event 1 is not replaced: it is sent\n"
+        "outbox: event 99 is not replaced: it was deleted, or never enqueued here\n"
     )
-    assert result.stderr == "outbox: more than 2 events match; --limit sets how many are shown\n"
-    assert run("list").stderr == ""
+    assert json.loads(result.stdout) == {
+        "file": "-",
+        "invalid": 0,
+        "replaced": 1,
+        "ids": {"2": 3},
+        "refused": {"1": "it is sent", "99": "it was deleted, or never enqueued here"},
+    }
+
+
+def test_a_line_of_another_database_replaces_nothing(run, outbox):
+    row_id = add_row(outbox)
+    result = run("enqueue", "--replace", input=edited(outbox, row_id, created_at_ms=NOON_MS - 1))
+    assert result.exit_code == 1
+    assert "it was created at another time, so it is another event" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "ids"),
+    ("line", "words"),
     [
-        ([], [1, 2, 3]),
-        (["--status", "sent"], [1]),
-        (["--type", "fix_outcome"], [2]),
-        (["--older-than", "30m"], [1, 2]),
-        (["--older-than", "1h"], [1]),
-        (["--older-than", "2026-11-24T13:30:00+02:00"], [1, 2]),
-        (["--older-than", "2026-11-24T11:00:00z"], [1]),
-        (["--status", "sent", "--type", "fix_outcome"], []),
+        (GOOD, "id is None, expected the row id of the event to replace"),
+        (f'{{"id": true, "payload": {GOOD}}}', "id is True, expected the row id"),
+        ('{"id": 1, "payload": null}', "payload is NoneType, expected the new event, a JSON object"),
+        ('{"id": 1, "payload": {}}', "event_type"),
+        (
+            f'{{"id": 1, "created_at_ms": "x", "payload": {GOOD}}}',
+            "created_at_ms is 'x', expected epoch milliseconds",
+        ),
+        (f'{{"id": 2, "payload": {GOOD}}}', "id is 2, like that of an earlier line, expected each event once"),
     ],
 )
-def test_list_filters(run, outbox, options, ids):
-    add_row(outbox, status="sent", created_at_ms=NOON_MS - 2 * 3_600_000)
-    add_row(outbox, event_type="fix_outcome", created_at_ms=NOON_MS - 3_600_000)
-    add_row(outbox)
-    with freeze_time(NOON):
-        result = run("list", "--json", *options)
-    assert [event["id"] for event in json.loads(result.stdout)] == ids
+def test_an_invalid_edited_line_refuses_its_file(run, outbox, line, words):
+    for _ in range(2):
+        add_row(outbox)
+    result = run("enqueue", "--replace", input=f"{edited(outbox, 2)}\n{line}\n")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "nothing enqueued because of 1 invalid line" in result.stderr
+    assert [found.id for found in outbox.find()] == [1, 2]
+    assert run("enqueue", "--replace", "--skip-invalid", input=f"{edited(outbox, 2)}\n{line}\n").exit_code == 0
+    assert [found.id for found in outbox.find()] == [1, 3]
 
 
-def test_a_list_of_nothing_says_so(run, outbox):
-    result = run("list")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "outbox: no matching events\n")
-
-
-@pytest.mark.parametrize("row_id", ["0", "x", "9223372036854775808"])
-def test_what_is_no_id_is_misuse(run, outbox, row_id):
-    assert run("show", row_id).exit_code == 2
-
-
-def test_retry_makes_due_what_is_parked_or_waits(run, outbox):
-    add_row(outbox, status="parked")
-    add_row(outbox, next_attempt_at_ms=NOON_MS * 2)
-    add_row(outbox, status="abandoned")
-    assert run("retry").stdout == "2 events made due\n"
-    assert json.loads(run("retry", "--json").stdout) == {"retried": 0}
-    assert statuses(outbox) == ["pending", "pending", "abandoned"]
-
-
-def test_requeue_tells_first_and_acts_then(run, outbox):
-    for event_type in ("rule_fired", "fix_outcome", "rule_fired"):
-        add_row(outbox, status="abandoned", event_type=event_type)
-    add_row(outbox, status="abandoned", created_at_ms=NOON_MS + 3_600_000)
-    with freeze_time(NOON + timedelta(hours=1)):
-        dry = run("requeue", "--older-than", "30m", "--dry-run")
-        assert dry.stdout == "3 events would be requeued\n  fix_outcome: 1\n  rule_fired: 2\n"
-        assert statuses(outbox) == ["abandoned"] * 4
-        assert run("requeue", "--older-than", "30m").stdout.startswith("3 events requeued\n")
-        assert statuses(outbox) == ["pending", "pending", "pending", "abandoned"]
-        assert json.loads(run("requeue", "--older-than", "30m", "--json").stdout) == {
-            "total": 0,
-            "per_type": {},
-            "dry_run": False,
-        }
-
-
-def test_requeue_wants_an_age(run, outbox):
-    assert run("requeue").exit_code == 2
-
-
-def test_purge_tells_first_and_acts_then(run, outbox):
-    for event_type in ("rule_fired", "fix_outcome", "rule_fired"):
-        add_row(outbox, status="sent" if event_type == "fix_outcome" else "pending", event_type=event_type)
-    kept = add_row(outbox, created_at_ms=NOON_MS + 3_600_000)
-    with freeze_time(NOON + timedelta(hours=1)):
-        dry = run("purge", "--older-than", "30m", "--dry-run")
-        assert dry.stdout == "3 events would be purged, 2 of them undelivered\n  fix_outcome: 1\n  rule_fired: 2\n"
-        assert len(statuses(outbox)) == 4
-        done = run("purge", "--older-than", "30m")
-        assert (done.exit_code, done.stderr) == (0, "")
-        assert done.stdout.startswith("3 events purged, 2 of them undelivered\n")
-        assert [found.id for found in outbox.find()] == [kept]
-        assert json.loads(run("purge", "--type", "fix_outcome", "--json").stdout) == {
-            "total": 0,
-            "undelivered": 0,
-            "in_flight": 0,
-            "per_type": {},
-            "dry_run": False,
-        }
-    assert re.search(
-        r"events deleted so far, 2 of them undelivered:\n(?s:.*)\bpending +rule_fired +purge +2\n",
-        run("status").stdout,
-    )
-
-
-def test_a_purge_of_a_type_leaves_other_types(run, outbox):
-    add_row(outbox)
-    kept = add_row(outbox, event_type="fix_outcome")
-    assert run("purge", "--type", "rule_fired").exit_code == 0
-    assert [found.id for found in outbox.find()] == [kept]
-
-
-@pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_a_purge_of_everything_by_accident_is_misuse(run, outbox, options):
-    add_row(outbox)
-    result = run("purge", *options)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "expected one of them or both" in result.stderr
-    assert statuses(outbox) == ["pending"]
-
-
-def test_a_purge_says_what_it_had_to_leave(run, outbox):
-    add_row(outbox, status="sending", created_at_ms=1, next_attempt_at_ms=now_ms() + 60_000)
-    dry = run("purge", "--older-than", "0s", "--dry-run")
-    assert (dry.exit_code, dry.stderr) == (0, "outbox: would not be purged because they are being sent: 1 event\n")
-    result = run("purge", "--older-than", "0s")
-    assert (result.exit_code, result.stdout) == (1, "0 events purged, 0 of them undelivered\n")
-    assert (
-        result.stderr == "outbox: not purged because they are being sent: 1 event; run the command again later\n"
-    )
-    assert statuses(outbox) == ["sending"]
+def test_a_replaced_event_keeps_its_destination(run, outbox):
+    result = run("enqueue", "--replace", "--to", "billing", input="")
+    assert result.exit_code == 2
+    assert "a replaced event keeps its destination" in result.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from command_line import HOSTILE, output_of, process, runner
 from outbox import Outbox
-from outbox.cli import events, main
+from outbox.cli import acting, main
 from outbox.failures import StorageError
 
 COMMANDS = sorted(main.commands)
@@ -86,11 +86,11 @@ def test_a_failure_of_the_storage_is_one_line(run, tmp_path):
 
 
 def test_what_steers_a_terminal_is_escaped_in_messages_too(run, outbox, monkeypatch):
-    def fail(_outbox, **_options):
+    def fail(_outbox, *_where, **_options):
         raise StorageError(HOSTILE)
 
-    monkeypatch.setattr(Outbox, "retry_now", fail)
-    assert run("retry").stderr == "outbox: \\x1b[31mred\\x07\\x9b2J\\u202e\\x7f\\nnext\n"
+    monkeypatch.setattr(Outbox, "retry", fail)
+    assert run("retry", "--all").stderr == "outbox: \\x1b[31mred\\x07\\x9b2J\\u202e\\x7f\\nnext\n"
 
 
 def test_an_error_of_the_operating_system_is_one_line(run, monkeypatch, tmp_path):
@@ -101,11 +101,11 @@ def test_an_error_of_the_operating_system_is_one_line(run, monkeypatch, tmp_path
 
 
 def test_ctrl_c_is_quiet(run, outbox, monkeypatch):
-    def interrupt(_outbox, **_options):
+    def interrupt(_outbox, *_where, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Outbox, "retry_now", interrupt)
-    result = run("retry")
+    monkeypatch.setattr(Outbox, "retry", interrupt)
+    result = run("retry", "--all")
     assert (result.exit_code, result.output) == (130, "")
 
 
@@ -113,8 +113,8 @@ def test_a_reader_that_left_is_no_failure_to_talk_about(run, outbox, monkeypatch
     def leave(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(events, "say", leave)
-    result = run("retry")
+    monkeypatch.setattr(acting, "say", leave)
+    result = run("retry", "--all")
     assert (result.exit_code, result.output) == (1, "")
 
 

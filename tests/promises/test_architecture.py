@@ -55,6 +55,7 @@ TESTED_WITH = {
     "search_order.py": "test_isolation.py",
     "cli/demo_stage.py": "cli/test_demo.py",
     "cli/endings.py": "cli/test_sending.py",
+    "cli/filters.py": "cli/test_listing.py",
     "measures.py": "test_metrics.py",
     "operations.py": "test_outbox.py",
     "storage/claimed.py": "test_flusher.py",

@@ -440,7 +440,7 @@ def test_no_command_shows_credentials(run, tmp_path):
         run("enqueue", given=EVENT)
         run("enqueue", given=b'{"event_type":"rule_fired"}', exit_code=2)
         run("flush", **tunnelled, exit_code=3)
-        run("retry")
+        run("retry", "--all")
         assert "[REDACTED-TOKEN]" in run("flush", **direct, exit_code=3)
         for arguments in (
             ("status",),
@@ -448,7 +448,8 @@ def test_no_command_shows_credentials(run, tmp_path):
             ("list", "--json"),
             ("show", "1"),
             ("requeue", "--older-than", "0s"),
-            ("retry",),
+            ("list", "--ndjson"),
+            ("retry", "--all"),
             ("doctor",),
         ):
             run(*arguments)

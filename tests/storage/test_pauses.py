@@ -296,7 +296,7 @@ def test_the_status_page_says_who_is_left_alone_and_why(outbox: Outbox, noon) ->
     enqueue(outbox)
     outbox.flush(ScriptedClient(SLOW_DOWN))
     assert "nothing is sent until" in shown()
-    assert shown().endswith(f" (in 40 seconds): {why}; `outbox retry` ends the pause")
+    assert shown().endswith(f" (in 40 seconds): {why}; `outbox retry --all` ends the pause")
     noon.travel(seconds=40)
     assert shown().endswith(f"the pause is over, and the next flush sends one event as a probe: {why}")
     enqueue(outbox)
@@ -317,7 +317,7 @@ def test_the_command_line_says_that_a_service_is_left_alone(outbox: Outbox, url:
     assert told.exit_code == 3
     until = "2026-11-24 12:00:40 UTC (in 40 seconds)"
     assert "nothing was sent: paused, the service failed or asked to slow down: 429 Too Many" in told.output
-    assert told.output.endswith(f"; the pause ends at {until}, or when you run `outbox retry`\n")
+    assert told.output.endswith(f"; the pause ends at {until}, or when you run `outbox retry --all`\n")
     assert len(server.requests) == 1
 
 

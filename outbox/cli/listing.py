@@ -1,0 +1,186 @@
+"""The commands that show events: list and show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from outbox.cli.display import Bar, as_json, list_in_words, say
+from outbox.cli.endings import FAILED, fail
+from outbox.cli.filters import filter_options
+from outbox.cli.options import json_option, uses_database
+from outbox.events import check_payload
+from outbox.failures import InvalidEvent
+from outbox.filters import LARGEST_ID, Where
+from outbox.life import event_as_dict, event_in_words, what_next
+from outbox.operations import SCAN_LIMIT
+from outbox.outbox import Outbox
+from outbox.stats import counted
+
+if TYPE_CHECKING:
+    from outbox.storage.tables import ObservationEvent
+
+_PAGE = 1_000
+# Fewer events are read so fast that they need no progress bar.
+_BAR_FROM_EVENTS = 20_000
+
+
+@click.command("list", epilog="Example: outbox list --status abandoned --failure 422 --newer-than 7d")
+@filter_options
+@click.option("--oldest-first", is_flag=True, help="Begin with the oldest event instead of the newest one.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, LARGEST_ID - 1),
+    default=100,
+    show_default=True,
+    help="Maximum number to show.",
+)
+@click.option(
+    "--scan-limit",
+    metavar="NUMBER",
+    type=click.IntRange(1, LARGEST_ID - 1),
+    default=SCAN_LIMIT,
+    show_default=True,
+    help="Maximum number of events to read for --failure and --contains.",
+)
+@click.option("--ndjson", is_flag=True, help="Print one JSON object a line, with the payload as JSON.")
+@uses_database
+@json_option
+def list_events(
+    database: str,
+    *,
+    where: Where,
+    oldest_first: bool,
+    limit: int,
+    scan_limit: int,
+    ndjson: bool,
+    in_json: bool,
+) -> None:
+    """List events: those with these ids, or all that match. The newest come first.
+
+    With --failure or --contains, the command reads the events that meet the other conditions, the newest first,
+    until it has found enough or has read --scan-limit of them; it says if it stopped there. Upper and lower case
+    differ. --contains looks in the payload as it is stored: JSON without blanks between its parts.
+
+    `outbox enqueue --replace` reads what --ndjson prints.
+    """
+    if ndjson and in_json:
+        raise click.UsageError("--json and --ndjson are both given, expected one of them")
+    found: list[ObservationEvent] = []
+    with Outbox(database) as outbox, Bar("Reading", total=None, drawn_from=_BAR_FROM_EVENTS) as bar:
+        search = _Search(outbox, where, bar, left=limit, scan_left=scan_limit, newest_first=not oldest_first)
+        for rows in search.pages():
+            if ndjson:
+                say("\n".join(map(as_line, rows)))
+            else:
+                found += rows
+    if in_json:
+        say(as_json([event_as_dict(row) for row in found]))
+    elif found:
+        say(list_in_words(found))
+    elif not search.is_any:
+        say("outbox: no matching events", err=True)
+    if search.ended_by_limit:
+        say(f"outbox: more than {counted(limit, 'event')} match; --limit sets how many are shown", err=True)
+    if search.ended_by_scan:
+        say(
+            f"outbox: only {counted(scan_limit, 'event')} were searched for the text; more may match:"
+            " give more conditions, or a larger --scan-limit",
+            err=True,
+        )
+
+
+class _Search:
+    """Finds events page by page, so that a long list needs little memory."""
+
+    def __init__(
+        self, outbox: Outbox, where: Where, bar: Bar, *, left: int, scan_left: int, newest_first: bool
+    ) -> None:
+        self._outbox = outbox
+        self._where = where
+        self._bar = bar
+        self._left = left
+        self._scan_left = scan_left
+        self._newest_first = newest_first
+        self.is_any = False
+        self.ended_by_limit = False
+        self.ended_by_scan = False
+
+    def pages(self) -> Iterator[list[ObservationEvent]]:
+        """Yield the events in slices, none of which is empty."""
+        seen: int | None = None
+        while True:
+            found = self._outbox.find(
+                self._where,
+                limit=min(self._left, _PAGE),
+                newest_first=self._newest_first,
+                before=seen if self._newest_first else None,
+                after=None if self._newest_first else seen,
+                scan_limit=self._scan_left,
+                progress=self._bar.advance,
+            )
+            if found:
+                self.is_any = True
+                yield found
+            seen = found.next
+            self._left -= len(found)
+            self._scan_left -= found.rows_read
+            if seen is None:
+                return
+            self.ended_by_limit = found.is_complete and not self._left
+            self.ended_by_scan = not found.is_complete or (bool(self._left) and self._scan_left <= 0)
+            if self.ended_by_limit or self.ended_by_scan:
+                return
+
+
+@click.command(epilog="Example: outbox show 17")
+@click.argument("row_id", metavar="ID", type=click.IntRange(1, LARGEST_ID))
+@uses_database
+@json_option
+def show(database: str, row_id: int, *, in_json: bool) -> None:
+    """Show one event: why it waits, what would prove that it is bad, and what happens to it next."""
+    with Outbox(database) as outbox:
+        row = outbox.get(row_id)
+        now = outbox.store.now_ms()
+        pauses = [
+            pause
+            for pause in outbox.store.views.pauses(now_ms=now)
+            if row is not None and pause.destination == row.destination
+        ]
+        holds = outbox.store.holds.lasting(now_ms=now)
+        policy = outbox.policy
+    if row is None:
+        fail(f"there is no event {row_id}: it was never enqueued here, or it was deleted", FAILED)
+    if in_json:
+        following = what_next(row, now_ms=now, policy=policy, pauses=pauses, holds=holds)
+        say(as_json({**event_as_dict(row), "next": following}))
+    else:
+        say(event_in_words(row, now_ms=now, policy=policy, pauses=pauses, holds=holds))
+
+
+def as_line(row: ObservationEvent) -> str:
+    """Return one event as a JSON object in one line of ASCII, so its text can't control the terminal.
+
+    The payload is the stored text, so its numbers keep all their digits. If it is no JSON object, it is null, and
+    `payload_json` has the text.
+    """
+    columns = event_as_dict(row)
+    try:
+        check_payload(row.payload_json)
+    except InvalidEvent:
+        return as_json({**columns, "payload": None})
+    del columns["payload_json"]
+    payload = re.sub("[^ -~]", _in_ascii, row.payload_json)
+    return f'{as_json(columns)[:-1]}, "payload": {payload}}}'
+
+
+def _in_ascii(found: re.Match[str]) -> str:
+    char = found.group()
+    # Outside of strings JSON has only these, as blanks; in strings it has none of them.
+    return " " if char in "\n\r\t" else as_json(char)[1:-1]
+
+
+COMMANDS = (list_events, show)
