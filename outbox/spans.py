@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import msgspec
 from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -19,13 +19,13 @@ from outbox.reasons import without_answer
 # W3C Trace Context, whatever the program configured: the column holds it, and baggage may hold personal data.
 _propagator = TraceContextTextMapPropagator()
 _MAX_TRACESTATE = 512  # characters; the specification asks for no more
-_MAX_STORED = 1_024  # characters, if another program wrote the column
+_stored = msgspec.json.Decoder(dict[str, str])
 
 
 def current_context() -> str | None:
     """Return `traceparent` and perhaps `tracestate` of the current span, as JSON; None if there is no span."""
     headers = carrier()
-    return json.dumps(headers, separators=(",", ":")) if headers else None
+    return msgspec.json.encode(headers).decode() if headers else None
 
 
 def carrier() -> dict[str, str]:
@@ -145,17 +145,12 @@ def _error_type(failure: UploadFailure) -> str:
 def _links(part: Sequence[Traced]) -> Iterator[trace.Link]:
     """Yield a link to each context. Events that were enqueued in the same span share one."""
     for stored in dict.fromkeys(item.trace_context for item in part):
-        found = _propagator.extract(_stored_carrier(stored))
-        linked = trace.get_current_span(found).get_span_context()
+        if stored is None:
+            continue
+        try:
+            headers = _stored.decode(stored)
+        except (TypeError, ValueError, msgspec.DecodeError):  # another program wrote it
+            continue
+        linked = trace.get_current_span(_propagator.extract(headers)).get_span_context()
         if linked.is_valid:
             yield trace.Link(linked)
-
-
-def _stored_carrier(stored: str | None) -> dict[str, str]:
-    """Return the headers that a column holds. Another program may have written anything to it."""
-    try:
-        found = json.loads(stored) if isinstance(stored, str) and len(stored) <= _MAX_STORED else {}
-    except ValueError:
-        found = {}
-    names = ("traceparent", "tracestate") if isinstance(found, dict) else ()
-    return {name: found[name] for name in names if isinstance(found.get(name), str)}

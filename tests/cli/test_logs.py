@@ -5,7 +5,9 @@ import logging
 
 import pytest
 
+from builders import row, rule_fired
 from command_line import HOSTILE, STEERING, logged
+from conditions import until
 from outbox import ConfigurationError, StorageError
 from outbox.cli import logs, sending
 from outbox.cli.logs import run_log, shown_log
@@ -90,13 +92,18 @@ def test_the_error_that_ends_run_is_logged_like_the_rest(
 
 def test_run_tells_what_became_of_events(run, outbox, logged_in, server, monkeypatch) -> None:
     def stop(_seconds):
+        until(lambda: row(outbox, row_id).retry_count)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sending, "_sleep", stop)
+    server.set_mode("down")
+    row_id = outbox.enqueue(rule_fired(), event_id="order-17")
     result = run("run", "--log-format", "json", "--verbose")
-    told = [json.loads(line) for line in result.stderr.splitlines()]
-    assert [one["event_name"] for one in told] == ["outbox.delivering", "outbox.stopping"]
-    assert told[0]["destination"] == "default"
+    told = {one["event_name"]: one for one in map(json.loads, result.stderr.splitlines())}
+    assert {"outbox.delivering", "outbox.rescheduled", "outbox.stopping"} <= told.keys()
+    rescheduled = told["outbox.rescheduled"]
+    assert (rescheduled["row_ids"], rescheduled["event_ids"]) == ([row_id], ["order-17"])
+    assert {one["destination"] for name, one in told.items() if name != "outbox.stopping"} == {"default"}
 
 
 def test_verbose_and_quiet_exclude_each_other(run, outbox, logged_in) -> None:
