@@ -9,7 +9,6 @@ from importlib.util import module_from_spec
 from typing import Any
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)
-_MILLISECOND = dt.timedelta(milliseconds=1)
 _REREAD_AFTER_S = 10.0
 
 
@@ -45,7 +44,8 @@ def now_ms() -> int:
 
 def epoch_ms(when: dt.datetime) -> int:
     """Convert a datetime with a time zone to epoch milliseconds, rounded down. Exact, because it uses no float."""
-    return (when - _EPOCH) // _MILLISECOND
+    since = when - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000 + since.microseconds // 1_000
 
 
 def utc(ms: int) -> str:
@@ -53,7 +53,7 @@ def utc(ms: int) -> str:
     if not isinstance(ms, int):  # SQLite stores any value in any column
         return repr(ms)
     try:
-        return f"{_EPOCH + ms * _MILLISECOND:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{_EPOCH + dt.timedelta(milliseconds=ms):%Y-%m-%d %H:%M:%S} UTC"
     except OverflowError:
         return f"{ms} ms since 1970"
 

@@ -14,7 +14,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -98,7 +100,12 @@ def encode(event: AnyEvent, *, strict: bool = False) -> tuple[Event | dict[str, 
     another type is refused with `strict`, and otherwise returned as a mapping. Raises `InvalidEvent`, which names
     the field and what is accepted.
     """
-    given, name, known = _type_of(event, strict=strict)
+    given: Event | Mapping[str, Any]
+    known: type[Event] | None
+    if isinstance(event, Event):
+        given, known = event, type(event)
+    else:
+        given, known = _given(event, strict=strict)
     try:
         raw = _encoder.encode(given)
         if b"null" in raw:
@@ -109,7 +116,7 @@ def encode(event: AnyEvent, *, strict: bool = False) -> tuple[Event | dict[str, 
         else:
             typed = _in_utc(msgspec.json.decode(raw, type=known))
             document: Any = typed
-            if isinstance(given, Mapping):
+            if not isinstance(given, Event):
                 others = {key: given[key] for key in given if key not in known.__struct_fields__}
                 document = {**msgspec.to_builtins(typed), **others}
             raw = _encoder.encode(document)
@@ -117,9 +124,9 @@ def encode(event: AnyEvent, *, strict: bool = False) -> tuple[Event | dict[str, 
             raise InvalidEvent(f"{len(raw)} bytes as JSON, at most {MAX_PAYLOAD_BYTES} are accepted")
         return typed, raw.decode()
     except UnicodeEncodeError as error:
-        raise InvalidEvent(f"{name}: {error.object!a} is not valid Unicode text") from None
+        raise InvalidEvent(f"{name_of(given)}: {error.object!a} is not valid Unicode text") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidEvent(f"{name}: {_in_words(str(error), known)}") from None
+        raise InvalidEvent(f"{name_of(given)}: {_in_words(str(error), known)}") from None
 
 
 def with_type(event: AnyEvent, event_type: str) -> Event | Mapping[str, Any]:
@@ -164,10 +171,8 @@ def content_hash(payload_json: str) -> str:
     return hashlib.sha256(payload_json.encode()).hexdigest()[:16]
 
 
-def _type_of(event: AnyEvent, *, strict: bool) -> tuple[Event | Mapping[str, Any], Any, type[Event] | None]:
-    """Return the event, the name of its type, and the class of the type if it is registered."""
-    if isinstance(event, Event):
-        return event, type(event).__struct_config__.tag, type(event)
+def _given(event: Mapping[str, Any] | Model, *, strict: bool) -> tuple[Mapping[str, Any], type[Event] | None]:
+    """Return the event as a mapping, and the class of its type if it is registered."""
     given = event if isinstance(event, Mapping) else mapping_of(event)
     strange = [key for key in given if not isinstance(key, str)]
     if strange:
@@ -180,7 +185,7 @@ def _type_of(event: AnyEvent, *, strict: bool) -> tuple[Event | Mapping[str, Any
         raise InvalidEvent(
             f"event_type is {name!a}, expected a printable text of 1 to {MAX_TYPE_LENGTH} characters"
         )
-    return given, name, known
+    return given, known
 
 
 def _is_name(value: object) -> bool:
@@ -201,11 +206,24 @@ _encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 def _in_utc(event: _AnyEvent) -> _AnyEvent:
     changed = {}
-    for name in event.__struct_fields__:
+    for name in _fields_for_times(type(event)):
         value = getattr(event, name)
         if isinstance(value, datetime) and value.tzinfo is not timezone.utc and value.utcoffset() is not None:
             changed[name] = value.astimezone(timezone.utc)
     return msgspec.structs.replace(event, **changed) if changed else event
+
+
+@lru_cache  # with a limit: a program may define types again and again
+def _fields_for_times(known: type[Event]) -> list[str]:
+    """Return the names of the fields whose values may be times."""
+    return [field.name for field in msgspec.structs.fields(known) if not _holds_no_time(field.type)]
+
+
+def _holds_no_time(kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return all(map(_holds_no_time, get_args(kind)))
+    return (origin or kind) in (str, int, float, bool, NoneType, list, dict)
 
 
 def _refuse_not_finite(document: object) -> None:

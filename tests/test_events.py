@@ -26,6 +26,12 @@ class OrderShipped(Event, tag="order_shipped"):
     details: Any = None
 
 
+class Visit(Event, tag="visit"):
+    page: str | None
+    left_at: Instant | None
+    seen_at: Instant | int = 0
+
+
 class Heartbeat(Event, tag="heartbeat"):
     occurred_at: Instant
     rule_id: int = 0
@@ -57,6 +63,13 @@ def test_times_are_written_in_utc(when: datetime | str) -> None:
     assert columns(event, now_ms=0)["occurred_at_ms"] == NOON_MS
     if isinstance(when, datetime):
         assert encode(rule_fired(fired_at=when))[1] == wire
+
+
+def test_times_are_written_in_utc_in_fields_that_may_hold_something_else() -> None:
+    then = NOON.astimezone(PLUS_TWO)
+    wire = '{"event_type":"visit","page":null,"left_at":"2026-11-24T12:00:00Z","seen_at":"2026-11-24T12:00:00Z"}'
+    assert encode(Visit(page=None, left_at=then, seen_at=then))[1] == wire
+    assert '"left_at":null' in encode(Visit(page="a", left_at=None))[1]
 
 
 def test_unknown_fields_of_a_mapping_are_kept_behind_the_known_ones() -> None:

@@ -87,6 +87,13 @@ def test_every_value_but_false_captures(outbox: Outbox, monkeypatch: pytest.Monk
     assert outbox.enqueue(rule_fired()) == 1
 
 
+def test_capture_is_off_in_an_environment_of_the_programs_own_too(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", {"OUTBOX_CAPTURE": "false"})
+    assert outbox.enqueue(rule_fired()) is None
+
+
 def test_capture_false_writes_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTBOX_CAPTURE", "false")
     assert outbox.enqueue(rule_fired()) is None

@@ -13,7 +13,7 @@ from outbox.destinations import DEFAULT_DESTINATION, of_destination, shown
 from outbox.failures import QueueFull
 from outbox.policy import Policy
 from outbox.storage.counts import Counts, filling, filling_in_words
-from outbox.storage.deletion import TRIM_SLICE, Bound, Deletion, Trimmed
+from outbox.storage.deletion import NOTHING, TRIM_SLICE, Bound, Deletion, Trimmed
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import is_own
 from outbox.storage.row_counts import SENT_ROWS, undelivered_rows
@@ -73,10 +73,13 @@ class Bounds:
         if not policy.max_undelivered:
             return
         counts = self._counts[destination]
-        # It is logged again only after a fifth of the rows has left.
-        told_of = min(counts.told_of, filling(counts.undelivered.rows * 5 // 4, policy.max_undelivered))
+        before = counts.undelivered.rows
         counts.undelivered.add(rows)
         undelivered = counts.undelivered.rows
+        if not counts.told_of and undelivered * 2 < policy.max_undelivered:  # mostly
+            return
+        # It is logged again only after a fifth of the rows has left.
+        told_of = min(counts.told_of, filling(before * 5 // 4, policy.max_undelivered))
         counts.told_of = max(told_of, filling(undelivered, policy.max_undelivered))
         if counts.told_of > told_of:
             log.warning(
@@ -130,7 +133,7 @@ class Bounds:
         at_most = _trimmed_to(policy)
         undelivered = self._counts[destination].undelivered
         if not at_most or undelivered.rows + len(own) <= at_most + at_most // 1_000:
-            return Trimmed()
+            return NOTHING
         bound = Bound(destination, self.undelivered_rows, self._steps[1:], at_most, reason="max_undelivered")
         trimmed, rows = self._deletion.delete_excess(transaction, bound, own=own, now_ms=now_ms)
         undelivered.set(rows - len(own))

@@ -56,7 +56,10 @@ class Counts:
 def filling(undelivered: int, at_most: int | None) -> int:
     """Return the part of the bound that is reached, in percent: 90, 50, or 0 for less than half or no bound."""
     reached = undelivered * 100 // at_most if at_most else 0
-    return next((level for level in _LEVELS if reached >= level), 0)
+    for level in _LEVELS:
+        if reached >= level:
+            return level
+    return 0
 
 
 def filling_in_words(undelivered: int, at_most: int | None) -> str | None:

@@ -76,6 +76,9 @@ class Trimmed(NamedTuple):
         return self.rows == TRIM_SLICE
 
 
+NOTHING = Trimmed()
+
+
 class _Counted(NamedTuple):
     """The number of rows when the newest id was `last_id`."""
 
@@ -144,24 +147,23 @@ class Deletion:
         self._untold = 0
         self._quiet_until_s = 0.0
 
-    def cap(self, policy: Policy, destination: str = DEFAULT_DESTINATION) -> Bound | None:
-        """Return the cap of a destination, None if the policy has none."""
-        if not policy.max_rows:
-            return None
+    def cap(self, policy: Policy, destination: str) -> Bound:
+        """Return the cap of a destination, where the policy has one."""
         steps: Steps = self.steps[:1] if policy.when_full == "reject" else self.steps
-        return Bound(destination, self._all_rows, steps, policy.max_rows, reason="cap")
+        return Bound(destination, self._all_rows, steps, policy.max_rows or 0, reason="cap")
 
-    def may_be_over(self, cap: Bound | None, *, last_id: int) -> bool:
+    def may_be_over(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, last_id: int) -> bool:
         """Return whether there may be more rows than the cap allows, without counting them again."""
-        return cap is not None and self._counted[cap.destination].rows_at_most(last_id) > cap.at_most
+        at_most = policy.max_rows or inf
+        return self._counted[destination].rows_at_most(last_id) > at_most
 
     def trim(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> int:
         """Delete what is over the cap of a destination, never a row in flight, in slices; return how many."""
-        cap = self.cap(policy, destination)
         last_id = look(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
+        trim_slice = partial(self.trim_slice, cap=self.cap(policy, destination), now_ms=now_ms, last_id=last_id)
         deleted = 0
-        while self.may_be_over(cap, last_id=last_id):
-            trimmed = self._writer.run(partial(self.trim_slice, cap=cap, now_ms=now_ms, last_id=last_id))
+        while self.may_be_over(policy, destination, last_id=last_id):
+            trimmed = self._writer.run(trim_slice)
             self.warn_of_undelivered(trimmed)
             deleted += trimmed.rows
             if not trimmed.is_whole_slice:
@@ -169,11 +171,9 @@ class Deletion:
         return deleted
 
     def trim_slice(
-        self, transaction: Transaction, cap: Bound | None, *, now_ms: int, last_id: int, own: Sequence[int] = ()
+        self, transaction: Transaction, cap: Bound, *, now_ms: int, last_id: int, own: Sequence[int] = ()
     ) -> Trimmed:
         """Delete a slice of what is over the cap. This transaction inserted the rows `own`."""
-        if cap is None or not self.may_be_over(cap, last_id=last_id):
-            return Trimmed()
         trimmed, rows = self.delete_excess(transaction, cap, own=own, now_ms=now_ms)
         self._counted[cap.destination] = _Counted(last_id, rows + trimmed.rows)
         return trimmed

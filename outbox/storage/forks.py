@@ -66,7 +66,7 @@ class Process:
 
     def check(self) -> None:
         """Raise `StorageError` in a process that was forked without Python's knowledge."""
-        if not self.is_this():
+        if os.getpid() != self.id:  # `is_this()` would be one call more for each enqueue
             raise StorageError(
                 f"process {self.id} forked this process, {os.getpid()}, without Python's knowledge; what the"
                 " parent opened can't be used here. Open outboxes and start workers after the fork: in uWSGI set"

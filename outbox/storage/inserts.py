@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ColumnElement, Insert, Select, Table, Text, Update, and_, bindparam, insert, select, update
 
 from outbox.destinations import DEFAULT_DESTINATION
+from outbox.failures import StorageError
 from outbox.storage.indexes import EVENT_ID_INDEX
 from outbox.storage.sql import CHUNK, columns, events, in_order
 from outbox.storage.transactions import Transaction
@@ -24,7 +27,8 @@ INSERTED = (
     "next_attempt_at_ms",
     "created_at_ms",
 )
-_OPTIONAL = ("destination", "event_id", "not_before_ms", "revived_at_ms", "trace_context")
+_NUMBER = len(INSERTED)
+_OPTIONAL = ("revived_at_ms", "destination", "event_id", "not_before_ms", "trace_context")
 KNOWN = in_order(
     select(columns.event_id, columns.id).where(
         columns.destination == bindparam("destination"),
@@ -42,7 +46,7 @@ Rows = Sequence[dict[str, Any]]
 def names_of(rows: Rows) -> tuple[str, ...]:
     """Return the columns to insert of rows that have the same ones. A default costs less if it is left out."""
     row = rows[0]
-    if len(row) == len(INSERTED):
+    if len(row) == _NUMBER:
         return INSERTED
     return (*INSERTED, *(name for name in _OPTIONAL if name in row))
 
@@ -60,10 +64,56 @@ def insert_one(notification: ColumnElement[Any] | None, names: tuple[str, ...]) 
 INSERT = insert_one(None, INSERTED)
 
 
+def insert_each(transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None = None) -> list[int]:
+    """Insert rows one by one; return their ids."""
+    names = names_of(rows)
+    single = INSERT if names is INSERTED and notification is None else insert_one(notification, names)
+    return transaction.insert(single, rows)
+
+
+def insert_several(transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None) -> list[int]:
+    """Insert rows by statements for several rows; return their ids in the order of the rows."""
+    names = names_of(rows)
+    ids: list[int] = []
+    for several in in_slices(rows):
+        if len(several) == 1:
+            ids += insert_each(transaction, several, notification)
+        else:
+            statement = _insert_rows(len(several), names, notification, returns=True)
+            returned = transaction.run(statement, *named(several, names)).fetchall()
+            if len(returned) < len(several):
+                raise left_out(len(several))
+            # The ids may be returned in any order, but they grow in the order of the rows.
+            ids += sorted(row_id for row_id, *_ in returned)
+    return ids
+
+
+def insert_counted(transaction: Transaction, rows: Rows) -> list[int]:
+    """Do the same where the ids of a transaction follow each other, so that the last one tells all of them."""
+    names = names_of(rows)
+    ids: list[int] = []
+    for several in in_slices(rows):
+        statement = _insert_rows(len(several), names, None, returns=False)
+        done = transaction.run(statement, *named(several, names))
+        if done.rowcount < len(several):
+            raise left_out(len(several))
+        ids += range(done.lastrowid - len(several) + 1, done.lastrowid + 1)
+    return ids
+
+
+def left_out(number: int) -> StorageError:
+    """Return the error for events that were not inserted though nothing refused them."""
+    return StorageError(f"a trigger of the database left out some of {number} events")
+
+
 @cache
-def insert_rows(number: int, notification: ColumnElement[Any] | None, names: tuple[str, ...]) -> Insert:
-    """Return the statement that inserts several rows and returns their ids. `named` gives its parameters."""
-    inserted = insert(events).values(_values(number, names)).returning(columns.id)
+def _insert_rows(
+    number: int, names: tuple[str, ...], notification: ColumnElement[Any] | None, *, returns: bool
+) -> Insert:
+    """Return the statement that inserts several rows, and may return their ids. `named` gives its parameters."""
+    inserted = insert(events).values(_values(number, names))
+    if returns:
+        inserted = inserted.returning(columns.id)
     return inserted if notification is None else inserted.returning(notification)
 
 
@@ -97,10 +147,9 @@ def in_slices(rows: Rows) -> Iterator[Rows]:
         start += number
 
 
-def named(rows: Rows, names: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters of a statement that inserts these rows."""
-    values = [row[name] for row in rows for name in names]
-    return dict(zip(_bound(len(rows), names), values, strict=True))
+def named(rows: Rows, names: tuple[str, ...]) -> tuple[list[str], list[Any]]:
+    """Return the names and the values of the parameters of a statement that inserts these rows."""
+    return _bound(len(rows), names), list(chain.from_iterable(map(itemgetter(*names), rows)))
 
 
 def insert_new(
@@ -114,7 +163,7 @@ def insert_new(
     inserted: dict[str, int] = {}
     for several in in_slices(rows):
         statement = _insert_new(insert, len(several), notification, names)
-        found = transaction.rows(statement, **named(several, names))
+        found = transaction.run(statement, *named(several, names)).fetchall()
         inserted |= {event_id: row_id for event_id, row_id, *_ in found}
     return inserted
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from outbox.destinations import DEFAULT_DESTINATION, Addressed
 from outbox.event_ids import derived
-from outbox.failures import OutboxError, QueueFull, StorageError
+from outbox.failures import OutboxError, QueueFull
 from outbox.policy import Policy
 from outbox.storage import callers
 from outbox.storage.bounds import Bounds, queue_full
@@ -24,7 +24,7 @@ from outbox.storage.deletion import Deletion, Trimmed
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import translated
 from outbox.storage.identity import Identity
-from outbox.storage.inserts import INSERT, Rows, in_slices, insert_one, insert_rows, known, named, names_of
+from outbox.storage.inserts import INSERT, Rows, insert_each, known, left_out
 from outbox.storage.sql import columns
 from outbox.storage.transactions import Transaction, Writer, look, running_on
 
@@ -76,7 +76,7 @@ class Intake:
         trims = bool(policy.max_rows) or policy.when_full == "trim"
         trimming = False
 
-        def insert(transaction: Transaction, *, trims: bool = False) -> tuple[Inserted, dict[str, Trimmed]]:
+        def insert(transaction: Transaction, *, trims: bool = trims) -> tuple[Inserted, dict[str, Trimmed]]:
             nonlocal trimming
             trimming = False
             self._refuse_when_full(transaction, policy, events)
@@ -86,23 +86,22 @@ class Intake:
                 trimming = True
                 for destination, new in inserted.new.items():
                     if new:
-                        trimmed[destination] = self._trim_slice(
-                            transaction, policy, destination, new, now_ms=now_ms
-                        )
+                        deleted = self._trim_slice(transaction, policy, destination, new, now_ms=now_ms)
+                        if deleted.rows:
+                            trimmed[destination] = deleted
                 trimming = False
             return inserted, trimmed
 
-        _refuse_new(
-            partial(self._bounds.refuse, policy),
-            events,
-            lambda *of: look(self._writer, lambda transaction: known(transaction, *of)),
-        )
+        if policy.max_undelivered:
+            _refuse_new(
+                partial(self._bounds.refuse, policy),
+                events,
+                lambda *of: look(self._writer, lambda transaction: known(transaction, *of)),
+            )
         # If all have ids, a second try writes nothing that the first one wrote.
         repeatable = events[0].has_ids and all(group.has_ids for group in events)
         try:
-            inserted, trimmed = self._writer.run(
-                partial(insert, trims=trims), repeatable=repeatable, shares_commit=True
-            )
+            inserted, trimmed = self._writer.run(insert, repeatable=repeatable, shares_commit=True)
         except OutboxError as error:
             if not trimming:
                 raise
@@ -111,7 +110,9 @@ class Intake:
                 error,
                 extra={"event_name": "outbox.cap_failed"},
             )
-            inserted, trimmed = self._writer.run(insert, repeatable=repeatable, shares_commit=True)
+            inserted, trimmed = self._writer.run(
+                partial(insert, trims=False), repeatable=repeatable, shares_commit=True
+            )
         self._note(policy, inserted)
         for one in trimmed.values():
             self._deletion.warn_of_undelivered(one)
@@ -173,10 +174,12 @@ class Intake:
     def _trim_slice(
         self, transaction: Transaction, policy: Policy, destination: str, new: list[int], *, now_ms: int
     ) -> Trimmed:
-        cap = self._deletion.cap(policy, destination)
-        trimmed = self._deletion.trim_slice(transaction, cap, now_ms=now_ms, last_id=max(new), own=new)
-        if trimmed.rows:
-            return trimmed
+        last_id = new[-1] if len(new) == 1 else max(new)
+        if self._deletion.may_be_over(policy, destination, last_id=last_id):
+            cap = self._deletion.cap(policy, destination)
+            trimmed = self._deletion.trim_slice(transaction, cap, now_ms=now_ms, last_id=last_id, own=new)
+            if trimmed.rows:
+                return trimmed
         return self._bounds.trim_slice(transaction, policy, destination, now_ms=now_ms, own=new)
 
     def _insert(self, transaction: Transaction, events: Sequence[Addressed], *, notifies: bool = True) -> Inserted:
@@ -185,6 +188,11 @@ class Intake:
         Within a destination in the given order: events of the same time are sent in the order of their row ids.
         """
         notification = self._dialect.notification if notifies else None
+        if len(events) == 1:
+            destinations, has_ids, rows = events[0]
+            if destinations == (DEFAULT_DESTINATION,) and not has_ids:  # mostly
+                ids = self._insert_all(transaction, rows, notification)
+                return Inserted(ids, {DEFAULT_DESTINATION: ids})
         inserted = Inserted([], {})
         for destinations, has_ids, rows in events:
             found: list[list[int]] = []
@@ -213,22 +221,9 @@ class Intake:
         self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
     ) -> list[int]:
         """Insert rows, and return their ids in the order of the rows."""
-        names = names_of(rows)
-        single = insert_one(notification, names)
-        if len(rows) == 1 or not self._dialect.inserts_several:
-            return transaction.insert(single, rows)
-        ids: list[int] = []
-        for several in in_slices(rows):
-            if len(several) == 1:
-                ids += transaction.insert(single, several)
-            else:
-                statement = insert_rows(len(several), notification, names)
-                returned = transaction.rows(statement, **named(several, names))
-                if len(returned) < len(several):
-                    raise _left_out(len(several))
-                # The ids may be returned in any order, but they grow in the order of the rows.
-                ids += sorted(row_id for row_id, *_ in returned)
-        return ids
+        if len(rows) == 1:
+            return insert_each(transaction, rows, notification)
+        return self._dialect.insert_several(transaction, rows, notification)
 
     def _insert_or_find(
         self, transaction: Transaction, destination: str, rows: Rows, notification: ColumnElement[Any] | None
@@ -249,7 +244,7 @@ class Intake:
                 found |= self._dialect.known_now(transaction, destination, others)
             if len(found) == len(wanted):
                 return [found[row["event_id"]] for row in rows], new
-        raise _left_out(len(rows))
+        raise left_out(len(rows))
 
     def _refuse_when_full(self, transaction: Transaction, policy: Policy, events: Sequence[Addressed]) -> None:
         at_most = policy.max_rows
@@ -270,14 +265,10 @@ def _for(destination: str, rows: Rows) -> Rows:
     return [{**row, "destination": destination} for row in rows]
 
 
-def _left_out(number: int) -> StorageError:
-    return StorageError(f"a trigger of the database left out some of {number} events")
-
-
 def _by_destination(events: Sequence[Addressed]) -> Iterable[tuple[str, Rows]]:
     if len(events) == 1:  # mostly
-        (group,) = events
-        return [(destination, group.rows) for destination in group.destinations]
+        destinations, _, rows = events[0]
+        return [(destination, rows) for destination in destinations]
     rows_of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for destinations, _, rows in events:
         for destination in destinations:

@@ -26,9 +26,9 @@ class Attempt:
 
     __slots__ = ("committed", "frame")
 
-    def __init__(self, frame: FrameType | None, *committed: None) -> None:
+    def __init__(self, frame: FrameType | None, *committed: object) -> None:
         self.frame = frame
-        self.committed: list[None] = [*committed]
+        self.committed: list[object] = [*committed]
         """Not empty as soon as the calls are committed."""
 
     def is_over(self) -> bool:

@@ -11,7 +11,7 @@ waiting thread checks again after a limited time. A call's stack frame shows whe
 
 from __future__ import annotations
 
-import inspect
+import sys
 import threading
 from collections.abc import Callable
 from operator import methodcaller
@@ -36,7 +36,7 @@ _LOOK_AT_LOG_S = 1.0
 _NORMAL = 1
 """What PRAGMA synchronous calls NORMAL: a commit does not wait for the disk."""
 
-_commit = methodcaller("commit")
+_commit = methodcaller("execute", "COMMIT")
 
 # Keeps the parent's connections alive in the child: collecting one would close it and drop the parent's locks.
 _of_parents: list[_Permit] = []
@@ -107,17 +107,18 @@ class SQLiteWriter(Writer):
     def _try(self, own: Call[Any], group: Group | None = None, *, wait_s: float = _LOOK_AGAIN_S) -> bool:
         """Commit a call, and with it the others of its group. Return False if the caller must try again."""
         permit = self._permit
-        attempt = Attempt(inspect.currentframe())
+        attempt = Attempt(sys._getframe())  # noqa: SLF001 - `inspect.currentframe` costs more
         try:
             forks.enter(attempt)
-            if not self._take(permit, wait_s):
+            if not permit.lock.acquire(blocking=False) and not self._take(permit, wait_s):
                 return False
             try:
-                is_nested = not permit.attempt.is_over()
+                last = permit.attempt
+                is_nested = last.frame is not None and not last.is_over()
                 if not is_nested:
                     permit.attempt = attempt
                 # Another attempt may have committed the call meanwhile, or still be about to.
-                if self._permit is permit and own.is_left():
+                if self._permit is permit and (group is None or own.is_left()):
                     self._commit(permit, attempt, own, group, is_nested=is_nested)
             finally:
                 attempt.frame = None
@@ -177,20 +178,21 @@ class SQLiteWriter(Writer):
                         kept.cursor.execute("BEGIN IMMEDIATE")
                     for call in calls:
                         call.result = call.operation(kept.transaction)
-                    self._check_that_nothing_came_between(permit, kept, synchronous)
+                    # A signal handler may have written before BEGIN, or another thread have replaced the permit.
+                    if (
+                        self._permit is not permit
+                        or permit.kept is not kept
+                        or kept.synchronous is not synchronous
+                    ):
+                        raise _SupersededError  # noqa: TRY301 - a function would be one call more for each enqueue
                     # A single call in C commits and says so: nothing comes between.
-                    attempt.committed.extend(map(_commit, (kept.connection,)))
+                    attempt.committed.extend((None,) if own.is_single else map(_commit, (kept.cursor,)))
                 except BaseException:
                     kept.connection.rollback()
                     raise
         except self._refusals as error:
             kind = _LockedError if "locked" in str(error) else StorageError
             raise kind(in_words(self._engine, error)) from error
-
-    def _check_that_nothing_came_between(self, permit: _Permit, kept: _Kept, synchronous: list[int]) -> None:
-        # A signal handler may have written before BEGIN, or another thread have replaced the permit.
-        if self._permit is not permit or permit.kept is not kept or kept.synchronous is not synchronous:
-            raise _SupersededError
 
     def _connected(self, permit: _Permit, *, is_synced: bool, is_nested: bool) -> tuple[_Kept, list[int]]:
         """Return the connection, outside of any transaction, and how it was set to wait for the disk or not."""

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import CompoundSelect, Dialect, Engine, Select, UpdateBase
@@ -54,6 +55,11 @@ class Transaction:
         compiled = self._of(statement)
         return list(self._run(compiled.text, compiled.arguments(parameters)).fetchall())
 
+    def run(self, statement: Returning, names: list[str], values: list[Any], /) -> Any:
+        """Run a statement with many parameters, and return the result of the driver. `names` are all different."""
+        compiled = self._of(statement)
+        return self._run(compiled.text, compiled.arguments_in_order(names, values))
+
     def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
         """Run a query for one value; None where there is no row."""
         rows = self.rows(statement, **parameters)
@@ -64,7 +70,7 @@ class Transaction:
         compiled = self._of(statement)
         return int(self._run(compiled.text, compiled.arguments(parameters)).rowcount)
 
-    def change_many(self, statement: UpdateBase, several: list[dict[str, Any]], /) -> int:
+    def change_many(self, statement: UpdateBase, several: Sequence[dict[str, Any]], /) -> int:
         """Run a statement once for each set of parameters; return how many rows were changed in all."""
         if not self._dialect.supports_sane_multi_rowcount:  # it would tell how many the last ones changed
             return sum(self.change(statement, **parameters) for parameters in several)
@@ -136,14 +142,23 @@ class _Compiled:
         self.text = str(compiled)
         self.returns = bool(compiled.effective_returning)
         self._fixed = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
-        self._positions = compiled.positiontup
+        self._positions: list[str] | None = compiled.positiontup
+        # `itemgetter` returns a tuple only for several names.
+        self._values = itemgetter(*self._positions) if len(self._positions or ()) > 1 else None
         self._stores_nul = database.stores_nul
 
     def arguments(self, parameters: dict[str, Any]) -> Any:
         values = self._fixed | parameters if self._fixed else parameters
         if not self._stores_nul:
             values = without_nul(values)
+        if self._values is not None:
+            return self._values(values)
         return values if self._positions is None else tuple([values[name] for name in self._positions])
+
+    def arguments_in_order(self, names: list[str], values: list[Any]) -> Any:
+        if names == self._positions and self._stores_nul:  # mostly, on SQLite
+            return tuple(values)
+        return self.arguments(dict(zip(names, values, strict=True)))
 
 
 def without_nul(values: dict[str, Any]) -> dict[str, Any]:

@@ -71,9 +71,7 @@ class Views:
             is_any_expired=expired is not None,
             is_any_failed=failed is not None,
             is_troubled=troubled is not None,
-            may_be_over_cap=self._deletion.may_be_over(
-                self._deletion.cap(policy, destination), last_id=last_id or 0
-            ),
+            may_be_over_cap=self._deletion.may_be_over(policy, destination, last_id=last_id or 0),
             may_be_over_bounds=self._bounds.may_be_over(policy, destination),
         )
 

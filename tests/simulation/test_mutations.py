@@ -175,8 +175,8 @@ MUTATIONS = {
     ),
     "an insert that is tried again after a lost commit": Bug(
         "storage/intake.py",
-        "partial(insert, trims=trims), repeatable=repeatable, shares_commit=True",
-        "partial(insert, trims=trims), repeatable=True, shares_commit=True",
+        "self._writer.run(insert, repeatable=repeatable, shares_commit=True)",
+        "self._writer.run(insert, repeatable=True, shares_commit=True)",
         (LOSS,),
         first_seed=97,
     ),

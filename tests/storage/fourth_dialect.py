@@ -17,6 +17,7 @@ from sqlalchemy.ext.compiler import compiles
 from outbox.storage.column_types import Id
 from outbox.storage.dialects import register
 from outbox.storage.dialects.base import Dialect
+from outbox.storage.dialects.mysql import MySQL
 from outbox.storage.dialects.sqlite import SQLite
 from outbox.storage.sql import without_index
 from outbox.storage.transactions import Writer
@@ -56,10 +57,10 @@ class Fourth(SQLite):
     connection_classes: ClassVar = {"sqlite3.Connection": "fourth+pysqlite"}
     libraries = ()
     begins_at_head = True
-    inserts_several = False
     duplicate = frozenset({2067})  # SQLITE_CONSTRAINT_UNIQUE
     insert_or_add = Dialect.insert_or_add
     insert_new = Dialect.insert_new
+    insert_several = MySQL.insert_several
     claim = Dialect.claim
     undelivered_to_trim = Dialect.undelivered_to_trim
 

@@ -12,17 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from sqlalchemy import (
-    URL,
-    ColumnElement,
-    CompoundSelect,
-    Connection,
-    Engine,
-    Index,
-    Select,
-    Table,
-    create_engine,
-)
+from sqlalchemy import URL, ColumnElement, CompoundSelect, Connection, Engine, Index, Select, Table, create_engine
 from sqlalchemy import Dialect as SQLAlchemyDialect
 
 from outbox.lifecycle import Status
@@ -30,7 +20,7 @@ from outbox.records import Claim, Listener
 from outbox.storage import forks
 from outbox.storage.claimed import CLAIM_ROWS, DELIVER, Kind, Part, Wanted, claim_of_due, due, lock_kind
 from outbox.storage.engines import Synchronous
-from outbox.storage.inserts import Rows, insert_or_add, insert_unknown, known
+from outbox.storage.inserts import Rows, insert_or_add, insert_several, insert_unknown, known
 from outbox.storage.pings import ping_after_idling
 from outbox.storage.sql import columns, is_one_of, lock, oldest
 from outbox.storage.transactions import Transaction, Writer
@@ -224,12 +214,19 @@ class Dialect:
 
     # Inserts
 
-    inserts_several: ClassVar[bool] = True
-    """Whether an INSERT of several rows returns all their ids."""
     notification: ClassVar[ColumnElement[Any] | None] = None
     """A column for INSERT to return, which notifies other processes of new events at the commit."""
     last_insert_id: ClassVar[Select[Any] | None] = None
     """The query for the id that was inserted last, for drivers that forget it."""
+
+    def insert_several(
+        self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
+    ) -> list[int]:
+        """Insert the rows of a destination; return their ids in the order of the rows.
+
+        By default, an INSERT of several rows returns all their ids, and the ids grow in the order of the rows.
+        """
+        return insert_several(transaction, rows, notification)
 
     def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
         """Insert a row; if there is one with its key, add to the column `adds`, or leave the row as it is.

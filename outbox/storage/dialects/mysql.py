@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Insert,
     Select,
@@ -34,7 +35,8 @@ from outbox.storage.dialects.base import Dialect, Ending
 from outbox.storage.due_rows import LOCK_ROWS_IF_DUE, Rows, Search
 from outbox.storage.engines import MIGRATION_LOCK
 from outbox.storage.indexes import QUEUE_INDEX, TIMES_INDEX, WAITING_INDEX
-from outbox.storage.inserts import KNOWN, known
+from outbox.storage.inserts import KNOWN, insert_each, known
+from outbox.storage.inserts import Rows as NewRows
 from outbox.storage.sql import columns, did_not_fail, events, has_due_time, is_one_of, literal, of_destination
 from outbox.storage.transactions import Transaction
 
@@ -146,8 +148,13 @@ class MySQL(Dialect):
     indexes = frozenset(
         f"observation_events_{name}_idx" for name in ("event_id", "queue", "waiting", "times", "delivered")
     )
-    inserts_several = False  # the driver reports the id of a single row only
     last_insert_id = select(func.last_insert_id())
+
+    def insert_several(
+        self, transaction: Transaction, rows: NewRows, notification: ColumnElement[Any] | None
+    ) -> list[int]:
+        """Insert one by one: the driver reports the id of a single row only."""
+        return insert_each(transaction, rows, notification)
 
     def plain_cursor(self, connection: Any, driver: SQLAlchemyDialect) -> Any:
         """Return a cursor of the driver's plain class."""

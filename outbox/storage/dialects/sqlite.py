@@ -7,16 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import (
-    URL,
-    ColumnElement,
-    Connection,
-    Engine,
-    Index,
-    Table,
-    and_,
-    text,
-)
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Index, Table, and_, text
 from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
@@ -29,7 +20,7 @@ from outbox.storage.claimed import Kind, Wanted
 from outbox.storage.column_types import Id
 from outbox.storage.dialects.base import Dialect, Ending
 from outbox.storage.engines import Synchronous, reading
-from outbox.storage.inserts import Rows, insert_new
+from outbox.storage.inserts import Rows, insert_counted, insert_new
 from outbox.storage.sql import (
     columns,
     did_not_fail,
@@ -186,6 +177,15 @@ class SQLite(Dialect):
     def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
         """Insert or add in one statement."""
         transaction.change(upsert(sqlite.insert, table, adds), **values)
+
+    def insert_several(
+        self,
+        transaction: Transaction,
+        rows: Rows,
+        notification: ColumnElement[Any] | None,  # noqa: ARG002 - SQLite has none
+    ) -> list[int]:
+        """Insert without asking for each id: no other transaction writes, so they follow each other."""
+        return insert_counted(transaction, rows)
 
     def insert_new(
         self, transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None
