@@ -92,8 +92,9 @@ def copy(  # noqa: PLR0913 - the command has as many options
     """Record the events of a destination, of any status, for another one that does not have them yet.
 
     A copy has the payload, the ids and the times of the event. It is pending, did not fail, and is due now or at
-    its own time. Each transaction inserts up to a thousand rows, so after an error some may already be there. If
-    there is no room for a slice, this raises `QueueFull`. `progress` gets how many row ids each slice covers.
+    its own time. Each transaction inserts up to a thousand rows, fewer if they are large, so after an error some
+    may already be there. If there is no room for a slice, this raises `QueueFull`. `progress` gets how many row
+    ids each slice covers.
     """
     now = store.now_ms()
     last_id = store.copying.last_id()

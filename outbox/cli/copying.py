@@ -42,7 +42,7 @@ def copy(
 
     An event that the other destination already has is left out, so the command can be repeated. The copies are
     pending, with the payload, the event id and the times of the event. Each transaction records up to a thousand
-    events. Exit code 1: some events could not be copied.
+    events, fewer if they are large. Exit code 1: some events could not be copied.
     """
     if source == target:
         raise ConfigurationError(f"--from and --to are both {source!r}, expected two destinations")

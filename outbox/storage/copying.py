@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, bindparam, select
+from sqlalchemy import BigInteger, Select, bindparam, func, select
 
 from outbox.event_ids import derived, is_valid
 from outbox.storage.column_types import INTEGERS, invalid_column
@@ -16,6 +17,8 @@ from outbox.storage.sql import LAST_ID, by_id, columns, without_index
 from outbox.storage.transactions import Transaction, Writer, look
 
 _SLICE = 1_000
+_SLICE_CHARACTERS = 4 * 1024 * 1024
+"""How large the payloads of a slice may be together: the slice is in memory. A larger payload is copied alone."""
 
 _COPIED = (
     "event_id",
@@ -31,22 +34,28 @@ _COPIED = (
     "trace_context",
 )
 
-# No index has the order of all statuses by id, so all slices together walk the primary key once.
-TO_COPY = by_id(
-    select(columns.id, *(columns[name] for name in _COPIED))
-    .where(
-        columns.id > bindparam("seen"),
-        columns.id <= bindparam("last"),
-        without_index(columns.destination) == bindparam("destination"),
-        columns.created_at_ms >= bindparam("created_from", type_=BigInteger),
+
+def _next(*found: Any) -> Select[Any]:
+    # No index has the order of all statuses by id, so all slices together walk the primary key once.
+    return by_id(
+        select(columns.id, *found)
+        .where(
+            columns.id > bindparam("seen"),
+            columns.id <= bindparam("last"),
+            without_index(columns.destination) == bindparam("destination"),
+            columns.created_at_ms >= bindparam("created_from", type_=BigInteger),
+        )
+        .order_by(columns.id)
+        .limit(bindparam("slice_size"))
     )
-    .order_by(columns.id)
-    .limit(bindparam("slice_size"))
-)
+
+
+SIZES = _next(func.length(columns.payload_json))
+TO_COPY = _next(*(columns[name] for name in _COPIED))
 
 
 class Slice(NamedTuple):
-    """Up to a thousand events of a destination."""
+    """Up to a thousand events of a destination, fewer if their payloads are large."""
 
     rows: list[dict[str, Any]]
     """The columns to insert, each row with its event id."""
@@ -75,9 +84,12 @@ class Copying:
         outbox_id = look(self._writer, lambda transaction: self._identity.outbox_id(transaction.value))
         seen = 0
         while seen < last_id:
-            found = look(self._writer, partial(_read, source, created_from_ms, seen, last_id))
+            which = {"destination": source, "created_from": created_from_ms, "seen": seen, "last": last_id}
+            sizes = look(self._writer, partial(_read, SIZES, which))
+            number = _that_fit([size or 0 for _, size in sizes])
+            up_to = sizes[number - 1][0] if number < len(sizes) or number == _SLICE else last_id
+            found = look(self._writer, partial(_read, TO_COPY, {**which, "last": up_to}))
             rows = [row for values in found if (row := _new_row(values, outbox_id, now_ms=now_ms)) is not None]
-            up_to = found[-1][0] if len(found) == _SLICE else last_id
             yield Slice(rows, len(found) - len(rows), up_to - seen)
             seen = up_to
 
@@ -88,12 +100,14 @@ class Copying:
         return [row for row in rows if row["event_id"] not in there]
 
 
-def _read(
-    source: str, created_from_ms: int, seen: int, last_id: int, transaction: Transaction
-) -> list[tuple[Any, ...]]:
-    return transaction.rows(
-        TO_COPY, destination=source, created_from=created_from_ms, seen=seen, last=last_id, slice_size=_SLICE
-    )
+def _read(query: Select[Any], which: dict[str, Any], transaction: Transaction) -> list[tuple[Any, ...]]:
+    return transaction.rows(query, slice_size=_SLICE, **which)
+
+
+def _that_fit(sizes: Sequence[int]) -> int:
+    """Return how many of the first payloads make a slice: at least one, if there are any."""
+    fitting = sum(total <= _SLICE_CHARACTERS for total in accumulate(sizes))
+    return max(fitting, min(len(sizes), 1))
 
 
 def _new_row(values: Sequence[Any], outbox_id: str, *, now_ms: int) -> dict[str, Any] | None:

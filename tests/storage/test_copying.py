@@ -36,6 +36,15 @@ def test_all_slices_together_copy_each_event_once(outbox: Outbox, monkeypatch: p
     assert copy(outbox) == CopyReport(already_there=5)
 
 
+def test_a_slice_holds_only_as_many_payloads_as_fit(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_SLICE_CHARACTERS", 100)
+    for size in (30, 30, 30, 30, 200, 40, 50):
+        add_row(outbox, destination="billing", payload_json='"' + "x" * (size - 2) + '"')
+    slices = outbox.store.copying.slices("billing", created_from_ms=0, last_id=7, now_ms=NOON_MS)
+    assert [[len(row["payload_json"]) for row in one.rows] for one in slices] == [[30] * 3, [30], [200], [40, 50]]
+    assert copy(outbox) == CopyReport(copied=7)
+
+
 def test_an_event_for_several_destinations_is_copied_once(outbox: Outbox) -> None:
     # The first row has a derived id, which the second one stores.
     outbox.enqueue({"event_type": "order_placed"}, to=["billing", "search"])
