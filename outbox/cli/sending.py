@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("outbox.run")
 
 _CHECK_WORKER_EVERY_S = 10
+_FLUSHES_AT_ONCE = 16
+_Flush: TypeAlias = "Callable[..., tuple[FlushReport, bool]]"
 _sleep = time.sleep
 
 
@@ -52,10 +55,10 @@ def flush(
 ) -> None:
     """Send one batch of due events of a destination.
 
-    With --all, but without --destination, all destinations in outbox.toml are served, one after the other. The
-    token of the destination `default` comes from OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the
-    file is read before each request. Other credentials are named in outbox.toml. Exit code 3: not every event was
-    delivered.
+    With --all, but without --destination, all destinations in outbox.toml are served, up to 16 at the same time.
+    Ctrl-C then lets the requests that are under way end. The token of the destination `default` comes from
+    OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the file is read before each request. Other
+    credentials are named in outbox.toml. Exit code 3: not every event was delivered.
     """
     chosen = services.every if everything else [services.chosen]
     exit_codes = set()
@@ -64,10 +67,16 @@ def flush(
         outbox = opened.enter_context(Outbox(database, policy=policy))
         opened.enter_context(shown_log())
         opened.enter_context(sigterm_like_ctrl_c())
-        for service, client in zip(chosen, clients, strict=True):
+        flushes: list[_Flush] = [
+            partial(_flush, outbox, client, service.destination, everything=everything)
+            for service, client in zip(chosen, clients, strict=True)
+        ]
+        if len(flushes) > 1:
+            flushes = opened.enter_context(_at_once(flushes))
+        for service, flushed in zip(chosen, flushes, strict=True):
             of = f"{escape(service.destination)}: " if len(chosen) > 1 else ""
             try:
-                report, is_complete = _flush(outbox, client, service.destination, everything=everything)
+                report, is_complete = flushed()
             except OutboxError as error:
                 if not of:
                     raise
@@ -82,17 +91,47 @@ def flush(
     context.exit(min(exit_codes, default=0))
 
 
+@contextmanager
+def _at_once(flushes: list[_Flush]) -> Iterator[list[_Flush]]:
+    """Run flushes in threads, so that a service that hangs delays no other; yield functions that wait for each.
+
+    No flush begins a batch after the end of the block.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load, and rarely needed
+
+    is_over = threading.Event()
+
+    def go_on(_batch: FlushReport) -> None:
+        if is_over.is_set():
+            raise KeyboardInterrupt
+
+    pool = ThreadPoolExecutor(min(len(flushes), _FLUSHES_AT_ONCE))
+    try:
+        yield [pool.submit(flush, progress=go_on).result for flush in flushes]
+    finally:
+        is_over.set()
+        pool.shutdown(cancel_futures=True)
+
+
 def _flush(
-    outbox: Outbox, client: UploadClient, destination: str, *, everything: bool
+    outbox: Outbox,
+    client: UploadClient,
+    destination: str,
+    *,
+    everything: bool,
+    progress: Callable[[FlushReport], object] | None = None,
 ) -> tuple[FlushReport, bool]:
-    """Return the report, and whether no event that should have been sent is due."""
+    """Return the report, and whether no event that should have been sent is due. Draw a bar without `progress`."""
     if not everything:
         return outbox.flush(client, destination=destination), True
     views, of = outbox.store.views, stored(destination)
-    with Bar("Sending", total=views.pending_count(of)) as bar:
-        report = outbox.flush_all(
-            client, destination=destination, progress=lambda batch: bar.advance(batch.claimed)
-        )
+    if progress is not None:
+        report = outbox.flush_all(client, destination=destination, progress=progress)
+    else:
+        with Bar("Sending", total=views.pending_count(of)) as bar:
+            report = outbox.flush_all(
+                client, destination=destination, progress=lambda batch: bar.advance(batch.claimed)
+            )
     now = outbox.store.now_ms()
     next_due_ms = views.next_due_ms(of, now_ms=now)
     return report, next_due_ms is None or next_due_ms > now

@@ -6,16 +6,18 @@ import signal
 import socket
 import subprocess
 import threading
+from functools import partial
 
 import pytest
 
 from builders import NOON_MS, ROOT, add_row, row, rule_fired, statuses
 from command_line import IS_OFF, TOKEN, logged, process, record_bars
-from conditions import until
+from conditions import FOREVER_S, until
 from outbox import Outbox, threads
 from outbox.cli import sending
 from outbox.clock import now_ms
 from outbox.testing.answers import Answer
+from peers import ACCEPTED, Peer, answers, read_request
 
 pytestmark = pytest.mark.usefixtures("measured")
 
@@ -90,7 +92,8 @@ SENT_ONE = "1 attempted, 1 sent, 0 rescheduled, 0 parked, 0 abandoned"
 def test_flush_serves_one_destination_or_all(run, outbox, server, two_services, options, arrived, left):
     result = run("flush", *options)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert [request.path for request in server.requests] == [f"{path}/cloud/observations" for path in arrived]
+    assert {request.path for request in server.requests} == {f"{path}/cloud/observations" for path in arrived}
+    assert len(server.requests) == len(arrived)
     assert statuses(outbox) == left
     several = ["default: ", "billing: ", "search: "] if len(arrived) == 3 else [""]
     assert result.stdout.splitlines() == [f"{of}{SENT_ONE}" for of in several]
@@ -99,18 +102,58 @@ def test_flush_serves_one_destination_or_all(run, outbox, server, two_services, 
 def test_options_of_the_service_are_for_the_destination_that_is_named(run, server, two_services):
     assert run("flush", "--destination", "billing", "--path", "/other").exit_code == 0
     assert run("flush", "--all", "--path", "/third").exit_code == 0
-    assert [request.path for request in server.requests] == [
-        "/billing/other",
-        "/third",
-        "/search/cloud/observations",
-    ]
+    assert server.requests[0].path == "/billing/other"
+    assert {request.path for request in server.requests[1:]} == {"/third", "/search/cloud/observations"}
 
 
-def test_a_flush_of_all_goes_on_after_a_destination_that_fails(run, outbox, server, two_services, tmp_path):
+def test_a_service_that_hangs_delays_no_other_of_a_flush_of_all(run, outbox, two_services, monkeypatch, tmp_path):
+    arrived = threading.Event()
+
+    def hang(connection, _stopped):
+        read_request(connection)
+        if arrived.wait(FOREVER_S):
+            connection.sendall(ACCEPTED)
+
+    def arrive(connection, _stopped):
+        read_request(connection)
+        arrived.set()
+        connection.sendall(ACCEPTED)
+
+    with Peer(hang) as default, Peer(arrive) as billing:
+        monkeypatch.setenv("OUTBOX_URL", default.url)
+        (tmp_path / "outbox.toml").write_text(
+            f"[destinations.billing]\nurl = '{billing.url}'\ntoken_env = 'BILLING_TOKEN'\n"
+        )
+        result = run("flush", "--all")
+    assert result.stdout.splitlines() == [f"default: {SENT_ONE}", f"billing: {SENT_ONE}"]
+    assert statuses(outbox) == ["sent", "sent", "pending"]
+
+
+def test_after_an_interrupt_no_destination_begins_a_batch():
+    begun = threading.Event()
+    destinations = []
+
+    def flush(number, *, progress):
+        destinations.append(number)
+        begun.set()
+        while True:
+            progress(None)
+
+    flushes = [partial(flush, number) for number in range(20)]
+    with pytest.raises(KeyboardInterrupt), sending._at_once(flushes):  # noqa: PT012 - an interrupt comes from inside
+        assert begun.wait(FOREVER_S)
+        raise KeyboardInterrupt
+    assert 1 <= len(destinations) <= 16
+
+
+def test_a_flush_of_all_goes_on_after_a_destination_that_fails(
+    run, outbox, server, two_services, tmp_path, monkeypatch
+):
     outbox.enqueue(rule_fired(session_id="2"), to="search")
     (tmp_path / "token").write_text("two words")
-    server.script(503)
-    result = run("flush", "--all", "--json")
+    with Peer(answers(b"HTTP/1.1 503 Slow\r\nContent-Length: 0\r\n\r\n")) as default:
+        monkeypatch.setenv("OUTBOX_URL", default.url)
+        result = run("flush", "--all", "--json")
     assert result.exit_code == 2
     reports = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(report["destination"], report["sent"]) for report in reports] == [("default", 0), ("billing", 1)]
