@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clusters check docs simulate kill bench clean
+.PHONY: demo test clusters check docs screenshots simulate kill bench clean
 
 demo: $(VENV)/project
 	$(BIN)/outbox demo
@@ -27,6 +27,10 @@ check: $(VENV)/dev
 # The site, in build/docs/index.html. Nothing is fetched for it, and its pages fetch nothing.
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs build/docs
+
+# The pictures of the console in its documentation. They need Debian's package chromium.
+screenshots: $(VENV)/dev
+	$(BIN)/python docs/screenshots.py
 
 # Longer runs than the tests make. A failing world is shown with its seed and its shortest trace.
 simulate: $(VENV)/dev

@@ -702,6 +702,7 @@ def test_the_reference_has_every_public_name() -> None:
         named[module] = {*re.findall(r"^\.\. (?:auto\w+|py:data):: (\w+)", rest, re.MULTILINE)}
     assert named["outbox"] == {*outbox.__all__}
     assert named["outbox.testing"] == {*testing.__all__}
+    assert named["outbox.web"] == {"create_app"}
     for name in named["outbox.metrics"]:
         assert hasattr(metrics, name)
     for name in named["outbox.meter"]:

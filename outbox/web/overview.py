@@ -62,7 +62,7 @@ def situation(stats: Stats) -> Situation:
     if stats.likely_cause is not None:
         # `likely_cause` joins several causes by these words.
         causes = stats.likely_cause.split(". Also: ")
-        title = "One thing keeps events from being delivered" if len(causes) == 1 else "What keeps events here"
+        title = f"{counted(len(causes), 'thing')} {'needs' if len(causes) == 1 else 'need'} attention"
         return Situation("bad", title, causes)
     waiting = stats.counts[Status.PENDING] + stats.counts[Status.SENDING]
     if waiting:
@@ -96,6 +96,8 @@ def destination_in_words(
         return pause_in_words(pause, now_ms=now_ms)
     if one is None or one.next_due_at_ms is None:
         return "nothing is waiting"
+    if 0 < one.overdue_ms < _LONG_OVERDUE_MS:
+        return "an event is due now"
     if one.overdue_ms:
         return f"an event has been due for {duration(one.overdue_ms)}"
     return f"the next event is due in {duration(one.next_due_at_ms - now_ms)}"

@@ -25,6 +25,7 @@ def add_to(app: Flask) -> None:
         number=number,
         per_s=per_s,
         printable=escape,
+        sentence=sentence,
         time=time,
         when=when,
         with_code=with_code,
@@ -59,6 +60,11 @@ def time(ms: int, now_ms: int) -> Markup:
     exact = datetime.fromtimestamp(ms / 1_000, timezone.utc).isoformat(timespec="milliseconds")
     distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
     return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, utc(ms), distance)
+
+
+def sentence(text: str) -> str:
+    """Return the text with a large first letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def with_code(text: str) -> Markup:

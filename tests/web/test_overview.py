@@ -68,8 +68,8 @@ def test_hidden_payloads_take_the_bodies_of_answers_with_them(open_console, outb
         ({}, "busy", "1 event is on the way"),
         ({"overdue_ms": 120_000}, "bad", "1 event is on the way; one has been due for 2 minutes; is a worker or a timer running?"),
         ({"counts": {"pending": 0, "sending": 0, "sent": 3, "parked": 0, "abandoned": 0}}, "good", "Everything is delivered"),
-        ({"likely_cause": "a. Also: b"}, "bad", "What keeps events here; a; b"),
-        ({"likely_cause": "a"}, "bad", "One thing keeps events from being delivered; a"),
+        ({"likely_cause": "a. Also: b"}, "bad", "2 things need attention; a; b"),
+        ({"likely_cause": "a"}, "bad", "1 thing needs attention; a"),
     ],
 )  # fmt: skip
 def test_what_is_going_on_is_said_in_words(outbox, changed, kind, words):
@@ -88,6 +88,7 @@ def test_the_situation_of_a_destination_is_said_in_words(outbox):
             ({}, pause),
             ({"next_due_at_ms": None}, None),
             ({"overdue_ms": 61_000}, None),
+            ({"overdue_ms": 59_000}, None),
             ({"next_due_at_ms": NOON_MS + 61_000, "overdue_ms": 0}, None),
         )
     ]
@@ -97,6 +98,7 @@ def test_the_situation_of_a_destination_is_said_in_words(outbox):
     assert said[1:] == [
         "nothing is waiting",
         "an event has been due for 1 minute",
+        "an event is due now",
         "the next event is due in 1 minute",
     ]
 

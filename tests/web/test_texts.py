@@ -26,6 +26,10 @@ def test_a_time_is_its_distance_and_the_exact_one_on_demand():
     assert ">in 2 seconds<" in texts.time(NOON_MS + 2_000, NOON_MS)
 
 
+def test_a_sentence_begins_and_ends_like_one():
+    assert texts.sentence("it waits; see `outbox status`") == "It waits; see `outbox status`."
+
+
 def test_commands_in_a_text_are_set_as_code_and_all_of_it_is_escaped():
     assert texts.with_code("run `outbox <b>` \x1b") == "run <code>outbox &lt;b&gt;</code> \\x1b"
 
