@@ -173,6 +173,7 @@ class Answering(ScriptedClient):
         return self.answer
 
 
+@pytest.mark.contract
 def test_an_upload_is_one_client_span_with_a_link_to_each_context(
     outbox: Outbox, client: HttpClient, spans
 ) -> None:
