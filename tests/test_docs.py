@@ -563,7 +563,7 @@ def test_the_commands_that_go_on_until_they_are_ended_work_and_end(shell: Shell,
         for command in commands(f"docs/{page}.md")
         if not command.startswith("pip ")
     ]
-    assert len(going_on) == 4
+    assert len(going_on) == 5
     with Outbox.open("sqlite:///outbox.db") as opened:
         for number, command in enumerate(going_on):
             opened.enqueue(rule_fired(session_id=f"s{number}"))
