@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from outbox.destinations import stored
 from outbox.failures import ConfigurationError
-from outbox.holds import LONGEST_WHY, Hold
-from outbox.records import Pause
-from outbox.stats import DestinationStats
+from outbox.holds import LONGEST_WHY
 from outbox.web.console import console
-from outbox.web.looks import Look
-from outbox.web.overview import destination_in_words
+from outbox.web.overview import MOST_DESTINATIONS, destination_rows
 from outbox.words import AGES, age_ms
 
 pages = Blueprint("destinations", __name__)
 
-_MOST_SHOWN = 50
-
-
-class Destination(NamedTuple):
-    """One destination, as the page shows it."""
-
-    name: str
-    stats: DestinationStats | None
-    """None if it has no events."""
-    hold: Hold | None
-    pause: Pause | None
-    now: str
-    last_accepted_ms: int | None
-
 
 @pages.get("/destinations")
 def show() -> str:
-    """Show the destinations with the most undelivered events."""
+    """Show what happens at each destination."""
     look = console().looks.look()
-    names = {*look.stats.by_destination, *(hold.destination for hold in look.stats.holds)}
-    found = sorted(names, key=lambda name: (-_undelivered(look, name), name))
+    rows = destination_rows(look)
     return render_template(
         "destinations.html",
-        destinations=[_destination(look, name) for name in found[:_MOST_SHOWN]],
-        left_out=len(found[_MOST_SHOWN:]),
+        destinations=[(row, console().outbox.store.views.last_accepted_ms(stored(row.name))) for row in rows],
         longest_why=LONGEST_WHY,
+        most=MOST_DESTINATIONS,
         now_ms=look.now_ms,
     )
 
@@ -84,17 +64,3 @@ def _length_ms(text: str) -> int | None:
     if length is None:
         raise ConfigurationError(f"its length is {text!r}, expected {AGES.replace('an age', 'a time')}")
     return length
-
-
-def _undelivered(look: Look, name: str) -> int:
-    found = look.stats.by_destination.get(name)
-    return 0 if found is None else found.undelivered
-
-
-def _destination(look: Look, name: str) -> Destination:
-    one = look.stats.by_destination.get(name)
-    held = next((hold for hold in look.stats.holds if hold.destination == name), None)
-    pause = next((pause for pause in look.stats.pauses if pause.destination == name), None)
-    words = destination_in_words(one, pause, held, now_ms=look.now_ms)
-    accepted_ms = console().outbox.store.views.last_accepted_ms(stored(name))
-    return Destination(name, one, held, pause, words, accepted_ms)

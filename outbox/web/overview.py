@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from flask import Blueprint, render_template
 
-from outbox.destinations import DEFAULT_NAME
 from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.records import Pause
@@ -17,6 +16,8 @@ from outbox.web.looks import Look, Point
 from outbox.words import pause_in_words
 
 pages = Blueprint("overview", __name__)
+
+MOST_DESTINATIONS = 50
 
 _WIDTH, _HEIGHT = 240, 40
 _LONG_OVERDUE_MS = 60_000
@@ -53,7 +54,6 @@ def _shown(look: Look) -> dict[str, Any]:
         "curve": curve(look.points),
         "rows": destination_rows(look),
         "statuses": [status.value for status in Status],
-        "is_one_destination": stats.by_destination.keys() <= {DEFAULT_NAME},
     }
 
 
@@ -76,14 +76,37 @@ def situation(stats: Stats) -> Situation:
     return Situation("good", "Everything is delivered", ())
 
 
-def destination_rows(look: Look) -> list[tuple[str, DestinationStats, str]]:
-    """Return each destination with its numbers, and what happens there now."""
-    pauses = {pause.destination: pause for pause in look.stats.pauses}
-    holds = {hold.destination: hold for hold in look.stats.holds}
-    return [
-        (name, one, destination_in_words(one, pauses.get(name), holds.get(name), now_ms=look.now_ms))
-        for name, one in look.stats.by_destination.items()
-    ]
+class Row(NamedTuple):
+    """A destination: how many events it has, and what happens there."""
+
+    name: str
+    stats: DestinationStats | None
+    """None if it has no events."""
+    hold: Hold | None
+    pause: Pause | None
+    words: str
+
+    @property
+    def undelivered(self) -> int:
+        """Number of events that are not sent."""
+        return 0 if self.stats is None else self.stats.undelivered
+
+    def count(self, status: str) -> int:
+        """Return the number of events with a status."""
+        return 0 if self.stats is None else self.stats.counts.get(status, 0)
+
+
+def destination_rows(look: Look) -> list[Row]:
+    """Return the destinations by name: if there are more than 50, those with the most undelivered events."""
+    stats = look.stats
+    pauses = {pause.destination: pause for pause in stats.pauses}
+    holds = {hold.destination: hold for hold in stats.holds}
+    rows = []
+    for name in {*stats.by_destination, *holds, *pauses}:
+        one, pause, hold = stats.by_destination.get(name), pauses.get(name), holds.get(name)
+        rows.append(Row(name, one, hold, pause, destination_in_words(one, pause, hold, now_ms=look.now_ms)))
+    most = sorted(rows, key=lambda row: (-row.undelivered, row.name))[:MOST_DESTINATIONS]
+    return sorted(most, key=lambda row: row.name)
 
 
 def destination_in_words(

@@ -5,7 +5,7 @@ import pytest
 from builders import NOON_MS, add_row
 from outbox.clock import now_ms
 from outbox.pauses import SharedPause
-from outbox.web import destinations
+from outbox.web import destinations, overview
 
 
 def pause(outbox, name, **fields):
@@ -86,18 +86,21 @@ def test_a_hold_that_makes_no_sense_is_refused(browser, outbox, fields, words):
 
 def test_a_destination_on_hold_is_there_without_events(browser, outbox):
     outbox.hold("billing", why="it moves")
+    browser.get("/")
+    assert "billing on hold" in browser.text
     browser.get("/destinations")
     assert "Resume billing" in browser.text
 
 
-def test_the_destinations_with_the_most_undelivered_events_come_first(browser, outbox, monkeypatch):
-    monkeypatch.setattr(destinations, "_MOST_SHOWN", 2)
-    for name in ("c", "b", "a", "a"):
+def test_of_many_destinations_those_with_the_most_undelivered_events_are_shown(browser, outbox, monkeypatch):
+    monkeypatch.setattr(overview, "MOST_DESTINATIONS", 2)
+    monkeypatch.setattr(destinations, "MOST_DESTINATIONS", 2)
+    for name in ("c", "b", "a", "c"):
         add_row(outbox, destination=name)
     browser.get("/destinations")
-    assert browser.page.index("Hold a") < browser.page.index("Hold b")
-    assert "Hold c" not in browser.text
-    assert "1 destination with fewer undelivered events is not shown" in browser.text
+    assert browser.page.index("Hold a") < browser.page.index("Hold c")
+    assert "Hold b" not in browser.text
+    assert "At most 2 destinations are shown" in browser.text
 
 
 def test_a_read_only_console_holds_nothing(open_console, outbox):
