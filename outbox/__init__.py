@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from outbox.records import BatchItem, FlushReport, Pause, UploadClient
     from outbox.stats import DestinationStats, Stats
     from outbox.storage.finding import EventCount, Found
+    from outbox.tries import Try
     from outbox.upload.auth import NO_AUTH, ApiKey
     from outbox.upload.client import HttpClient
     from outbox.upload.formats import CloudEvents, Format
@@ -84,6 +85,7 @@ __all__ = [
     "Status",
     "StorageError",
     "TransportFailure",
+    "Try",
     "Upload",
     "UploadClient",
     "UploadFailure",
@@ -104,6 +106,7 @@ _ON_USE = {
     "outbox.hooks": ("Hooks", "Settled", "SettledEvent", "Upload"),
     "outbox.records": ("BatchItem", "FlushReport", "Pause", "UploadClient"),
     "outbox.stats": ("DestinationStats", "Stats"),
+    "outbox.tries": ("Try",),
     "outbox.storage.finding": ("EventCount", "Found"),
     "outbox.worker": ("Worker",),
 }

@@ -23,6 +23,7 @@ from outbox.records import BatchItem, Claim, ClaimedRow, FlushReport, UploadClie
 from outbox.search import Search
 from outbox.storage.pauses import Changed
 from outbox.storage.store import Store
+from outbox.tries import Failed, failed
 from outbox.upload.custom import failures_of, requests_failure
 from outbox.upload.redaction import client_error, without_credentials
 
@@ -52,7 +53,8 @@ class HeldClaim:
         self._due_at_ms = claimed.due_at_ms
         self._pause = claimed.pause
         self._probe_lease_ms = lease_until_ms if claimed.is_probe else None
-        self._has_failed = False
+        self._failed: dict[int, Failed] = {}
+        """How the last request with a row failed, by id."""
         self.ended_failures = 0
         """Number of failures in a row of the destination that an acceptance of this claim ended."""
         # The first exception of the client that is no `UploadFailure`.
@@ -156,7 +158,8 @@ class HeldClaim:
         if not answer:
             search.accepted(part, now_ms=now)
             return
-        self._has_failed = True
+        ids = [item.id for item in part]
+        self._failed |= failed(ids, answer, now_ms=now, duration_ms=duration_ms, policy=self._policy)
         accepted_at_ms = None if self._policy.is_original else self._store.views.last_accepted_ms(self.destination)
         if isinstance(answer, UploadFailure):
             search.rejected(part, answer, now_ms=now, accepted_at_ms=accepted_at_ms)
@@ -198,7 +201,7 @@ class HeldClaim:
             self._lost_leases += len(ours) - delivered - (landed.total() - landed["deliver"])
             self._sent += delivered
         self._accepted = []
-        if delivered and (self._has_failed or self._pause.failures or self._pause.until_ms):
+        if delivered and (self._failed or self._pause.failures or self._pause.until_ms):
             self.end_pause()
 
     def raise_bug(self, later: BaseException | None = None) -> None:
@@ -301,6 +304,10 @@ class HeldClaim:
             lease_until_ms=self._lease_until_ms,
             created_at_ms=self._created_at_ms,
             destination=self.destination,
+            failed=self._failed,
+            # Asked only after a failure, because it looks at every row.
+            may_have_tries=bool(self._failed)
+            and any(row.waits_for is not None or row.revived_at_ms is not None for row in self._rows),
         )
 
     def tell(self, hooks: Sequence[Hooks]) -> None:

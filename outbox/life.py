@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outbox import capture
 from outbox.clock import utc
@@ -22,13 +22,17 @@ from outbox.reasons import in_words
 from outbox.records import LOST_LEASES_ALONE, Pause
 from outbox.stats import duration
 from outbox.storage.column_types import invalid_column
+from outbox.tries import KEPT, Try
 from outbox.words import escape, facts_table, when
 
 if TYPE_CHECKING:
+    from outbox.storage.store import Store
     from outbox.storage.tables import ObservationEvent
 
 OF_PAYLOAD = frozenset({"rules", "session", "file", "content hash"})
 """The names of the facts that are taken from the payload."""
+
+_LONG_MS = 10_000
 
 _WAITS: dict[str, str] = {
     WaitsFor.SERVICE: "the service probably failed, not this event; it is due when the service accepts another",
@@ -52,26 +56,69 @@ _IDLE: dict[str, str] = {
 }
 
 
-def event_in_words(
-    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
-) -> str:
+class Around(NamedTuple):
+    """What an event's life depends on besides its columns."""
+
+    now_ms: int
+    policy: Policy
+    pauses: Sequence[Pause]
+    """The pause of its destination."""
+    holds: Sequence[Hold]
+    """The hold of its destination."""
+    tries: Sequence[Try]
+    """Its last failed tries."""
+
+
+def look_around(store: Store, policy: Policy, row: ObservationEvent) -> Around:
+    """Read what an event's life depends on."""
+    now_ms = store.now_ms()
+    of = row.destination
+    return Around(
+        now_ms,
+        policy,
+        [pause for pause in store.views.pauses(now_ms=now_ms) if pause.destination == of],
+        [hold for hold in store.holds.lasting(now_ms=now_ms) if hold.destination == shown(of)],
+        store.tries.of(row.id),
+    )
+
+
+def event_in_words(row: ObservationEvent, around: Around) -> str:
     """Return what `outbox show` prints."""
-    facts = event_facts(row, now_ms=now_ms, policy=policy, pauses=pauses, holds=holds)
-    return f"{facts_table(facts)}\n\n{pretty(row.payload_json)}"
+    life = "\n".join(escape(f"{time}  {what}") for time, what in past(row, around.tries))
+    return f"{facts_table(event_facts(row, around))}\n\n{life}\n\n{pretty(row.payload_json)}"
 
 
-def event_facts(
-    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
-) -> list[tuple[str, str]]:
+def past(row: ObservationEvent, tries: Sequence[Try]) -> list[tuple[str, str]]:
+    """Return what happened to an event so far, in order: when, and what."""
+    steps = [(row.created_at_ms, "recorded")]
+    steps += [(one.tried_at_ms, _try_in_words(one)) for one in tries]
+    if len(tries) == KEPT:
+        steps[1] = (steps[1][0], f"{steps[1][1]}. Only the last {KEPT} failed tries are kept")
+    if row.revived_at_ms is not None:
+        steps.append((row.revived_at_ms, "returned to the queue"))
+    if row.sent_at_ms is not None:
+        steps.append((row.sent_at_ms, "accepted by the service"))
+    # SQLite stores any value in any column.
+    steps.sort(key=lambda step: step[0] if isinstance(step[0], int) else 0)
+    return [(utc(time), what) for time, what in steps]
+
+
+def _try_in_words(one: Try) -> str:
+    took = f"{one.duration_ms} ms" if one.duration_ms < _LONG_MS else duration(one.duration_ms)
+    return f"tried by {one.host}; failed after {took}, {one.verdict}: {in_words(one.failure)}"
+
+
+def event_facts(row: ObservationEvent, around: Around) -> list[tuple[str, str]]:
     """Return what is known of an event besides its payload, as names and texts."""
+    now_ms = around.now_ms
     facts = [
         ("event", str(row.id)),
         ("event id", str(row.event_id)),
         ("type", row.event_type),
         ("destination", shown(row.destination)),
         ("status", row.status),
-        ("next", what_next(row, now_ms=now_ms, policy=policy, pauses=pauses, holds=holds)),
-        *_why_it_waits(row, now_ms=now_ms, policy=policy),
+        ("next", what_next(row, around)),
+        *_why_it_waits(row, now_ms=now_ms, policy=around.policy),
         ("created", when(row.created_at_ms, now_ms=now_ms)),
         ("occurred", when(row.occurred_at_ms, now_ms=now_ms)),
     ]
@@ -95,17 +142,24 @@ def event_facts(
     return facts
 
 
+def life_as_dict(row: ObservationEvent, around: Around) -> dict[str, Any]:
+    """Return what `outbox show --json` prints."""
+    return {
+        **event_as_dict(row),
+        "next": what_next(row, around),
+        "tries": [one._asdict() for one in around.tries],
+    }
+
+
 def event_as_dict(row: ObservationEvent) -> dict[str, Any]:
     """Return the columns of one event by name; a value that JSON can't hold becomes its `repr`."""
     found = {name: value if _is_json(value) else repr(value) for name, value in _columns(row)}
     return {**found, "destination": shown(row.destination)}
 
 
-def what_next(
-    row: ObservationEvent, *, now_ms: int, policy: Policy, pauses: Sequence[Pause], holds: Sequence[Hold]
-) -> str:
+def what_next(row: ObservationEvent, around: Around) -> str:
     """Return what happens to an event next, and what the operator can do about it."""
-    due_ms = row.next_attempt_at_ms
+    now_ms, due_ms = around.now_ms, row.next_attempt_at_ms
     if row.status not in (Status.PENDING, Status.SENDING):
         text = _IDLE.get(row.status, "unknown: this program does not know the status")
     elif problem := invalid_column(_columns(row)):
@@ -115,9 +169,9 @@ def what_next(
     elif row.status == Status.SENDING and due_ms > now_ms:
         text = f"a flusher is sending it; if that flusher dies, it is due again at {when(due_ms, now_ms=now_ms)}"
     else:
-        text = f"it {_when_tried(due_ms, now_ms=now_ms, pauses=pauses)}"
-        text += f". A failure after {utc(age_out_ms(row, policy.max_age_ms))} abandons it"
-        obstacles = [hold_in_words(hold) for hold in holds if hold.destination == shown(row.destination)]
+        text = f"it {_when_tried(due_ms, now_ms=now_ms, pauses=around.pauses)}"
+        text += f". A failure after {utc(age_out_ms(row, around.policy.max_age_ms))} abandons it"
+        obstacles = [hold_in_words(hold) for hold in around.holds]
         if capture.is_off():
             obstacles.append(capture.IS_OFF)
         if obstacles:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from outbox.storage.finding import EventCount, Found, Progress
     from outbox.storage.store import Store
     from outbox.storage.tables import ObservationEvent
+    from outbox.tries import Try
 
 
 SCAN_LIMIT = 100_000
@@ -198,6 +199,10 @@ class Operations:
     def get(self, row_id: int) -> ObservationEvent | None:
         """Return one event, detached from the database, or None."""
         return self.store.views.get(row_id) if 0 < row_id <= LARGEST_ID else None
+
+    def tries(self, row_id: int) -> list[Try]:
+        """Return the last five failed tries of an event, the oldest first. An event that is gone has none."""
+        return self.store.tries.of(row_id) if 0 < row_id <= LARGEST_ID else []
 
     def find(  # noqa: PLR0913 - each condition is one
         self,

@@ -5,12 +5,15 @@ from datetime import timedelta
 
 import pytest
 from freezegun import freeze_time
+from sqlalchemy import insert
 
 from builders import NOON, NOON_MS, add_row, row
 from command_line import runner
 from outbox import Policy, life
 from outbox.cli import main
 from outbox.pauses import SharedPause
+from outbox.storage.engines import writing
+from outbox.storage.tables import tries
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_an_unknown_state_has_no_next(run, outbox):
     add_row(outbox)
     odd = row(outbox, 1)
     odd._machine_status = "odd"
-    assert "does not know the status" in life.what_next(odd, now_ms=NOON_MS, policy=Policy(), pauses=[], holds=[])
+    assert "does not know the status" in life.what_next(odd, life.Around(NOON_MS, Policy(), [], [], []))
 
 
 def test_show_tells_everything_and_what_comes_next(run, outbox):
@@ -106,6 +109,8 @@ rules         ["r1"]
 session       s1
 file          a.py
 content hash  b6dc97a47e194612
+
+2026-11-24 12:00:00 UTC  recorded
 
 {
   "event_type": "rule_fired",
@@ -229,3 +234,67 @@ def test_a_probe_comes_first_after_three_failures(run, outbox):
     assert facts(run)["next"].startswith(
         "it has been due since 2026-11-24 12:00:00 UTC; then one event is sent as a probe,"
     )
+
+
+# What happened
+
+
+def lives(run, row_id=1):
+    """The lines of `show` about the past of an event."""
+    return run("show", row_id).stdout.split("\n\n")[1].splitlines()
+
+
+def try_at(outbox, row_id, minute, **fields):
+    """Keep a failed try, so many minutes after noon."""
+    event = row(outbox, row_id)
+    values = {"duration_ms": 120, "host": "web-1", "verdict": "transient", "failure": "503 Down", **fields}
+    with writing(outbox.engine) as connection:
+        connection.execute(
+            insert(tries).values(
+                row_id=row_id, created_at_ms=event.created_at_ms, tried_at_ms=NOON_MS + minute * 60_000, **values
+            )
+        )
+
+
+def test_show_tells_the_life_of_an_event_in_order(run, outbox):
+    add_row(outbox, status="sent", sent_at_ms=NOON_MS + 360_000, revived_at_ms=NOON_MS + 180_000)
+    try_at(outbox, 1, 1)
+    try_at(outbox, 1, 2, verdict="auth blocked", failure="401 Unauthorized", host="web-2", duration_ms=9_999)
+    try_at(outbox, 1, 5, duration_ms=45_000, failure="connection refused\x1b[31m")
+    assert lives(run) == [
+        "2026-11-24 12:00:00 UTC  recorded",
+        "2026-11-24 12:01:00 UTC  tried by web-1; failed after 120 ms, transient: the service is failing (503 Down)",
+        "2026-11-24 12:02:00 UTC  tried by web-2; failed after 9999 ms, auth blocked: the service rejected the token (401 Unauthorized)",
+        "2026-11-24 12:03:00 UTC  returned to the queue",
+        r"2026-11-24 12:05:00 UTC  tried by web-1; failed after 45 seconds, transient: the upload failed (connection refused\x1b[31m)",
+        "2026-11-24 12:06:00 UTC  accepted by the service",
+    ]
+
+
+def test_show_says_that_earlier_tries_are_not_kept(run, outbox):
+    add_row(outbox)
+    for minute in range(4):
+        try_at(outbox, 1, minute)
+    assert "are kept" not in "".join(lives(run))
+    try_at(outbox, 1, 4)
+    assert lives(run)[1].endswith("(503 Down). Only the last 5 failed tries are kept")
+    assert len(lives(run)) == 6
+
+
+def test_json_of_show_has_the_tries(run, outbox):
+    add_row(outbox)
+    try_at(outbox, 1, 1)
+    assert json.loads(run("show", 1, "--json").stdout)["tries"] == [
+        {
+            "tried_at_ms": NOON_MS + 60_000,
+            "duration_ms": 120,
+            "host": "web-1",
+            "verdict": "transient",
+            "failure": "503 Down",
+        }
+    ]
+
+
+def test_a_time_that_is_no_number_breaks_nothing(run, outbox):
+    add_row(outbox, created_at_ms="long ago")
+    assert lives(run) == ["'long ago'  recorded"]

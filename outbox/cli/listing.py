@@ -15,7 +15,7 @@ from outbox.cli.options import json_option, uses_database
 from outbox.events import check_payload
 from outbox.failures import InvalidEvent
 from outbox.filters import LARGEST_ID, Where
-from outbox.life import event_as_dict, event_in_words, what_next
+from outbox.life import event_as_dict, event_in_words, life_as_dict, look_around
 from outbox.operations import SCAN_LIMIT
 from outbox.outbox import Outbox
 from outbox.stats import counted
@@ -141,24 +141,16 @@ class _Search:
 @uses_database
 @json_option
 def show(database: str, row_id: int, *, in_json: bool) -> None:
-    """Show one event: why it waits, what would prove that it is bad, and what happens to it next."""
+    """Show one event: what happened to it, why it waits, and what happens to it next.
+
+    The last five failed tries are shown, with the host, the duration and the failure of each.
+    """
     with Outbox(database) as outbox:
         row = outbox.get(row_id)
-        now = outbox.store.now_ms()
-        pauses = [
-            pause
-            for pause in outbox.store.views.pauses(now_ms=now)
-            if row is not None and pause.destination == row.destination
-        ]
-        holds = outbox.store.holds.lasting(now_ms=now)
-        policy = outbox.policy
-    if row is None:
-        fail(f"there is no event {row_id}: it was never enqueued here, or it was deleted", FAILED)
-    if in_json:
-        following = what_next(row, now_ms=now, policy=policy, pauses=pauses, holds=holds)
-        say(as_json({**event_as_dict(row), "next": following}))
-    else:
-        say(event_in_words(row, now_ms=now, policy=policy, pauses=pauses, holds=holds))
+        if row is None:
+            fail(f"there is no event {row_id}: it was never enqueued here, or it was deleted", FAILED)
+        around = look_around(outbox.store, outbox.policy, row)
+    say(as_json(life_as_dict(row, around)) if in_json else event_in_words(row, around))
 
 
 def as_line(row: ObservationEvent) -> str:

@@ -22,6 +22,7 @@ from outbox.storage.sql import (
     contains_text,
     is_in_flight,
     is_one_of,
+    may_have_tries,
     move,
     now,
     these_rows,
@@ -38,6 +39,7 @@ MATCHED = select(
     ).label("is_waiting"),
     (columns.next_attempt_at_ms > bindparam("due_after", type_=BigInteger)).label("is_due_later"),
     contains_text(columns.last_error, bindparam("failure", type_=Text)).label("has_failure"),
+    may_have_tries,
 )
 _APART = ("status", "event_type", "is_in_flight", "is_waiting", "is_due_later")
 KINDS = MATCHED.with_only_columns(*(MATCHED.selected_columns[name] for name in _APART))
@@ -70,6 +72,7 @@ class Matched(NamedTuple):
     """Whether it is due later than now, and not because it was scheduled."""
     is_due_later: bool
     has_failure: bool | None
+    may_have_tries: bool
 
     def fits(self, where: Where) -> bool:
         """Return whether the row meets the conditions on columns that may have changed since it was found."""
@@ -209,7 +212,12 @@ class Acting:
         in_flight = 0
         for *kind, events in self._finding.tally(action.searched, KINDS, these):
             row = Matched(
-                id=0, destination="", created_at_ms=0, has_failure=None, **dict(zip(_APART, kind, strict=True))
+                id=0,
+                destination="",
+                created_at_ms=0,
+                has_failure=None,
+                may_have_tries=False,
+                **dict(zip(_APART, kind, strict=True)),
             )
             in_flight += events * bool(row.is_in_flight)
             changed[row.status, row.event_type] += events * action.applies_to(row)
@@ -239,4 +247,6 @@ class Acting:
 
 
 def _deletable(row: Matched) -> Deletable:
-    return Deletable(row.id, row.status, row.event_type, row.destination, row.created_at_ms)
+    return Deletable(
+        row.id, row.status, row.event_type, row.destination, row.created_at_ms, bool(row.may_have_tries)
+    )

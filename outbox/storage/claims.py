@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import Engine, bindparam, update
@@ -31,6 +32,8 @@ from outbox.storage.sql import (
     unindexed_status,
 )
 from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.tries import record
+from outbox.tries import Failed
 
 RENEW = by_id(
     update(events)
@@ -140,18 +143,23 @@ class Claims:
 
         return self._writer.run(renew, survives_power_cut=False)
 
-    def settle(
+    def settle(  # noqa: PLR0913 - a flusher gives the last three, and no other caller needs them
         self,
         decided: Iterable[tuple[int, Outcome]],
         *,
         lease_until_ms: int,
         created_at_ms: Mapping[int, int],
         destination: str = DEFAULT_DESTINATION,
+        failed: Mapping[int, Failed] = MappingProxyType({}),
+        may_have_tries: bool = True,
     ) -> Counter[str]:
         """Make the move of each row, with one statement per trigger. Return how many were made, by trigger.
 
         A fenced move is dropped if another flusher owns the row. `deliver` needs no lease. It is dropped if the
         row's creation time differs from that in `created_at_ms`, by id: then another event has the id.
+
+        `failed` tells, by id, how rows failed. The try of each is kept, but if a move is dropped, no try of a row
+        with the same trigger is. `may_have_tries` is false if no row of the claim failed before.
         """
         delivered: dict[int, list[int]] = defaultdict(list)
         by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -166,9 +174,14 @@ class Claims:
             return Counter()
 
         def settle(transaction: Transaction) -> Counter[str]:
-            landed = Counter(
-                {trigger: transaction.change_many(SETTLE[trigger], rows) for trigger, rows in by_trigger.items()}
-            )
+            landed: Counter[str] = Counter()
+            tried: dict[int, Failed] = {}
+            for trigger, rows in by_trigger.items():
+                landed[trigger] = transaction.change_many(SETTLE[trigger], rows)
+                if trigger != "release" and landed[trigger] == len(rows):
+                    tried |= {row["row_id"]: failed[row["row_id"]] for row in rows if row["row_id"] in failed}
+            if tried:
+                record(transaction, tried, may_have_tries=may_have_tries)
             for sent_at_ms, row_ids in delivered.items():
                 created = [created_at_ms[row_id] for row_id in row_ids]
                 landed["deliver"] += self._dialect.deliver(transaction, row_ids, created, sent_at_ms=sent_at_ms)

@@ -36,6 +36,7 @@ from outbox.storage.sql import (
     in_order,
     is_one_of,
     lock,
+    may_have_tries,
     of_destination,
     oldest,
     these_rows,
@@ -44,6 +45,7 @@ from outbox.storage.sql import (
 )
 from outbox.storage.tables import VERSION_TABLE, destinations_ledger, ledger
 from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.tries import forget
 
 log = logging.getLogger("outbox")
 
@@ -62,6 +64,7 @@ class Deletable(NamedTuple):
     destination: str
     delete_order_ms: int
     """The oldest is deleted first: `sent_at_ms` of a row that was delivered, else `created_at_ms`."""
+    may_have_tries: bool
 
 
 class Trimmed(NamedTuple):
@@ -106,7 +109,9 @@ TRIMMING: Select[Any] = select(literal_column("version_num")).select_from(table(
 is_expired = and_(is_one_of(unindexed_status, Status.SENT), columns.sent_at_ms < bindparam("sent_before"))
 EXPIRED = in_order(
     lock(
-        select(columns.id, columns.status, columns.event_type, columns.destination, columns.sent_at_ms)
+        select(
+            columns.id, columns.status, columns.event_type, columns.destination, columns.sent_at_ms, may_have_tries
+        )
         .where(is_expired, of_destination)
         .order_by(columns.sent_at_ms, columns.id)
         .limit(bindparam("slice_size"))
@@ -241,11 +246,13 @@ class Deletion:
         return self._writer.run(expire)
 
     def delete(self, transaction: Transaction, rows: list[Deletable], *, reason: str) -> int:
-        """Delete rows and count them in a ledger; return how many."""
+        """Delete rows and their tries, and count the rows in a ledger; return how many."""
         if len(rows) == 1:  # the usual case at the cap
             transaction.change(DELETE_ROW, row_id=rows[0].id)
         else:
             transaction.change_rows(DELETE_ROWS, [row.id for row in rows])
+        if tried := [row.id for row in rows if row.may_have_tries]:
+            forget(transaction, tried)
         deleted = Counter((row.destination, row.status, row.event_type) for row in rows)
         # In order, so that no two transactions wait for each other.
         for (destination, status, event_type), number in sorted(deleted.items()):

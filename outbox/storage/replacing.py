@@ -17,7 +17,7 @@ from outbox.storage.column_types import TIMES_BELOW
 from outbox.storage.deletion import Deletable, Deletion
 from outbox.storage.dialects import dialect_of
 from outbox.storage.inserts import insert_one, names_of
-from outbox.storage.sql import by_id, columns, is_in_flight, these_rows
+from outbox.storage.sql import by_id, columns, is_in_flight, may_have_tries, these_rows
 from outbox.storage.transactions import Transaction, Writer
 
 _SLICE = 100
@@ -29,6 +29,7 @@ LOCK_TO_REPLACE = by_id(
             for name in ("id", "status", "event_type", "destination", "created_at_ms", "not_before_ms")
         ),
         is_in_flight,
+        may_have_tries,
     )
     .where(these_rows)
     .order_by(columns.id)
@@ -44,6 +45,7 @@ class _Old(NamedTuple):
     created_at_ms: int
     not_before_ms: object
     is_in_flight: bool
+    may_have_tries: bool
 
     def why_not(self, replacement: Replacement) -> str | None:
         """Return why the row must stay, in words, or None."""
@@ -94,7 +96,8 @@ class Replacing:
             else:
                 refused[old.id] = why
         deleted = [
-            Deletable(old.id, old.status, old.event_type, old.destination, old.created_at_ms) for old in replaced
+            Deletable(old.id, old.status, old.event_type, old.destination, old.created_at_ms, old.may_have_tries)
+            for old in replaced
         ]
         if deleted:
             self._deletion.delete(transaction, deleted, reason="replaced")

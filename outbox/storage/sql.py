@@ -176,13 +176,13 @@ def oldest_of(*kinds: Select[Any], at_most: str) -> CompoundSelect[Any]:
 CHUNK = 64
 """Number of rows that a statement for several rows names. It is fixed, so the statement is compiled only once."""
 
-_ids = [bindparam(f"id_{number}", type_=BigInteger) for number in range(CHUNK)]
+chunk_ids: list[BindParameter[Any]] = [bindparam(f"id_{number}", type_=BigInteger) for number in range(CHUNK)]
 _created_at = [bindparam(f"created_at_ms_{number}", type_=BigInteger) for number in range(CHUNK)]
-these_rows = columns.id.in_(_ids)
+these_rows = columns.id.in_(chunk_ids)
 these_events = or_(
     *(
         and_(columns.id == row_id, columns.created_at_ms == created)
-        for row_id, created in zip(_ids, _created_at, strict=True)
+        for row_id, created in zip(chunk_ids, _created_at, strict=True)
     )
 )
 """By id and creation time: after a failover that lost rows, a server gives their ids to other events."""
@@ -195,6 +195,8 @@ lease_until: BindParameter[Any] = bindparam("lease_until")
 this_row = columns.id == bindparam("row_id")
 held = columns.next_attempt_at_ms == lease_until
 oldest_first = (columns.created_at_ms, columns.id)
+may_have_tries = or_(columns.last_error.is_not(None), columns.revived_at_ms.is_not(None)).label("may_have_tries")
+"""Whether a row may have failed tries: an event that was accepted at its first try has none."""
 is_due = columns.next_attempt_at_ms <= now
 never_tried = columns.next_attempt_at_ms <= columns.created_at_ms
 was_tried = columns.next_attempt_at_ms > columns.created_at_ms
@@ -223,7 +225,7 @@ def oldest(
     index: str = QUEUE_INDEX,
 ) -> Select[Any]:
     """Return the query for the oldest rows of a destination with these statuses, none in flight, to be deleted."""
-    found = select(columns.id, columns.status, columns.event_type, columns.destination, by)
+    found = select(columns.id, columns.status, columns.event_type, columns.destination, by, may_have_tries)
     found = found.where(is_one_of(status, *statuses), of_destination).order_by(by, columns.id)
     if only is not None:
         found = found.where(only)

@@ -24,6 +24,7 @@ from outbox.storage.intake import Intake
 from outbox.storage.pauses import Pauses
 from outbox.storage.replacing import Replacing
 from outbox.storage.revival import Revival
+from outbox.storage.tries import Tries
 from outbox.storage.views import Views
 
 
@@ -55,6 +56,7 @@ class Store:
         self.claims = Claims(engine, self._writer, self.now_ms, counts, identity)
         self.holds = Holds(engine, self._writer)
         self.pauses = Pauses(engine, self._writer)
+        self.tries = Tries(engine)
         self.revival = Revival(engine, self._writer)
         self.figures = Figures(engine)
         self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flask import Blueprint, abort, render_template, request
 
 from outbox.failures import ConfigurationError
-from outbox.life import OF_PAYLOAD, event_facts, pretty
+from outbox.life import OF_PAYLOAD, event_facts, look_around, past, pretty
 from outbox.lifecycle import Status
 from outbox.reasons import without_body
 from outbox.web import filters
@@ -64,22 +64,20 @@ def one(row_id: int) -> str:
     row = settings.outbox.get(row_id)
     if row is None:
         abort(404, f"there is no event {row_id}: it was never enqueued here, or it was deleted")
-    now_ms = settings.outbox.store.now_ms()
-    pauses = [
-        pause
-        for pause in settings.outbox.store.views.pauses(now_ms=now_ms)
-        if pause.destination == row.destination
-    ]
+    around = look_around(settings.outbox.store, settings.outbox.policy, row)
     if settings.hide_payloads:
-        pauses = [pause._replace(last_error=without_body(pause.last_error)) for pause in pauses]
+        around = around._replace(
+            pauses=[pause._replace(last_error=without_body(pause.last_error)) for pause in around.pauses],
+            tries=[one._replace(failure=without_body(one.failure)) for one in around.tries],
+        )
         row.last_error = row.last_error and without_body(row.last_error)
-    holds = settings.outbox.store.holds.lasting(now_ms=now_ms)
-    facts = dict(event_facts(row, now_ms=now_ms, policy=settings.outbox.policy, pauses=pauses, holds=holds))
+    facts = dict(event_facts(row, around))
     return render_template(
         "event.html",
         actions=actions_for(row.status),
         row=row,
         what_next=facts["next"],
+        past=past(row, around.tries),
         facts=[
             (name, text)
             for name, text in facts.items()

@@ -51,6 +51,7 @@ from outbox import (
     Stats,
     Status,
     TransportFailure,
+    Try,
     Upload,
     UploadClient,
     UploadFailure,
@@ -231,6 +232,7 @@ def operating(outbox: Outbox, now: datetime) -> None:
     assert_type(stats.waits_for, dict[str, int])
     assert_type(stats.pauses, list[Pause])
     assert_type(stats.holds, list[Hold])
+    assert_type(outbox.tries(found[0].id), list[Try])
     assert_type(outbox.hold("billing", why="billing moves", for_ms=7_200_000), Hold)
     assert_type(outbox.hold("billing", why="billing moves", until=now).until_ms, int | None)
     assert_type(outbox.resume("billing"), bool)
