@@ -29,7 +29,7 @@ def aged_out(failure: str, *, is_rate_limited: bool = False) -> str:
 
 
 def cancelled(reason: str) -> str:
-    """Return the reason of a row that the application cancelled."""
+    """Return the reason of a row that the application or an operator cancelled."""
     return f"{_CANCELLED}{reason}"
 
 
@@ -94,7 +94,7 @@ _MEANINGS = (
     (f"{_PERMANENT}404", "the service accepts no events at this URL; check the URL"),
     (f"{_PERMANENT}405", "the service accepts no events at this URL; check the URL"),
     (_PERMANENT, "the service rejected this event"),
-    (_CANCELLED, "the application cancelled the event"),
+    (_CANCELLED, "the event was cancelled"),
     (_AGED_OUT, "the event is too old for another try"),
     ("401", "the service rejected the token"),
     ("403", "the service rejected the token"),

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from sqlalchemy import literal, select, union_all
 
 from builders import DOWN, NOON, NOON_MS, OK, REJECTED, REVOKED, SLOW_DOWN, ScriptedClient, rule_fired
-from outbox import Outbox, Policy
+from outbox import Outbox, Policy, Where
 from outbox.destinations import shown
 from outbox.storage.engines import reading
 from outbox.storage.tables import destinations_ledger, ledger
@@ -31,6 +31,9 @@ from servers import Servers
 MAX_ROWS = 12
 DESTINATIONS = ["default", "billing"]
 DESTINATION = st.sampled_from(DESTINATIONS)
+WHERE = st.builds(
+    Where, status=st.sampled_from(["pending", "parked", "abandoned", "sent"]), destination=DESTINATION
+)
 
 
 class OutboxMachine(RuleBasedStateMachine):
@@ -166,6 +169,43 @@ class OutboxMachine(RuleBasedStateMachine):
         assert self.outbox.purge(older_than=self.now - age_ms).total == len(old)
         for row_id in old:
             self.delete(row_id)
+
+    def matching(self, where: Where) -> list[int]:
+        assert where.statuses is not None
+        return [row_id for row_id in self.of(str(where.destination)) if self.status[row_id] in where.statuses]
+
+    @rule(where=WHERE)
+    def retry(self, where: Where) -> None:
+        found = [row_id for row_id in self.matching(where) if self.status[row_id] in ("pending", "parked")]
+        found = [row_id for row_id in found if self.status[row_id] == "parked" or self.due[row_id] > self.now]
+        assert self.outbox.retry(where).total == len(found)
+        for row_id in found:
+            self.status[row_id], self.due[row_id] = "pending", self.now
+
+    @rule(where=WHERE)
+    def abandon(self, where: Where) -> None:
+        found = [row_id for row_id in self.matching(where) if self.status[row_id] in ("pending", "parked")]
+        assert self.outbox.abandon(where=where, reason="no longer wanted").total == len(found)
+        for row_id in found:
+            self.status[row_id] = "abandoned"
+
+    @rule(where=WHERE)
+    def purge_what_matches(self, where: Where) -> None:
+        found = self.matching(where)
+        assert self.outbox.purge(where=where).total == len(found)
+        for row_id in found:
+            self.delete(row_id)
+
+    @rule(where=WHERE)
+    def replace(self, where: Where) -> None:
+        found = self.matching(where)
+        report = self.outbox.replace(dict.fromkeys(found, rule_fired()))
+        assert report.replaced.keys() == {row_id for row_id in found if self.status[row_id] != "sent"}
+        for old, new in report.replaced.items():
+            self.delete(old)
+            self.destination[new] = self.destination[old]
+            self.status[new], self.due[new], self.failures[new] = "pending", self.now, 0
+            self.created[new] = self.now
 
     @invariant()
     def the_table_is_as_the_model_says(self) -> None:
