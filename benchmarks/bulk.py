@@ -18,7 +18,7 @@ def measure(lab: Lab) -> list[Table]:
     in_bulk = [
         Contestant("raw sqlite3: executemany, commit", partial(_executemany, lab, many)),
         Contestant("raw sqlite3: execute each for its id, commit", partial(_execute_each, lab, many)),
-        Contestant("outbox.enqueue_many, with ids", partial(_enqueue_many, lab, many), at_least=0.6),
+        Contestant("outbox.enqueue_many, with ids", partial(_enqueue_many, lab, many), at_least=0.75),
     ]
     in_session = [
         Contestant("session.add, flush, by hand", partial(_by_hand, lab, some)),

@@ -17,7 +17,7 @@ _THREADS = 16
 
 def measure(lab: Lab) -> list[Table]:
     tables = []
-    for synchronous, number, at_least in (("FULL", lab.size(1_000), 0.9), ("NORMAL", lab.size(4_000), 0.6)):
+    for synchronous, number, at_least in (("FULL", lab.size(1_000), 0.9), ("NORMAL", lab.size(4_000), 0.7)):
         contestants = [
             Contestant("raw sqlite3: INSERT, commit", partial(_raw, lab, synchronous, number)),
             Contestant("outbox.enqueue", partial(_ours, lab, synchronous, number), at_least=at_least),

@@ -186,7 +186,7 @@ class Outbox(Operations):
         ids = self.enqueue_many(
             events, session=session, connection=connection, event_ids=event_ids, to=to, not_before=not_before
         )
-        if isinstance(to, list | tuple):
+        if to is not None and isinstance(to, list | tuple):
             return ids
         return ids[0] if ids else None
 

@@ -19,7 +19,7 @@ from outbox.storage.tables import VERSION_TABLE, Base
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = tuple(f"outbox_000{number}" for number in range(1, 9))
+REVISIONS = tuple(f"outbox_000{number}" for number in range(1, 10))
 """The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})

@@ -73,10 +73,8 @@ def event_indexes() -> list[Index]:
         ("delivered", ("status", "sent_at_ms", "id"), None),
     ]
     return [
-        # Those of difflore, for its file. On servers the first one misleads planners, and the second one can't
-        # hold a long session.
+        # That of difflore, for its file. On servers it misleads planners.
         _index("pending", "status", "next_attempt_at_ms", "created_at_ms"),
-        _index("recent", "event_type", "session_id", "occurred_at_ms"),
         # A caller's ids are unique in each destination.
         _index("event_id", "destination", "event_id", rows="event_id IS NOT NULL", unique=True),
         *(_index(name, "destination", *columns, rows=rows) for name, columns, rows in orders),

@@ -93,11 +93,7 @@ class Intake:
             return inserted, trimmed
 
         if policy.max_undelivered:
-            _refuse_new(
-                partial(self._bounds.refuse, policy),
-                events,
-                lambda *of: look(self._writer, lambda transaction: known(transaction, *of)),
-            )
+            _refuse_new(self._bounds.refuse, policy, events, self._known)
         # If all have ids, a second try writes nothing that the first one wrote.
         repeatable = events[0].has_ids and all(group.has_ids for group in events)
         try:
@@ -158,16 +154,20 @@ class Intake:
         self, transaction: Transaction, events: Sequence[Addressed], policy: Policy, *, is_two_phase: bool
     ) -> list[int]:
         """Insert rows in the caller's transaction."""
-        _refuse_new(
-            partial(self._bounds.refuse, policy, value_of=transaction.value), events, partial(known, transaction)
-        )
+        refuse = partial(self._bounds.refuse, value_of=transaction.value)
+        _refuse_new(refuse, policy, events, partial(known, transaction))
         self._refuse_when_full(transaction, policy, events)
         # PostgreSQL refuses to prepare a transaction that notified. Without a notification, flushers poll.
         inserted = self._insert(transaction, events, notifies=not is_two_phase)
         self._note(policy, inserted)
         return inserted.ids
 
+    def _known(self, destination: str, event_ids: Sequence[str]) -> dict[str, int]:
+        return look(self._writer, lambda transaction: known(transaction, destination, event_ids))
+
     def _note(self, policy: Policy, inserted: Inserted) -> None:
+        if not policy.max_undelivered:
+            return
         for destination, new in inserted.new.items():
             self._bounds.enqueued(policy, len(new), destination)
 
@@ -251,14 +251,14 @@ class Intake:
         if not at_most or policy.when_full != "reject":
             return
 
-        def refuse(destination: str, *, own: int) -> None:
+        def refuse(_policy: Policy, destination: str, *, own: int) -> None:
             if (transaction.value(ROWS_AT_MOST) or 0) + own > at_most:
                 query = self._bounds.undelivered_rows
                 undelivered = transaction.value(query, destination=destination)
                 if undelivered + own > at_most:
                     raise queue_full(destination, undelivered, own, "max_rows", at_most)
 
-        _refuse_new(refuse, events, partial(known, transaction))
+        _refuse_new(refuse, policy, events, partial(known, transaction))
 
 
 def _for(destination: str, rows: Rows) -> Rows:
@@ -278,16 +278,17 @@ def _by_destination(events: Sequence[Addressed]) -> Iterable[tuple[str, Rows]]:
 
 def _refuse_new(
     refuse: Callable[..., None],
+    policy: Policy,
     events: Sequence[Addressed],
     known_of: Callable[[str, Sequence[str]], dict[str, int]],
 ) -> None:
-    """Call `refuse` with each destination and the number of rows that need room there.
+    """Call `refuse` with the policy, each destination and the number of rows that need room there.
 
     Events that are already in the database need none.
     """
     for destination, rows in _by_destination(events):
         try:
-            refuse(destination, own=len(rows))
+            refuse(policy, destination, own=len(rows))
         except QueueFull:
             event_ids = {row["event_id"] for row in rows if "event_id" in row}
             others = sum("event_id" not in row for row in rows)
@@ -295,4 +296,4 @@ def _refuse_new(
             if new == len(rows):
                 raise
             if new:
-                refuse(destination, own=new)
+                refuse(policy, destination, own=new)

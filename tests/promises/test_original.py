@@ -116,7 +116,7 @@ def ms(time):
 # The file
 
 
-def test_its_file_is_adopted_without_touching_a_row(original, url):
+def test_its_file_is_adopted_without_touching_a_row(original, file, url):
     before, ddl = (
         original.rows(),
         original.ask("SELECT name, sql FROM sqlite_master WHERE name LIKE 'observation%'"),
@@ -128,6 +128,8 @@ def test_its_file_is_adopted_without_touching_a_row(original, url):
         assert outbox.stats().counts == dict(original.counts())
         for found, values in zip(outbox.find(limit=len(before)), before, strict=True):
             assert tuple(getattr(found, name) for name in COLUMNS.split(", ")) == values
+    assert original.ask("SELECT * FROM sqlite_master WHERE name = 'observation_events_recent_idx'") == []
+    original = Original(file)  # it creates the index again
     for name, sql in ddl:
         ((now,),) = original.ask("SELECT sql FROM sqlite_master WHERE name = ?", name)
         assert now.startswith(sql.removesuffix(")").rstrip())

@@ -79,7 +79,6 @@ class SQLite(Dialect):
         for name in (
             "event_id",
             "pending",
-            "recent",
             "fresh",
             "tried",
             "due",
