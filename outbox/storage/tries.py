@@ -6,7 +6,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import BigInteger, Engine, Text, and_, bindparam, delete, insert, select
+from sqlalchemy import BigInteger, Engine, Text, and_, bindparam, delete, func, insert, select
 
 from outbox.storage.column_types import LONGEST_NAME
 from outbox.storage.engines import reading
@@ -21,6 +21,12 @@ _TRIES = (
     .join_from(events, tries, _of_event)
     .where(columns.id == bindparam("row_id"))
     .order_by(tries.c.id)
+)
+_LATEST = (
+    select(columns.destination, *(tries.c[name] for name in Try._fields))
+    .join_from(events, tries, _of_event)
+    .where(tries.c.id > select(func.max(tries.c.id)).scalar_subquery() - bindparam("most", type_=BigInteger))
+    .order_by(tries.c.id.desc())
 )
 # The text is read from the rows that were just settled, so one statement serves all rows of a request.
 _RECORD = insert(tries).from_select(
@@ -52,7 +58,7 @@ _FORGET = delete(tries).where(tries.c.row_id.in_(chunk_ids))
 
 
 class Tries:
-    """Reads the tries of an event."""
+    """Reads the tries of events."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -61,6 +67,17 @@ class Tries:
         """Return the tries of an event that are kept, in order."""
         with reading(self._engine) as connection:
             return [Try(*row) for row in connection.execute(_TRIES, {"row_id": row_id})]
+
+    def latest(self, most: int = 500) -> dict[str, list[Try]]:
+        """Return the latest tries by stored destination, the last one first.
+
+        They are among the last `most` tries of all destinations. Tries of events that are gone are left out.
+        """
+        found: defaultdict[str, list[Try]] = defaultdict(list)
+        with reading(self._engine) as connection:
+            for destination, *one in connection.execute(_LATEST, {"most": most}):
+                found[destination].append(Try(*one))
+        return dict(found)
 
 
 def record(transaction: Transaction, failed: Mapping[int, Failed], *, may_have_tries: bool) -> None:

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from outbox.destinations import stored
 from outbox.failures import ConfigurationError
 from outbox.holds import LONGEST_WHY
+from outbox.reasons import without_body
+from outbox.tries import Try
 from outbox.web.console import console
 from outbox.web.overview import MOST_DESTINATIONS, destination_rows
 from outbox.words import AGES, age_ms
 
 pages = Blueprint("destinations", __name__)
 
+_FAILURES_SHOWN = 3
+
 
 @pages.get("/destinations")
 def show() -> str:
     """Show what happens at each destination."""
-    look = console().looks.look()
-    rows = destination_rows(look)
+    settings = console()
+    look = settings.looks.look()
+    latest = settings.outbox.store.tries.latest()
+    destinations = [
+        (
+            row,
+            settings.outbox.store.views.last_accepted_ms(stored(row.name)),
+            _failures(latest.get(stored(row.name), ())),
+        )
+        for row in destination_rows(look)
+    ]
     return render_template(
         "destinations.html",
-        destinations=[(row, console().outbox.store.views.last_accepted_ms(stored(row.name))) for row in rows],
+        destinations=destinations,
         longest_why=LONGEST_WHY,
         most=MOST_DESTINATIONS,
         now_ms=look.now_ms,
@@ -49,6 +65,15 @@ def resume() -> Response:
     if console().outbox.resume(name):
         return _back(f"{name} is no longer on hold. Running workers go on within 20 seconds.", "good")
     return _back(f"{name} was not on hold.", "")
+
+
+def _failures(tries: Sequence[Try]) -> list[tuple[Try, int]]:
+    """Return the last failed requests, each with the number of its events that are still there."""
+    requests = Counter(tries)
+    cut = without_body if console().hide_payloads else str
+    return [
+        (one._replace(failure=cut(one.failure)), events) for one, events in [*requests.items()][:_FAILURES_SHOWN]
+    ]
 
 
 def _back(words: str, kind: str) -> Response:

@@ -238,3 +238,19 @@ def test_a_shared_failure_is_one_insert(outbox: Outbox, noon, statements: list[s
     outbox.flush(ScriptedClient(SLOW_DOWN))
     assert statements == ["INSERT", "DELETE", "INSERT"]
     assert kept(outbox) == 128
+
+
+def test_the_latest_tries_of_all_destinations_are_known(outbox: Outbox, noon) -> None:
+    for destination, failure in (("billing", DOWN), ("search", SLOW_DOWN), ("billing", SLOW_DOWN)):
+        noon.travel(minutes=1)
+        outbox.retry_now()
+        outbox.enqueue(rule_fired(), to=destination)
+        outbox.flush(ScriptedClient(failure), destination=destination)
+    latest = outbox.store.tries.latest()
+    assert {name: [one.failure[:3] for one in found] for name, found in latest.items()} == {
+        "billing": ["429", "503"],
+        "search": ["429"],
+    }
+    assert [*outbox.store.tries.latest(most=1)] == ["billing"]
+    outbox.purge(older_than=2**52)
+    assert outbox.store.tries.latest() == {}

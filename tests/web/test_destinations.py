@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from builders import NOON_MS, add_row
+from builders import NOON_MS, ScriptedClient, add_row, rule_fired
+from outbox import HttpFailure
 from outbox.clock import now_ms
 from outbox.pauses import SharedPause
 from outbox.web import destinations, overview
@@ -40,7 +43,24 @@ def test_the_latest_answers_of_a_service_are_shown(browser, outbox):
     browser.get("/destinations")
     assert "paused" in browser.text
     assert 'datetime="2026-11-24T12:00:00.000+00:00"' in browser.page
-    assert "last failure 503 Down" in browser.text
+    assert "Latest failure 503 Down" in browser.text
+
+
+@pytest.mark.parametrize("hide_payloads", [False, True])
+def test_the_failed_requests_are_shown_the_last_one_first(open_console, outbox, hide_payloads):
+    outbox.enqueue_many([rule_fired(), rule_fired()], to="billing")
+    for failure in (HttpFailure(502, "Bad Gateway"), HttpFailure(503, "Down", "4111")):
+        outbox.flush(ScriptedClient(failure), destination="billing")
+        outbox.retry_now()
+    browser = open_console(hide_payloads=hide_payloads)
+    browser.get("/destinations")
+    shown = re.search(r"Latest failures(.*?)Put billing", browser.text)[1]
+    body = "…" if hide_payloads else "4111"
+    assert re.fullmatch(
+        rf" \d \w+ ago 503 Down: {body} transient, 2 events, after \d+ ms, from \S+"
+        r" \d \w+ ago 502 Bad Gateway transient, 2 events, after \d+ ms, from \S+ ",
+        shown,
+    ), shown
 
 
 def test_an_operator_holds_a_destination_and_resumes_it(browser, outbox):
