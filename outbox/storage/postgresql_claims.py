@@ -1,7 +1,7 @@
 """How PostgreSQL takes the rows that are due.
 
-A claim is first tried as one statement, which leaves locked rows to others. It has no rows if it would have to
-pass many rows that are not due. Then the rows are found as on other servers.
+A claim of fresh rows is first tried as one statement, which leaves locked rows to others. It has no rows if some
+that were brought back, or whose lease ran out, are due. Then the rows are found as on other servers.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ from outbox.storage.transactions import Transaction
 _untried = (is_pending, did_not_fail, never_tried)
 _brought_back = (is_pending, did_not_fail, was_tried)
 _leased = (is_sending, did_not_fail)
+# The same rows in the words of the index by the due time. The planner can't use the other index then.
+_brought_back_by_time = (is_pending, did_not_fail, or_(is_sending, and_(*_brought_back)))
 _others = (is_undelivered, waits_for_other)
 _last = (is_undelivered, waits_for_row)
 
 _UNTRIED = Rows(_untried)
-_BROUGHT_BACK = Rows(_brought_back, by_time=(_brought_back,))
+_BROUGHT_BACK = Rows(_brought_back, by_time=(_brought_back_by_time,))
 _OTHERS = tuple((is_undelivered, columns.waits_for == literal(one)) for one in WaitsFor if one is not WaitsFor.ROW)
 SEARCHES = {
     Part.FRESH: Search(_UNTRIED, _BROUGHT_BACK, Rows((*_leased, ~lost_some))),
@@ -87,15 +89,6 @@ def _none_due(*conditions: Any) -> Any:
     return due.order_by(columns.next_attempt_at_ms).limit(1).scalar_subquery().is_(None)
 
 
-def _mostly_due(*conditions: Any) -> Any:
-    """Return the condition that a walk from the oldest such row meets a batch that is due, or the end, soon."""
-    look_at = batch_size * literal_column("4")
-    oldest = select(columns.next_attempt_at_ms).where(of_destination, *conditions).order_by(*oldest_first)
-    head = oldest.limit(look_at).subquery()
-    due = func.count().filter(head.c.next_attempt_at_ms <= now)
-    return select(or_(due >= batch_size, func.count() < look_at)).select_from(head).scalar_subquery()
-
-
 def _chosen(name: str, *conditions: Any, order: Any = oldest_first, at_most: Any = batch_size) -> CTE:
     """Return the part of a claim that locks rows. MATERIALIZED keeps the planner from running it again."""
     due: Select[Any] = select(columns.id, columns.created_at_ms, columns.next_attempt_at_ms)
@@ -113,26 +106,15 @@ def _claim(*parts: CTE) -> Update:
     return claimed.returning(*claimed_columns, _seen, chosen.c.next_attempt_at_ms)
 
 
-def _failed() -> Update:
-    with_others = (is_due, ~claims_alone, _is_unpaused)
-    is_none_alone = ~exists().where(of_destination, claims_alone, is_due)
-    others = _chosen("others", *_others, *with_others, is_none_alone, _mostly_due(*_others))
-    room = batch_size - select(func.count()).select_from(others).scalar_subquery()
-    last = _chosen("last", *_last, *with_others, is_none_alone, _mostly_due(*_others), at_most=room)
-    return _claim(others, last)
+CLAIM_FRESH_AT_ONCE = _claim(
+    _chosen("fresh", *_untried, is_due, _is_unpaused, _none_due(*_brought_back_by_time), _none_due(*_leased))
+)
 
-
-CLAIM_AT_ONCE = {
-    Kind.FRESH: _claim(
-        _chosen("fresh", *_untried, is_due, _is_unpaused, _none_due(*_brought_back), _none_due(*_leased))
-    ),
-    Kind.FAILED: _failed(),
-}
-
+_NEVER_SORT = select(func.set_config("enable_sort", "off", literal_column("true")))
 _by_due_time = (columns.next_attempt_at_ms,)
 CLAIM_NEVER_DUE = _claim(
     _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, _is_unheld),
-    _chosen("again", *_brought_back, ~has_due_time, _is_unheld, order=_by_due_time),
+    _chosen("again", *_brought_back_by_time, ~has_due_time, _is_unheld, order=_by_due_time),
     _chosen("leased", *_leased, ~has_due_time, _is_unheld, order=_by_due_time),
     _chosen(
         "failed",
@@ -145,10 +127,18 @@ CLAIM_NEVER_DUE = _claim(
 
 
 def take_at_once(transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-    """Claim rows of a kind if that is one walk. There are none during a hold or a pause, or if a probe is due."""
-    if kind is Kind.ANY or wanted.is_newest:
+    """Claim fresh rows if that is one walk. There are none during a hold or a pause, or if a probe is due."""
+    if kind is not Kind.FRESH or wanted.is_newest:
         return Claim([])
-    return _claimed(transaction, CLAIM_AT_ONCE[kind], kind, wanted)
+    return _claimed(transaction, CLAIM_FRESH_AT_ONCE, kind, wanted)
+
+
+def read_in_order(transaction: Transaction) -> None:
+    """Keep the planner from sorting, until the transaction ends.
+
+    It sorts if it expects few rows, and then reads all of them. It expects few while its statistics are old.
+    """
+    transaction.rows(_NEVER_SORT)
 
 
 def take_never_due(transaction: Transaction, wanted: Wanted) -> Claim:

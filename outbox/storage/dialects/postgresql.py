@@ -232,6 +232,7 @@ class PostgreSQL(Dialect):
         claimed = postgresql_claims.take_at_once(transaction, kind, wanted)
         if claimed.rows or wanted.unless_paused:
             return claimed
+        postgresql_claims.read_in_order(transaction)
         return super().claim(transaction, kind, wanted)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
