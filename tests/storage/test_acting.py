@@ -223,13 +223,15 @@ def test_an_action_names_what_it_needs(outbox: Outbox) -> None:
 
 
 def test_no_action_ever_touches_a_row_in_flight(outbox: Outbox) -> None:
-    """Operators act on everything, again and again, while events come in and are sent."""
+    """Operators act on everything and replace the newest, again and again, while events come in and are sent."""
     done = threading.Event()
     acted: Counter[str] = Counter()
 
     def operate() -> None:
         while not done.is_set():
             for name, act in ACTIONS.items():
+                few = [found.id for found in outbox.find(limit=5, newest_first=True)]
+                acted["replace"] += len(outbox.replace(dict.fromkeys(few, rule_fired())).replaced)
                 acted[name] += act(outbox, Where()).total
 
     held: list[str] = []
@@ -244,7 +246,7 @@ def test_no_action_ever_touches_a_row_in_flight(outbox: Outbox) -> None:
         for _ in range(40):
             outbox.enqueue_many([rule_fired()] * 9)
             assert outbox.flush(ScriptedClient(look)).lost_leases == 0
-            if len(held) > 50 and acted["purge"]:
+            if len(held) > 50 and acted["purge"] and acted["replace"]:
                 break
     finally:
         done.set()
