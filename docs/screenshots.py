@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from outbox.web.serving import Server
 FOLDER = Path(__file__).resolve().parent
 MINUTE_MS = 60_000
 SECONDS_OF_TRAFFIC = 24
+SECONDS_BETWEEN_TRIES = 3
 
 DOWN = HttpFailure(503, "Service Unavailable")
 REJECTED = HttpFailure(422, "Unprocessable Entity", "amount must be positive")
@@ -79,6 +81,10 @@ def fill(outbox: Outbox) -> None:
         connection.execute(ObservationEvent.__table__.insert(), rows)  # type: ignore[attr-defined]
     for number in range(37):
         outbox.enqueue({"event_type": "invoice_paid", "order": f"o-{1_900 + number}"}, to="billing")
+    for _ in range(3):
+        outbox.retry_now()
+        outbox.flush(Service(DOWN), destination="billing")
+        time.sleep(SECONDS_BETWEEN_TRIES)
     outbox.hold("search", why="the index moves to new machines", for_ms=90 * MINUTE_MS)
 
 
@@ -94,6 +100,7 @@ def trade(outbox: Outbox, is_over: threading.Event) -> None:
                 for place in range(chance.randrange(1, 9))
             ]
         )
+        outbox.enqueue({"event_type": "invoice_paid", "order": f"o-{step}"}, to="billing")
         outbox.flush(Service(DOWN), destination="billing")
         if step % 7 > 3:  # noqa: PLR2004 - a part of the time
             outbox.flush(Service())
@@ -135,7 +142,7 @@ def main() -> None:
                 light.get_by_role("checkbox", name="Select event").nth(place).check()
             take(light, "events")
             dark = browser.new_page(viewport={"width": 1180, "height": 820}, color_scheme="dark")
-            dark.goto(f"{url}/events?status=pending&destination=billing")
+            dark.goto(f"{url}/events?status=pending&destination=billing&order=oldest")
             dark.get_by_role("row").nth(1).get_by_role("link").click()
             take(dark, "event")
             browser.close()

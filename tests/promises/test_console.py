@@ -16,7 +16,7 @@ from browsers import chromium, served
 from builders import NOON_MS, add_row, row, rule_fired, statuses
 from outbox.clock import now_ms
 from outbox.storage.engines import writing
-from outbox.web import create_app
+from outbox.web import create_app, looks
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +165,9 @@ def test_without_scripts_everything_works_but_the_updates(open_page, outbox, row
     assert "abandoned" not in statuses(outbox)
 
 
-def test_the_overview_follows_the_outbox(open_page, outbox):
+def test_the_overview_follows_the_outbox(open_page, outbox, monkeypatch):
+    monkeypatch.setattr(looks, "FRESH_S", 0)
+    monkeypatch.setattr(looks, "_PART_OF_TIME", 0)
     page = open_page()
     expect(page.get_by_text("The outbox is empty")).to_be_visible()
     page.clock.install()

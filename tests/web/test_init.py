@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from outbox import ConfigurationError, web
+from builders import NOON_MS, add_row
+from outbox import ConfigurationError, Where, web
 from outbox.web import create_app
 from outbox.web.console import Console
 
@@ -44,6 +45,29 @@ def test_each_page_says_which_database_it_shows_and_no_password(browser, outbox)
     browser.get("/")
     assert outbox.engine.url.render_as_string(hide_password=True) in browser.text
     assert isinstance(browser.app.extensions["outbox"], Console)
+
+
+@pytest.mark.contract
+def test_every_page_works_on_every_database(browser, outbox):
+    for columns in ({"status": "parked"}, {"status": "sent", "sent_at_ms": NOON_MS}, {"waits_for": "service"}):
+        add_row(outbox, last_error="503 Down", destination="billing", **columns)
+    outbox.hold("billing", why="it moves")
+    outbox.purge(where=Where(status="sent"))
+    for page in (
+        "/",
+        "/live",
+        "/events?failure=Down&payload=rule&older_than=0s",
+        "/events?order=oldest&from=1",
+        "/events/1",
+        "/events/confirm?do=retry&scope=all",
+        "/events/confirm?do=purge&scope=all&failure=Down",
+        "/destinations",
+        "/ledger",
+    ):
+        assert browser.get(page).status_code == 200, page
+    browser.get("/events/confirm?do=retry&scope=all")
+    browser.post("/events/act", do="retry", scope="all")
+    assert "1 event was made due." in browser.text
 
 
 def test_no_template_has_a_style_or_a_script_inside():
