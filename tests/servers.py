@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,14 +118,18 @@ def find_program(name: str, package: str) -> str:
     return found
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 class _PrivateServer:
     """A server with data of its own. Its keeper, a shell, ends it and deletes the data, also when this process is killed."""
 
     def __init__(self) -> None:
         # PostgreSQL and MariaDB refuse to run as root.
         self._user = pwd.getpwnam(NOBODY).pw_uid if os.geteuid() == 0 else None
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
 
     def __enter__(self) -> Self:
         # Not in pytest's folder, into which another user can't look.
@@ -207,6 +211,9 @@ class PrivatePostgresql(_PrivateServer):
         # Nothing that tests look at outlives the machine, so nothing has to reach the disk.
         settings = f"-h 127.0.0.1 -p {self._port} -k '' -F -c max_connections=200 -c log_min_messages=fatal"
         settings += " -c max_prepared_transactions=20"  # for transactions in two phases
+        settings += (
+            " -c dynamic_shared_memory_type=mmap"  # a server that is killed leaves nothing outside of its data
+        )
         log = self.data / "log"
         self._run(self._pg_ctl, "-D", self.data, "-w", "-t", "60", "-o", settings, "-l", log, "start")
 
@@ -227,32 +234,46 @@ class PrivateMariadb(_PrivateServer):
         self.url = f"mysql+pymysql://root@127.0.0.1:{self._port}/"
 
     def _begin(self) -> None:
+        self._fill()
+        self._keep('data=$1; shift; "$@" & read -r _; kill -KILL $!; wait; rm -rf "$data"', *self._command())
+        self._wait_until_ready()
+
+    def _fill(self) -> None:
         files = ("--no-defaults", f"--datadir={self.data}")
         self._run(self._install, *files, "--auth-root-authentication-method=normal", "--skip-test-db")
-        self._keep(
-            'data=$1; shift; "$@" & read -r _; kill -KILL $!; wait; rm -rf "$data"',
+
+    def _command(self) -> list[str]:
+        return [
             self._mariadbd,
-            *files,
+            "--no-defaults",
+            f"--datadir={self.data}",
             f"--socket={self.data / 'socket'}",
             f"--port={self._port}",
             "--bind-address=127.0.0.1",
             "--character-set-server=utf8mb4",
             "--collation-server=utf8mb4_general_ci",
             "--innodb-flush-log-at-trx-commit=2",  # nothing that tests look at outlives the machine
-        )
+        ]
+
+    def _wait_until_ready(self) -> None:
         for _ in range(_LOOKS):
-            with suppress(pymysql.OperationalError):  # it does not listen yet
-                pymysql.connect(host="127.0.0.1", port=self._port, user="root").close()
-                return
+            with suppress(pymysql.Error), closing(self._connect()) as connection:  # it does not listen yet
+                if self._is_ready(connection):
+                    return
             threading.Event().wait(_LOOK_EVERY_S)
         raise MissingError("the MariaDB of this machine does not start")
+
+    def _connect(self) -> pymysql.Connection[Any]:
+        return pymysql.connect(host="127.0.0.1", port=self._port, user="root")
+
+    def _is_ready(self, connection: pymysql.Connection[Any]) -> bool:
+        return True
 
 
 @contextmanager
 def pgbouncer(program: str, server: URL, *, connections: int, mode: str) -> Iterator[URL]:
     """A PgBouncer in front of a PostgreSQL, which shares its connections between transactions or statements; its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     behind = {"host": server.host, "port": server.port or 5432, "user": server.username}
     if server.password:
         behind["password"] = server.password

@@ -102,8 +102,11 @@ class Load:
     ) -> None:
         def run() -> None:
             try:
-                with Outbox(url, policy=self._policy) as outbox:
-                    work(outbox)
+                if isinstance(url, Outbox):
+                    work(url)
+                else:
+                    with Outbox(url, policy=self._policy) as outbox:
+                        work(outbox)
             except BaseException as error:
                 self.errors.append(f"{name}: {error!r}")
 
@@ -167,6 +170,7 @@ class Load:
     def show(self, what: str, more: str = "") -> None:
         """Print the figures: `pytest -rP` shows them."""
         print(f"{what}: {self.figures()}{more}")
+        print(*self.errors, sep="\n")
 
 
 def rows(outbox: Outbox) -> dict[str, str]:

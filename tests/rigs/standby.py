@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -61,10 +62,13 @@ class Pair:
 
     def kill(self) -> None:
         """Kill all processes of the primary at once."""
-        main = int((self._primary.data / "postmaster.pid").read_text().split()[0])
+        lines = (self._primary.data / "postmaster.pid").read_text().splitlines()
+        main = int(lines[0])
         for process in [main, *_children(main)]:
             with suppress(ProcessLookupError):  # it ended with the first one
                 os.kill(process, signal.SIGKILL)
+        # It can't remove its segment of shared memory any more.
+        until(lambda: subprocess.run(["ipcrm", "-m", lines[6].split()[1]], check=False).returncode == 0)
 
     def make_read_only(self) -> None:
         """Make the primary read-only, and let the standby catch up. Connections to the primary stay open."""
