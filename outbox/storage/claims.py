@@ -111,8 +111,6 @@ class Claims:
             claimed = self._run(lambda transaction: self._claim_any(transaction, wanted))
         elif self._dialect.checks_pause:
             kind, unless_paused = self._kinds_in_turn(destination)[0], wanted._replace(unless_paused=True)
-            # A single statement is repeatable: if the first one was committed unnoticed, its rows are due again
-            # when their lease has run out.
             claimed = look(self._writer, lambda found: self._dialect.claim(found, kind, unless_paused))
         if not claimed.rows and not is_original:
             claimed = self._run(lambda transaction: self._claim_unless_paused(transaction, wanted))
@@ -238,4 +236,5 @@ class Claims:
         return Claim([], pause)
 
     def _run(self, operation: Callable[[Transaction], Claim]) -> Claim:
-        return self._writer.run(operation, survives_power_cut=False)
+        # Repeatable: the rows of a claim that was committed unnoticed are due again when its lease has run out.
+        return self._writer.run(operation, repeatable=True, survives_power_cut=False)

@@ -266,7 +266,8 @@ class Writer:
                     connection.invalidate(error)
                     self._engine.dispose()  # the others of the pool lead to the same server
                     raise _UndoneError(words) from error.orig
-                if error.connection_invalidated and committing:
+                is_unknown = error.connection_invalidated or not codes.isdisjoint(self._database.unknown)
+                if committing and is_unknown:
                     raise OutcomeUnknown(
                         f"{words}; the connection broke during the commit, it is not known whether that was done"
                     ) from error.orig

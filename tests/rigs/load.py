@@ -41,8 +41,6 @@ class Load:
         self.accepted: list[str] = []
         self.uploaded: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.cut_off = 0
-        """Commits that broke, and were repeated with the same event id."""
         self.worked_at: dict[str, float] = {}
         """When each thread had its last success."""
         self._lock = threading.Lock()
@@ -70,17 +68,11 @@ class Load:
         self._start(self._enqueuers, url, name, work)
 
     def _enqueue_one(self, outbox: Outbox, event_id: str) -> None:
-        while not self._is_over.is_set():
-            try:
-                outbox.enqueue(rule_fired(session_id=event_id), event_id=event_id)
-            except StorageError as error:
-                if "it is not known whether that was done" in str(error):
-                    self.cut_off += 1
-                    continue
-                self.errors.append(f"enqueue: {error}")
-            else:
-                self.accepted.append(event_id)
-            return
+        try:
+            outbox.enqueue(rule_fired(session_id=event_id), event_id=event_id)
+            self.accepted.append(event_id)
+        except StorageError as error:
+            self.errors.append(f"enqueue: {error}")
 
     def flush(self, url: str | URL, name: str) -> None:
         """Start a flusher, which goes on until the end of the load."""
@@ -164,7 +156,7 @@ class Load:
     def figures(self) -> str:
         return (
             f"{len(self.accepted)} accepted, {len(self.uploaded)} delivered, {len(self.twice)} twice,"
-            f" {len(self.lost)} lost, {len(self.errors)} errors, {self.cut_off} commits cut off"
+            f" {len(self.lost)} lost, {len(self.errors)} errors"
         )
 
     def show(self, what: str, more: str = "") -> None:

@@ -177,6 +177,8 @@ class Dialect:
     """The attributes in which drivers keep the code of an error, beside the first argument."""
     given_up: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a transaction that the database aborted, to end a deadlock or a conflict."""
+    unknown: ClassVar[frozenset[object]] = frozenset()
+    """The error codes of a COMMIT that may be done nevertheless."""
     read_only: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a server that became read-only, as after a switchover."""
     duplicate: ClassVar[frozenset[object]] = frozenset()

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
+    Engine,
     Insert,
     Select,
     Table,
@@ -29,11 +31,12 @@ from outbox.failures import StorageError
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.records import Claim
+from outbox.storage import galera
 from outbox.storage.claimed import CLAIM_ROWS, Kind, Part, Wanted, claim_of_due, claims_alone, waits_for_row
 from outbox.storage.column_types import LONGEST_NAME, LongText, Name, ShortText, TextDefault
 from outbox.storage.dialects.base import Dialect, Ending
 from outbox.storage.due_rows import LOCK_ROWS_IF_DUE, Rows, Search
-from outbox.storage.engines import MIGRATION_LOCK
+from outbox.storage.engines import MIGRATION_LOCK, Synchronous
 from outbox.storage.indexes import QUEUE_INDEX, TIMES_INDEX, WAITING_INDEX
 from outbox.storage.inserts import KNOWN, insert_each, known
 from outbox.storage.inserts import Rows as NewRows
@@ -139,9 +142,11 @@ class MySQL(Dialect):
     begins_at_head = False
     # From UTC: a time of the session's zone is ambiguous for an hour when summer ends.
     clock = select(literal_column("timestampdiff(MICROSECOND, '1970-01-01', utc_timestamp(6)) DIV 1000"))
-    # Error numbers. `given_up`: lock timeout, deadlock. `read_only`: the server takes no writes any more.
+    # Error numbers. `given_up`: lock timeout, deadlock. `unknown`: a server left the cluster during the COMMIT.
+    # `read_only`: the server takes no writes any more.
     code_attributes = ("errno",)
     given_up = frozenset({1205, 1213})
+    unknown = frozenset({1180})
     read_only = frozenset({1047, 1290, 1836})
     duplicate = frozenset({1062})
     # There are no partial indexes: one for each order starts with the status.
@@ -170,6 +175,12 @@ class MySQL(Dialect):
         connection.exec_driver_sql("START TRANSACTION")
         return Ending(rollback=True)
 
+    def create_engine(self, url: URL, *, synchronous: Synchronous) -> Engine:
+        """Return an engine whose transactions see what other servers of a Galera cluster committed."""
+        engine = super().create_engine(url, synchronous=synchronous)
+        galera.see_all_commits(engine)
+        return engine
+
     @contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
         """Hold a named lock, because each statement of a migration commits. Wait for other migrations."""
@@ -178,8 +189,9 @@ class MySQL(Dialect):
             where = connection.engine.url.render_as_string(hide_password=True)
             raise StorageError(f"{where}: another migration is still under way")
         try:
-            yield
-            connection.exec_driver_sql("COMMIT")  # before another migration is let in
+            with galera.upgrading_alone(connection, patience_s=_MIGRATION_PATIENCE_S):
+                yield
+                connection.exec_driver_sql("COMMIT")  # before another migration is let in
         finally:
             connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{MIGRATION_LOCK}')")
 

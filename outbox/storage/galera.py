@@ -1,0 +1,96 @@
+"""A Galera cluster of MariaDB or MySQL servers, which know too little of each other by default."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.exc import DBAPIError, NoSuchTableError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from outbox.clock import monotonic_s
+from outbox.failures import StorageError
+
+log = logging.getLogger("outbox")
+
+UPGRADE_TABLE = "observation_upgrade"
+"""This table is there while a server of the cluster upgrades the schema."""
+
+_IS_CLUSTERED = "SHOW SESSION VARIABLES LIKE 'wsrep_on'"
+# The table is there; a conflict with a statement of another server.
+_HELD = frozenset({1050, 1205, 1213})
+_LOOK_EVERY_S = 0.1
+
+
+def see_all_commits(engine: Engine) -> None:
+    """Let each transaction see what was committed on the other servers before it began.
+
+    Without this, a server may not know a row yet that the program claimed by a connection to another server. Then
+    the outcome would find no row, and the row would wait for the end of its lease.
+    """
+
+    @event.listens_for(engine, "connect")
+    def _set(connection: Any, _record: ConnectionPoolEntry) -> None:
+        # If the connection fails here, the first statement tells so.
+        with suppress(engine.dialect.loaded_dbapi.Error), closing(connection.cursor()) as cursor:
+            cursor.execute(_IS_CLUSTERED)
+            if _is_on(cursor.fetchone()):
+                cursor.execute("SET SESSION wsrep_sync_wait = 15")
+
+
+@contextmanager
+def upgrading_alone(connection: Connection, *, patience_s: float) -> Iterator[None]:
+    """Keep the other servers of the cluster from upgrading; the caller holds this server's own lock.
+
+    One server alone succeeds in creating a table, and all servers run such statements in the same order. If an
+    upgrade was killed, its table stays. The next upgrade by the same server takes it over. Raises `StorageError`
+    after `patience_s` of waiting for another server.
+    """
+    if not _is_on(connection.exec_driver_sql(_IS_CLUSTERED).fetchone()):
+        yield
+        return
+    server = connection.exec_driver_sql("SELECT concat(@@hostname, ':', @@port)").scalar()
+    create = f"CREATE TABLE {UPGRADE_TABLE} (id INT PRIMARY KEY) COMMENT '{server}'"
+    end_s = monotonic_s() + patience_s
+    told = False
+    while not _runs(connection, create):
+        holder = _holder(connection)
+        if holder == server:
+            break
+        words = f"the server {holder} upgrades the schema; if that was killed, drop the table {UPGRADE_TABLE}"
+        if monotonic_s() > end_s:
+            raise StorageError(f"{connection.engine.url.render_as_string(hide_password=True)}: {words}")
+        if holder and not told:
+            log.warning("%s", words, extra={"event_name": "outbox.upgrade_waits"})
+            told = True
+        time.sleep(_LOOK_EVERY_S)
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql(f"DROP TABLE {UPGRADE_TABLE}")
+
+
+def _is_on(found: Any) -> bool:
+    return found is not None and found[1] == "ON"
+
+
+def _runs(connection: Connection, statement: str) -> bool:
+    try:
+        connection.exec_driver_sql(statement)
+    except DBAPIError as error:
+        if error.orig is None or error.orig.args[0] not in _HELD:
+            raise
+        return False
+    return True
+
+
+def _holder(connection: Connection) -> str | None:
+    try:
+        holder: str | None = inspect(connection).get_table_comment(UPGRADE_TABLE)["text"]
+    except NoSuchTableError:
+        return None
+    return holder

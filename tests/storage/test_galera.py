@@ -1,0 +1,113 @@
+"""What differs on a Galera cluster. tests/rigs has a real one; here, one server takes itself for a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import URL, Engine, inspect
+from sqlalchemy.exc import DBAPIError
+
+from conditions import until
+from crowd import Crowd
+from outbox import StorageError, schema
+from outbox.storage import galera
+from outbox.storage.engines import open_engine, writing
+from servers import Servers
+
+pytestmark = pytest.mark.servers("mariadb")
+
+
+@pytest.fixture
+def empty(database: str, servers: Servers) -> Iterator[URL]:
+    """A database without a schema."""
+    with servers.get(database).database() as made:
+        yield made
+
+
+@pytest.fixture
+def engine(empty: URL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """The database on a server that takes itself for one of a cluster."""
+    monkeypatch.setattr(galera, "_IS_CLUSTERED", "SELECT 'wsrep_on', 'ON'")
+    monkeypatch.setattr(galera, "_LOOK_EVERY_S", 0.001)
+    made = open_engine(empty)
+    yield made
+    made.dispose()
+
+
+def waits_for_others(engine: Engine) -> list[str]:
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SHOW SESSION VARIABLES LIKE 'wsrep_sync_wait'").all()
+    return [value for _, value in found]
+
+
+def begin_elsewhere(engine: Engine, server: str) -> None:
+    """Leave what an upgrade by a server leaves while it is under way."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE TABLE {galera.UPGRADE_TABLE} (id INT PRIMARY KEY) COMMENT '{server}'")
+
+
+def end_elsewhere(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE {galera.UPGRADE_TABLE}")
+
+
+def assert_upgraded(engine: Engine) -> None:
+    schema.check(engine)
+    assert not inspect(engine).has_table(galera.UPGRADE_TABLE)
+
+
+def test_a_transaction_sees_the_commits_of_other_servers(engine: Engine) -> None:
+    assert waits_for_others(engine) in ([], ["15"])  # MySQL has no such variable
+
+
+def test_a_server_of_its_own_waits_for_nobody(empty: URL) -> None:
+    engine = open_engine(empty)
+    assert waits_for_others(engine) in ([], ["0"])
+    engine.dispose()
+
+
+def test_an_upgrade_that_was_killed_is_taken_over_by_the_same_server(engine: Engine) -> None:
+    with engine.begin() as connection:
+        server = connection.exec_driver_sql("SELECT concat(@@hostname, ':', @@port)").scalar()
+    begin_elsewhere(engine, server)
+    schema.upgrade(engine)
+    assert_upgraded(engine)
+
+
+def test_an_upgrade_waits_for_the_one_of_another_server(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    begin_elsewhere(engine, "elsewhere:3306")
+    crowd = Crowd()
+    crowd.start("upgrade", lambda: schema.upgrade(engine))
+    until(lambda: "the server elsewhere:3306 upgrades the schema" in caplog.text)
+    end_elsewhere(engine)
+    assert crowd.join() == {"upgrade": None}
+    assert_upgraded(engine)
+    assert caplog.text.count("elsewhere:3306") == 1
+
+
+def test_an_upgrade_that_waited_for_long_says_what_to_do(engine: Engine) -> None:
+    begin_elsewhere(engine, "elsewhere:3306")
+    with (
+        pytest.raises(StorageError, match="if that was killed, drop the table observation_upgrade"),
+        writing(engine) as connection,
+        galera.upgrading_alone(connection, patience_s=0),
+    ):
+        pytest.fail("it went on")
+
+
+def test_a_conflict_with_another_server_is_no_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, conflicts = galera._runs, [False]
+    monkeypatch.setattr(galera, "_runs", lambda *those: conflicts.pop() if conflicts else runs(*those))
+    schema.upgrade(engine)
+    assert_upgraded(engine)
+
+
+def test_an_upgrade_that_may_not_create_tables_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(galera, "UPGRADE_TABLE", "no_such_database.observation_upgrade")
+    with (
+        pytest.raises((DBAPIError, StorageError), match="no_such_database"),
+        writing(engine) as connection,
+        galera.upgrading_alone(connection, patience_s=0),
+    ):
+        pytest.fail("it went on")
