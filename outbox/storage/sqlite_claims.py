@@ -33,6 +33,7 @@ from outbox.storage.sql import (
     is_source,
     literal,
     never_tried,
+    now,
     of_destination,
     oldest_first,
     was_tried,
@@ -97,7 +98,16 @@ LEASES_RUN_OUT = {
 NEVER_DUE = union_all(
     places(is_source("claim", columns.status), ~has_due_time),  # by the baseline's index
     places(is_pending, did_not_fail, never_tried, is_due, ~has_creation_time),
-    *(places(is_pending, columns.waits_for == literal(one), is_due, ~has_creation_time) for one in WaitsFor),
+    # By the index in the order of the creation time: nearly all rows may be due.
+    *(
+        places(
+            is_pending,
+            columns.waits_for == literal(one),
+            without_index(columns.next_attempt_at_ms) <= now,
+            ~has_creation_time,
+        )
+        for one in WaitsFor
+    ),
     places(is_sending, is_due, ~has_creation_time),
 ).limit(batch_size)
 
@@ -117,7 +127,7 @@ def _claimed(transaction: Transaction, found: list[Place], kind: Kind, wanted: W
 
 
 def _due(transaction: Transaction, kind: Kind, wanted: Wanted) -> list[Place]:
-    now, at_most, this = wanted.now_ms, wanted.at_most, wanted.due
+    now_ms, at_most, this = wanted.now_ms, wanted.at_most, wanted.due
     head_of_this = {"destination": wanted.destination, "batch_size": at_most}
     sure: list[Place] = []
     for created, row_id, due_ms, *rank in transaction.rows(LEASES_RUN_OUT[kind], **this):
@@ -129,7 +139,7 @@ def _due(transaction: Transaction, kind: Kind, wanted: Wanted) -> list[Place]:
         list(_ranked(rank, transaction.rows(part.head, **head_of_this, **waits_for)))
         for rank, part, waits_for in parts
     ]
-    due = sorted([*sure, *(place for head in heads for place in head if place[-1] <= now)])[:at_most]
+    due = sorted([*sure, *(place for head in heads for place in head if place[-1] <= now_ms)])[:at_most]
     if not all(len(head) < at_most or (len(due) == at_most and due[-1] <= head[-1]) for head in heads):
         # Some due rows may be behind rows of the head that are not due.
         others = [
