@@ -43,7 +43,7 @@ def test_a_frozen_time_stops_no_wait() -> None:
 
 
 LOADED_FROZEN = """
-import pkgutil, sys, time
+import pkgutil, sys, time, types
 from freezegun import api, freeze_time
 
 with freeze_time("2020-01-01") as frozen:
@@ -69,7 +69,8 @@ for name, module in sys.modules.items():
     if name.startswith("outbox"):
         for owner in (module, *(one for one in vars(module).values() if isinstance(one, type))):
             for attribute, value in vars(owner).items():
-                value = getattr(value, "__func__", value)
+                if isinstance(value, (classmethod, staticmethod, types.MethodType)):
+                    value = value.__func__
                 assert not any(value is fake for fake in fakes), (name, owner, attribute)
 """
 
