@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 import pydantic
+from flask import Flask
 from requests.auth import HTTPBasicAuth
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session
@@ -63,6 +64,7 @@ from outbox import (
 from outbox.meter import OutboxMeter
 from outbox.metrics import OutboxMetrics
 from outbox.testing import Received, ScriptedServer, TimeMachine, time_machine
+from outbox.web import create_app
 
 
 class OrderShipped(Event, tag="order_shipped"):
@@ -271,3 +273,9 @@ def testing(event: OrderNoted) -> None:
         assert_type(server.received({"order_id": "o-17"}), Received)
         assert_type(machine, TimeMachine)
         machine.travel(minutes=5)
+
+
+def console(outbox: Outbox) -> None:
+    assert_type(create_app(outbox, may_enter=lambda environ: environ.get("REMOTE_USER") == "ada"), Flask)
+    create_app(outbox, secret="a-secret-of-the-tests", host_names=["a.example.com"], read_only=True)
+    create_app(outbox, secret="a-secret-of-the-tests", secret_key=b"key", hide_payloads=True)

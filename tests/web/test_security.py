@@ -128,6 +128,7 @@ def test_the_host_decides_who_enters(open_console):
 
 def test_the_host_decides_even_about_who_knows_the_secret(open_console):
     browser = open_console(may_enter=lambda environ: environ.get("HTTP_X_USER") == "ada", secret=SECRET)
+    assert browser.client.get("/", headers={"X-User": "ada"}).headers["Location"] == "/login"
     log_in(browser)
     assert browser.client.get("/").status_code == 403
     assert browser.client.get("/", headers={"X-User": "ada"}).status_code == 200
