@@ -189,12 +189,14 @@ def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(
         outbox.retry_now()
         outbox.requeue_abandoned(older_than=0)
     writing = [one for one in seen if one.startswith(("INSERT", "UPDATE", "COMMIT"))]
-    enqueued, flushed = ["INSERT 2", "COMMIT 2"], ["UPDATE 1", "COMMIT 1"]
+    enqueued, claimed = ["INSERT 2", "COMMIT 2"], ["UPDATE 1", "COMMIT 1"]
+    parked_with_its_try = ["UPDATE 1", "INSERT 1", "COMMIT 1"]
     paused, looked_at_pause = ["INSERT 1", "UPDATE 1", "COMMIT 1"], ["COMMIT 1"]
     retried, requeued = [*["UPDATE 2"] * 3, "COMMIT 2"], ["COMMIT 2"]
     assert writing == [
         *enqueued,
-        *flushed * 2,
+        *claimed,
+        *parked_with_its_try,
         *paused,
         *enqueued,
         *looked_at_pause,
