@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, abort, redirect, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface
@@ -30,6 +30,7 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 _SET_BY_PROXIES = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP")
 _OPEN_TO_ALL = ("static", "login.form", "login.enter")
 
@@ -59,9 +60,11 @@ def add_to(app: Flask) -> None:
 
 
 def from_this_machine(environ: dict[str, Any]) -> bool:
-    """Return whether a request comes from this machine, and no proxy passed it on for another one."""
+    """Let in who connects from this machine, unless a proxy passed the request on. Refuse others, and say why."""
     passed_on = any(name in environ for name in _SET_BY_PROXIES)
-    return not passed_on and ip_address(environ["REMOTE_ADDR"]).is_loopback
+    if passed_on or not ip_address(environ["REMOTE_ADDR"]).is_loopback:
+        abort(403, "this console has no secret, so it is for this machine without a proxy; set OUTBOX_WEB_SECRET")
+    return True
 
 
 def is_secret(given: str) -> bool:
@@ -91,16 +94,14 @@ def _check_host() -> None:
     name = _name_of(request)
     # A page of another site can reach this machine under a name of its own, whose address it changed.
     if allowed is not None and name not in allowed:
-        abort(400, f"the Host header is {name!r}, expected {' or '.join(sorted(allowed))}; see --host-name")
+        expected = " or ".join(sorted(allowed))
+        abort(400, f"the Host header is {name!r}, expected {expected}; --host-name and host_names add others")
 
 
 def _name_of(asked: Request) -> str:
-    """Return the name in the Host header, in lower case and without port, as in "[::1]"."""
-    try:
-        name = urlsplit(f"//{asked.headers.get('Host', '')}").hostname or ""
-    except ValueError:  # such as a bracket that is not closed
-        return ""
-    return f"[{name}]" if ":" in name else name
+    """Return the name in the Host header, in lower case and without port, such as "[::1]"; empty if it is none."""
+    host = _HOST.fullmatch(asked.headers.get("Host", "").lower())
+    return host["name"] if host else ""
 
 
 def _check_person() -> AnyResponse | None:
