@@ -265,6 +265,19 @@ def test_a_phone_scrolls_in_one_direction_only(open_page, console, rows):
     expect(page.get_by_role("button", name="Retry…")).to_be_in_viewport()  # the bar stays
 
 
+@pytest.mark.parametrize("width", [380, 1180])
+def test_ids_and_the_usual_types_stay_in_one_line(open_page, outbox, width):
+    failure = "permanent: 422 Unprocessable Entity: the amount of an invoice must be positive. " * 2
+    for row_id in (1_800_000, 1_800_001):
+        add_row(outbox, id=row_id, event_type="invoice_paid", status="abandoned", last_error=failure)
+    page = open_page("/events", viewport={"width": width, "height": 800})
+    lines = "cell => Array.from(cell.childNodes).map(node => {"
+    lines += " const range = document.createRange(); range.selectNodeContents(node); return range.getClientRects().length })"
+    for label in ("Id", "Type"):
+        cell = page.locator(f"td[data-label={label}]").first
+        assert cell.evaluate(lines) == [1], label
+
+
 def test_no_page_asks_another_server(open_page, console, rows):
     page = open_page()
     asked = []
