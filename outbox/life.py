@@ -17,7 +17,7 @@ from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.pauses import PROBE_AFTER
-from outbox.policy import RECENT_MS, Policy
+from outbox.policy import RECENT_MS, Policy, Verdict
 from outbox.reasons import in_words
 from outbox.records import LOST_LEASES_ALONE, Pause
 from outbox.stats import duration
@@ -46,9 +46,7 @@ _WAITS: dict[str, str] = {
 
 _IDLE: dict[str, str] = {
     Status.SENT: "nothing: it is delivered, and may be deleted to make room",
-    Status.ABANDONED: (
-        "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all abandoned events to the queue"
-    ),
+    Status.ABANDONED: "nothing: it is abandoned; `outbox requeue {id}` returns it to the queue",
     Status.PARKED: (
         "it waits until the service accepts a token: set a new token, then run `outbox retry --all`. Without a"
         " retry, one parked event is tried each minute in which nothing else is due"
@@ -105,7 +103,11 @@ def past(row: ObservationEvent, tries: Sequence[Try]) -> list[tuple[str, str]]:
 
 def _try_in_words(one: Try) -> str:
     took = f"{one.duration_ms} ms" if one.duration_ms < _LONG_MS else duration(one.duration_ms)
-    return f"tried by {one.host}; failed after {took}, {one.verdict}: {in_words(one.failure)}"
+    why = in_words(one.failure)
+    if one.verdict == Verdict.PERMANENT.value and one.failure[:1].isdigit():
+        # A rejected request with this event says nothing about other requests.
+        why = f"the service rejected the request ({one.failure})"
+    return f"tried by {one.host}; failed after {took}, {one.verdict}: {why}"
 
 
 def event_facts(row: ObservationEvent, around: Around) -> list[tuple[str, str]]:
@@ -161,7 +163,7 @@ def what_next(row: ObservationEvent, around: Around) -> str:
     """Return what happens to an event next, and what the operator can do about it."""
     now_ms, due_ms = around.now_ms, row.next_attempt_at_ms
     if row.status not in (Status.PENDING, Status.SENDING):
-        text = _IDLE.get(row.status, "unknown: this program does not know the status")
+        text = _IDLE.get(row.status, "unknown: this program does not know the status").format(id=row.id)
     elif problem := invalid_column(_columns(row)):
         text = f"the next flush abandons it: {problem}"
     elif problem := _undecodable(row.payload_json):

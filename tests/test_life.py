@@ -53,7 +53,7 @@ def pause(outbox, **fields):
             {"status": "parked"},
             "set a new token, then run `outbox retry --all`. Without a retry, one parked event is tried each",
         ),
-        ({"status": "abandoned"}, "nothing: it is abandoned; `outbox requeue --older-than 0s` returns all"),
+        ({"status": "abandoned"}, "nothing: it is abandoned; `outbox requeue 1` returns it to the queue"),
         ({"payload_json": "oops"}, "the next flush abandons it, because its payload is no JSON object: "),
     ],
 )
@@ -268,6 +268,16 @@ def test_show_tells_the_life_of_an_event_in_order(run, outbox):
         "2026-11-24 12:03:00 UTC  returned to the queue",
         r"2026-11-24 12:05:00 UTC  tried by web-1; failed after 45 seconds, transient: the upload failed (connection refused\x1b[31m)",
         "2026-11-24 12:06:00 UTC  accepted by the service",
+    ]
+
+
+def test_a_rejected_request_says_nothing_about_other_requests(run, outbox):
+    add_row(outbox)
+    try_at(outbox, 1, 1, verdict="permanent", failure="422 Bad")
+    try_at(outbox, 1, 2, verdict="permanent", failure="permanent: 422 Bad")
+    assert [line.partition("permanent: ")[2] for line in lives(run)[1:]] == [
+        "the service rejected the request (422 Bad)",
+        "the service rejected this event (permanent: 422 Bad)",
     ]
 
 
