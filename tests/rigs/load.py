@@ -18,8 +18,9 @@ from outbox.storage.engines import reading
 
 IS_FULL = bool(os.environ.get("OUTBOX_RIGS_FULL"))
 
-# Shorter than a lease: a row that waits for the end of its lease is not delivered in time.
+# Shorter than the lease of the default policy: a row that waits for its end is not delivered in time.
 PATIENCE_S = 50
+SHORT_LEASE = Policy(lease_ms=20_000)
 _IDLE_S = 0.02
 _events = ObservationEvent.__table__.c
 
@@ -32,8 +33,8 @@ def events(in_ci: int, full: int) -> int:
 class Load:
     """Threads with an outbox of their own each. An event is known by its event id.
 
-    Everything is delivered before the first lease ends, so an event that is uploaded twice was uploaded twice under
-    valid leases.
+    A claim that nobody knows of, because its COMMIT was cut off, waits for the end of its lease. No upload lasts
+    as long as a lease, so an event that is uploaded twice was uploaded under valid leases.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:

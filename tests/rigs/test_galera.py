@@ -11,7 +11,7 @@ from builders import ScriptedClient, rule_fired, statuses
 from crowd import Crowd
 from outbox import Outbox
 from rigs.galera import Cluster, cluster
-from rigs.load import IS_FULL, Load, events
+from rigs.load import IS_FULL, SHORT_LEASE, Load, events
 from servers import MissingError, skip
 
 pytestmark = [pytest.mark.rig, pytest.mark.slow]
@@ -45,14 +45,14 @@ def test_eight_upgrades_at_once_on_three_servers_succeed(three: Cluster) -> None
 def start(load: Load, three: Cluster) -> None:
     Outbox.open(three.urls[0]).close()
     for number in range(3):
-        load.enqueue(three.urls[number], f"e{number}", 1_000, every_s=0.01)
+        load.enqueue(three.urls[number], f"e{number}", 1_000, every_s=0.02)
     for number in range(6):
         load.flush(three.urls[number % 3], f"f{number}")
     load.until_more(events(60, 300))
 
 
 def test_a_cluster_that_loses_a_server_loses_no_event(three: Cluster) -> None:
-    load = Load()
+    load = Load(SHORT_LEASE)
     start(load, three)
     three.nodes[2].kill()
     load.until_more(events(60, 300))
@@ -66,7 +66,7 @@ def test_a_cluster_that_loses_a_server_loses_no_event(three: Cluster) -> None:
 
 
 def test_a_cluster_with_an_isolated_server_loses_no_event(three: Cluster) -> None:
-    load = Load()
+    load = Load(SHORT_LEASE)
     start(load, three)
     three.nodes[2].isolate()
     load.until_more(events(60, 300))

@@ -8,7 +8,7 @@ import pytest
 
 from builders import ScriptedClient, rule_fired, statuses
 from outbox import Outbox, Policy
-from rigs.load import IS_FULL, Load, events, rows
+from rigs.load import IS_FULL, SHORT_LEASE, Load, events, rows
 from rigs.standby import Pair, pair
 from servers import MissingError, skip
 
@@ -28,7 +28,7 @@ def two() -> Iterator[Pair]:
 
 def start(load: Load, two: Pair) -> None:
     for number in range(2):
-        load.enqueue(two.url, f"e{number}", 1_500, every_s=0.005)
+        load.enqueue(two.url, f"e{number}", 1_500, every_s=0.01)
     for number in range(3):
         load.flush(two.url, f"f{number}")
     load.until_more(events(50, 300))
@@ -54,7 +54,7 @@ def test_everybody_goes_on_after_a_planned_switchover(two: Pair) -> None:
 
 def test_a_synchronous_failover_loses_nothing(two: Pair) -> None:
     two.make_synchronous()
-    load = Load()
+    load = Load(SHORT_LEASE)
     start(load, two)
     two.kill()
     took_s = load.until_all_went_on(two.promote)
