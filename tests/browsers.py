@@ -32,15 +32,21 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def served(app: Flask) -> Iterator[str]:
-    """Serve a console as `outbox web` does; yield its URL."""
+    """Serve a console as `outbox web` does; yield its URL. At the end, connections that are still open are closed."""
     server = Server(app, "127.0.0.1", 0)
     waitress: Any = server._server
-    waitress.adj.asyncore_loop_timeout = 0.05  # so that it soon sees that it was closed
-    thread = threading.Thread(target=server.run)
+    is_over = threading.Event()
+
+    def serve() -> None:
+        while not is_over.is_set():
+            waitress.asyncore.loop(timeout=0.05, map=waitress._map, count=1)
+        waitress.task_dispatcher.shutdown()
+        waitress.asyncore.close_all(waitress._map)
+
+    thread = threading.Thread(target=serve)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.port}"
     finally:
-        waitress.close()
+        is_over.set()
         thread.join()
-        waitress.task_dispatcher.shutdown()

@@ -69,6 +69,8 @@ def create_app(  # noqa: PLR0913 - each setting has a default
     app.config.update(
         SESSION_COOKIE_NAME="outbox_console",
         SESSION_COOKIE_SAMESITE="Strict",
+        # An answer that is late, such as that of a live update, must not bring a session back after its logout.
+        SESSION_REFRESH_EACH_REQUEST=False,
         PERMANENT_SESSION_LIFETIME=timedelta(hours=_SESSION_HOURS),
         MAX_CONTENT_LENGTH=_LARGEST_FORM_BYTES,
     )

@@ -342,8 +342,9 @@ def test_a_hundred_thousand_events_are_no_burden(open_page, outbox):
             "/events?event_type=type_3&older_than=10s",
             "/events/confirm?do=retry&scope=all",
         ):
-            page.goto(url + path)
-            page.goto(url + path)
+            for _ in range(2):
+                assert page.request.get(url + path).ok
+        page.goto(f"{url}/events/confirm?do=retry&scope=all")
         expect(page.get_by_role("heading", name="Retry 20,000 events?")).to_be_visible()
     print(*(f"{took:.0f} ms for {path}" for path, took in took_ms.items()), sep="\n")
     assert {path: took for path, took in took_ms.items() if took > 300} == {}

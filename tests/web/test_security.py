@@ -85,6 +85,13 @@ def test_a_login_gets_a_new_form_token(open_console):
     assert before not in browser.page
 
 
+def test_an_answer_that_is_late_brings_no_session_back(open_console):
+    browser = open_console(secret=SECRET)
+    log_in(browser)
+    browser.get("/")
+    assert "Set-Cookie" not in browser.client.get("/live").headers
+
+
 def test_after_the_logout_nobody_is_in(open_console):
     browser = open_console(secret=SECRET)
     log_in(browser)
