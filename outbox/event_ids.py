@@ -49,4 +49,6 @@ def derived(outbox_id: str, created_at_ms: int, row_id: int) -> str:
 def parts_of(event_id: str, outbox_id: str) -> tuple[int, int] | None:
     """Return the row id and the creation time in a derived id, None if it is not one of this outbox."""
     found = re.fullmatch(f"{re.escape(outbox_id)}-([0-9]{{1,16}})-([0-9]{{1,19}})", event_id)
-    return (int(found.group(2)), int(found.group(1))) if found else None
+    if found is None or int(found.group(2)) >= 2**63:  # no database has such a row id, or compares with it
+        return None
+    return int(found.group(2)), int(found.group(1))

@@ -16,6 +16,7 @@ LARGEST_ID = 2**63 - 1
 """The largest row id, and the largest integer that the databases hold."""
 
 _MOST = 10_000
+_OF_UNICODE = ", in valid Unicode and without NUL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,15 @@ class Where:
 
     def __post_init__(self) -> None:
         for name, text in (("failure", self.failure), ("contains", self.contains)):
-            if text is not None and (not isinstance(text, str) or not text):
-                raise ConfigurationError(f"{name} is {text!r}, expected a text that is not empty")
-        if self.event_type is not None and not isinstance(self.event_type, str):
-            raise ConfigurationError(f"event_type is {self.event_type!r}, expected the name of a type, a text")
+            if text is not None and not (_is_text(text) and text):
+                raise ConfigurationError(f"{name} is {text!r}, expected a text that is not empty{_OF_UNICODE}")
+        if self.event_type is not None and not _is_text(self.event_type):
+            raise ConfigurationError(
+                f"event_type is {self.event_type!r}, expected the name of a type, a text{_OF_UNICODE}"
+            )
         valid: dict[str, Any] = {
             "ids": _list("ids", self.ids, is_row_id, f"row ids from 1 to {LARGEST_ID}"),
-            "event_ids": _list("event_ids", self.event_ids, lambda one: isinstance(one, str), "texts"),
+            "event_ids": _list("event_ids", self.event_ids, _is_text, f"texts{_OF_UNICODE}"),
             "status": self._statuses(),
         }
         if self.destination is not None:
@@ -135,6 +138,17 @@ def _list(
         if not is_valid(one):
             raise ConfigurationError(f"{name} has the entry {one!r}, expected {expected}")
     return several
+
+
+def _is_text(value: object) -> bool:
+    """Return whether every database can compare a text with this value. No column holds another one."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_row_id(value: object) -> bool:

@@ -33,6 +33,9 @@ OF_PAYLOAD = frozenset({"rules", "session", "file", "content hash"})
 """The names of the facts that are taken from the payload."""
 
 _LONG_MS = 10_000
+# Indentation grows with the square of the depth: it made 400 MB of a payload of 600 kB.
+_LONGEST_INDENTED = 10_000
+_INDENTED_TIMES = 10
 
 _WAITS: dict[str, str] = {
     WaitsFor.SERVICE: "the service probably failed, not this event; it is due when the service accepts another",
@@ -213,12 +216,27 @@ def _lost_leases(count: int) -> str:
 
 
 def pretty(payload_json: str) -> str:
-    """Return a payload over several lines, each escaped; in one line if it is no JSON."""
+    """Return a payload over several lines, each escaped.
+
+    It stays in one line if it is no JSON, or is nested so deeply that the indentation would make it many times as
+    long.
+    """
     try:
-        lines = json.dumps(json.loads(payload_json), indent=2, ensure_ascii=False).split("\n")
+        lines = _indented(json.loads(payload_json), _LONGEST_INDENTED + _INDENTED_TIMES * len(payload_json))
     except (ValueError, RecursionError):
-        lines = [payload_json]
-    return "\n".join(map(escape, lines))
+        lines = None
+    return "\n".join(map(escape, lines or [payload_json]))
+
+
+def _indented(document: object, at_most: int) -> list[str] | None:
+    """Return a document over several lines, None if they have more characters than `at_most`."""
+    parts, length = [], 0
+    for part in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(document):
+        parts.append(part)
+        length += len(part)
+        if length > at_most:
+            return None
+    return "".join(parts).split("\n")
 
 
 def _content_hash(payload_json: str) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, inspect
 
 from outbox.failures import SchemaError
 from outbox.storage.dialects import dialect_of
-from outbox.storage.engines import migrating, reading
+from outbox.storage.engines import migrating, reading, shown_url
 from outbox.storage.tables import VERSION_TABLE, Base
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _alembic_lock = threading.Lock()
 
 def check(engine: Engine) -> None:
     """Raise `SchemaError` unless the database has exactly this program's schema. Changes nothing."""
-    where = engine.url.render_as_string(hide_password=True)
+    where = shown_url(engine)
     missing = dialect_of(engine).missing_file(engine.url)
     if missing is not None:
         raise SchemaError(f"there is no database {missing}; `outbox upgrade` or Outbox.open() creates it")
@@ -65,7 +65,7 @@ def upgrade(engine: Engine) -> str | None:
         with migrating(engine) as connection, _alembic_lock:
             revision = current_revision(connection)
             if revision is not None:
-                _refuse_newer(revision, engine.url.render_as_string(hide_password=True))
+                _refuse_newer(revision, shown_url(engine))
             config = alembic_config()
             config.attributes["connection"] = connection
             if revision is None and dialect_of(engine).begins_at_head:

@@ -19,6 +19,8 @@ MOMENTS = f"{AGES}, or a date and time with its zone such as 2026-11-24T12:00:00
 
 _UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_EARLIEST_MS = epoch_ms(datetime.min.replace(tzinfo=timezone.utc))
+_LATEST_MS = epoch_ms(datetime.max.replace(tzinfo=timezone.utc))
 
 
 def escape(text: str) -> str:
@@ -51,7 +53,16 @@ def age_ms(text: str) -> int | None:
 
 
 def moment_ms(text: str, *, now_ms: int) -> int | None:
-    """Return an age before now, or a date and time with its zone, in epoch ms. None if the text is neither."""
+    """Return an age before now, or a date and time with its zone, in epoch ms. None if the text is neither.
+
+    A time before the year 1 or after 9999 in UTC becomes the first or last one of these years, which `exact` can
+    write.
+    """
+    moment = _moment_ms(text, now_ms=now_ms)
+    return None if moment is None else min(max(moment, _EARLIEST_MS), _LATEST_MS)
+
+
+def _moment_ms(text: str, *, now_ms: int) -> int | None:
     age = age_ms(text)
     if age is not None:
         return now_ms - age

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from builders import NOON_MS, row, rule_fired, statuses
-from outbox import ConfigurationError, InvalidEvent, Outbox
+from outbox import ConfigurationError, InvalidEvent, Outbox, Where
 from outbox.event_ids import derived, is_valid
 
 EXPECTED = "expected 1 to 191 printable ASCII characters without blanks"
@@ -49,3 +49,10 @@ def test_without_capture_ids_are_of_no_interest(outbox: Outbox, monkeypatch):
 
 def test_a_derived_id_tells_outbox_time_and_row():
     assert derived("u-u-i-d", NOON_MS, 17) == f"u-u-i-d-{NOON_MS}-17"
+
+
+def test_a_row_id_that_no_database_gives_is_found_nowhere(outbox: Outbox):
+    row_id = outbox.enqueue(rule_fired())
+    found = row(outbox, row_id).event_id
+    impossible = found.removesuffix(f"-{row_id}") + f"-{2**63}"
+    assert [one.id for one in outbox.find(Where(event_ids=[impossible, found]))] == [row_id]

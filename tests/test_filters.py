@@ -66,6 +66,16 @@ def test_it_can_not_be_changed() -> None:
         ({"status": 7}, "status is 7, expected a list"),
         ({"event_type": 7}, "event_type is 7, expected the name of a type"),
         ({"failure": ""}, "failure is '', expected a text that is not empty"),
+        (
+            {"failure": "a\0b"},
+            "failure is 'a\\x00b', expected a text that is not empty, in valid Unicode and without NUL",
+        ),
+        ({"event_type": "\0"}, "event_type is '\\x00', expected the name of a type, a text, in valid Unicode"),
+        ({"contains": "\ud800"}, "contains is '\\ud800', expected a text"),
+        (
+            {"event_ids": ["\0"]},
+            "event_ids has the entry '\\x00', expected texts, in valid Unicode and without NUL",
+        ),
         ({"contains": b"x"}, "contains is b'x', expected a text that is not empty"),
         (
             {"older_than": datetime(2026, 1, 1)},

@@ -308,3 +308,9 @@ def test_json_of_show_has_the_tries(run, outbox):
 def test_a_time_that_is_no_number_breaks_nothing(run, outbox):
     add_row(outbox, created_at_ms="long ago")
     assert lives(run) == ["'long ago'  recorded"]
+
+
+def test_a_payload_is_indented_unless_that_makes_it_huge():
+    assert life.pretty('{"a":[1,"é"]}') == '{\n  "a": [\n    1,\n    "é"\n  ]\n}'
+    deep = f"{'[' * 500}{'1,' * 5_000}1{']' * 500}"
+    assert life.pretty(deep) == deep

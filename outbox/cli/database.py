@@ -14,7 +14,7 @@ from outbox.cli.options import json_option, uses_database
 from outbox.cli.service import login_problems
 from outbox.clock import now_ms
 from outbox.outbox import Outbox
-from outbox.storage.engines import open_engine
+from outbox.storage.engines import open_engine, shown_url
 from outbox.words import escape
 
 _LONGEST_REFRESH_S = 3_600
@@ -30,7 +30,7 @@ def upgrade(database: str, *, in_json: bool) -> None:
         before = schema.upgrade(engine)
     finally:
         engine.dispose()
-    where = engine.url.render_as_string(hide_password=True)
+    where = shown_url(engine)
     after = schema.REVISIONS[-1]
     if in_json:
         say(as_json({"database": where, "from": before, "to": after}))
@@ -59,7 +59,7 @@ def status(database: str, *, watch_s: int | None, max_undelivered: int, in_json:
     """Show what is queued, what is stuck, and the likely cause."""
     with Outbox(database, policy=policy_of(max_undelivered=max_undelivered)) as outbox:
         outbox.store.login_problems.update(login_problems())
-        where = outbox.engine.url.render_as_string(hide_password=True)
+        where = shown_url(outbox.engine)
         if watch_s is not None:
             from outbox.cli.watch import watch  # noqa: PLC0415 - slow: it loads Rich
 

@@ -28,6 +28,7 @@ from outbox.failures import ConfigurationError, OutboxError
 from outbox.outbox import Outbox
 from outbox.policy import Policy
 from outbox.records import NOT_LOGGED_IN
+from outbox.storage.engines import shown_url
 from outbox.words import escape, when
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def run(
         worker = Worker(outbox, clients, concurrency=concurrency, heartbeat=heartbeat)
         try:
             if not capture.is_off():  # otherwise the worker logs that capture is off
-                where = outbox.engine.url.render_as_string(hide_password=True)
+                where = shown_url(outbox.engine)
                 for service in services.every:
                     log.info(
                         "delivering%s from %s to %s",

@@ -172,7 +172,13 @@ def in_words(engine: Engine, error: Exception) -> str:
     # Only the driver's own words: SQLAlchemy's would repeat the statement.
     words = " ".join(str(getattr(error, "orig", None) or error).split())
     advice = next((f"; {advice}" for part, advice in dialect_of(engine).advice if part in words), "")
-    return f"{engine.url.render_as_string(hide_password=True)}: {words}{advice}"
+    return f"{shown_url(engine)}: {words}{advice}"
+
+
+def shown_url(engine: Engine) -> str:
+    """Return the URL of a database for people, without passwords. Some drivers take them as options, too."""
+    options = [name for name in engine.url.query if "passw" in name.lower()]
+    return engine.url.difference_update_query(options).render_as_string(hide_password=True)
 
 
 def parse_url(database: str | URL) -> URL:

@@ -164,9 +164,9 @@ class Finding:
         of = of or _plain
         conditions: list[ColumnElement[bool]] = []
         if where.ids is not None:
-            conditions.append(columns.id.in_(where.ids))
+            conditions.append(_is_among(where.ids))
         if where.event_ids is not None:
-            conditions.append(columns.id.in_(self._row_ids(connection, where.event_ids)))
+            conditions.append(_is_among(self._row_ids(connection, where.event_ids)))
         if where.destination is not None:
             conditions.append(of(columns.destination) == where.stored_destination)
         if where.statuses is not None:
@@ -249,6 +249,12 @@ def _between(before: int | None, after: int | None) -> Iterator[ColumnElement[bo
         yield columns.id < before
     if after is not None:
         yield columns.id > after
+
+
+def _is_among(ids: Sequence[int]) -> ColumnElement[bool]:
+    # As a part of the text: an event for several destinations has as many rows, and no database takes a parameter
+    # for each row of ten thousand such events.
+    return columns.id.in_(bindparam(None, ids, BigInteger, expanding=True, literal_execute=True))
 
 
 def _plain(column: Any) -> ColumnElement[Any]:

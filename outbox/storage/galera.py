@@ -14,6 +14,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.clock import monotonic_s
 from outbox.failures import StorageError
+from outbox.storage.engines import shown_url
 
 log = logging.getLogger("outbox")
 
@@ -63,7 +64,7 @@ def upgrading_alone(connection: Connection, *, patience_s: float) -> Iterator[No
             break
         words = f"the server {holder} upgrades the schema; if that was killed, drop the table {UPGRADE_TABLE}"
         if monotonic_s() > end_s:
-            raise StorageError(f"{connection.engine.url.render_as_string(hide_password=True)}: {words}")
+            raise StorageError(f"{shown_url(connection.engine)}: {words}")
         if holder and not told:
             log.warning("%s", words, extra={"event_name": "outbox.upgrade_waits"})
             told = True

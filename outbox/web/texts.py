@@ -10,6 +10,7 @@ from markupsafe import Markup
 from outbox.clock import utc
 from outbox.destinations import shown
 from outbox.stats import counted, duration
+from outbox.storage.engines import shown_url
 from outbox.web.console import console
 from outbox.words import escape, when
 
@@ -79,5 +80,5 @@ def _shared() -> dict[str, object]:
     settings = console()
     return {
         "console": settings,
-        "database": settings.outbox.engine.url.render_as_string(hide_password=True),
+        "database": shown_url(settings.outbox.engine),
     }

@@ -10,7 +10,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from builders import ScriptedClient, refuse, rule_fired, statuses
 from outbox import ConfigurationError, Outbox, StorageError
 from outbox.storage import sqlite_file
-from outbox.storage.engines import open_engine, reading, writing
+from outbox.storage.engines import open_engine, reading, shown_url, writing
 
 
 @pytest.mark.parametrize("value", ["outbox.db", "", "/tmp/outbox.db"])  # noqa: S108 - never opened
@@ -133,6 +133,24 @@ def test_a_server_url_needs_its_driver_only_when_it_is_used() -> None:
     assert engine.dialect.name == "postgresql"
     with pytest.raises(StorageError, match=r"user:\*\*\*@127.0.0.1"), reading(engine):
         pass
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me@127.0.0.1:1/app?password=secret&application_name=shown",
+        "postgresql://me@127.0.0.1:1/app?sslpassword=secret&application_name=shown",
+        "mysql://me@127.0.0.1:1/app?password=secret&sql_mode=shown",
+    ],
+)
+def test_a_password_among_the_options_of_the_url_is_not_shown(url: str) -> None:
+    engine = open_engine(url)
+    assert shown_url(engine).endswith("=shown")
+    with pytest.raises(StorageError) as error, reading(engine):
+        pass
+    assert shown_url(engine) in str(error.value)
+    assert "secret" not in str(error.value)
     engine.dispose()
 
 

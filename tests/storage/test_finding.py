@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import event
 
 from builders import NOON_MS, add_row, rule_fired, statuses
 from outbox import ConfigurationError, Outbox, Where
@@ -160,3 +161,21 @@ def test_looking_changes_nothing(outbox: Outbox) -> None:
     outbox.enqueue_many([rule_fired()] * 2)
     outbox.find(replace(Where(), contains="s1"))
     assert statuses(outbox) == ["pending"] * 2
+
+
+def test_no_parameter_stands_for_each_row_that_has_one_of_many_ids(outbox: Outbox) -> None:
+    """An event for several destinations has as many rows, and databases limit the number of parameters."""
+    names = ["a", "b", "c", "d"]
+    wanted = [f"id-{number}" for number in range(50)]
+    rows = outbox.enqueue_many([rule_fired()] * 50, event_ids=wanted, to=names)
+    used = []
+
+    @event.listens_for(outbox.engine, "before_cursor_execute")
+    def note(_connection, _cursor, _statement, parameters, *_others) -> None:
+        used.append(len(parameters))
+
+    for where in (Where(event_ids=wanted), Where(ids=rows)):
+        assert outbox.count(where) == len(rows)
+        assert ids(outbox.find(where, limit=1)) == rows[:1]
+        assert outbox.abandon(where=where, reason="no", dry_run=True).total == len(rows)
+    assert max(used) < len(rows)

@@ -36,7 +36,7 @@ from outbox.storage.claimed import CLAIM_ROWS, Kind, Part, Wanted, claim_of_due,
 from outbox.storage.column_types import LONGEST_NAME, LongText, Name, ShortText, TextDefault
 from outbox.storage.dialects.base import Dialect, Ending
 from outbox.storage.due_rows import LOCK_ROWS_IF_DUE, Rows, Search
-from outbox.storage.engines import MIGRATION_LOCK, Synchronous
+from outbox.storage.engines import MIGRATION_LOCK, Synchronous, shown_url
 from outbox.storage.indexes import QUEUE_INDEX, TIMES_INDEX, WAITING_INDEX
 from outbox.storage.inserts import KNOWN, insert_each, known
 from outbox.storage.inserts import Rows as NewRows
@@ -186,7 +186,7 @@ class MySQL(Dialect):
         """Hold a named lock, because each statement of a migration commits. Wait for other migrations."""
         lock = f"SELECT GET_LOCK('{MIGRATION_LOCK}', {_MIGRATION_PATIENCE_S})"
         if connection.exec_driver_sql(lock).scalar() != 1:
-            where = connection.engine.url.render_as_string(hide_password=True)
+            where = shown_url(connection.engine)
             raise StorageError(f"{where}: another migration is still under way")
         try:
             with galera.upgrading_alone(connection, patience_s=_MIGRATION_PATIENCE_S):

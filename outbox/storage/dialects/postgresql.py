@@ -46,7 +46,7 @@ from outbox.storage.claimed import (
     waits_for_row,
 )
 from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.engines import MIGRATION_LOCK, Synchronous
+from outbox.storage.engines import MIGRATION_LOCK, Synchronous, shown_url
 from outbox.storage.inserts import Rows, insert_new
 from outbox.storage.sql import (
     columns,
@@ -273,7 +273,7 @@ def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
             connection.prepare_threshold = None
             log.warning(
                 "%s: prepare_threshold is ignored, because a pooler stands in between",
-                engine.url.render_as_string(hide_password=True),
+                shown_url(engine),
                 extra={"event_name": "outbox.prepare_threshold_ignored"},
             )
         connection.rollback()
