@@ -23,7 +23,7 @@ pages = Blueprint("events", __name__)
 
 _PER_PAGE = 50
 _MOST_READ = 10_000
-"""How many events one page reads to look for a text, which takes about a tenth of a second."""
+"""How many events one page reads to look for a text, which takes tens of milliseconds."""
 _ERROR_WIDTH = 160
 _SHOWN_APART = frozenset({"event", "status", "next"})
 
