@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlencode
 
 from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
@@ -19,12 +20,15 @@ from outbox.stats import counted
 from outbox.web import filters
 from outbox.web.console import console
 from outbox.web.filters import Filters
+from outbox.words import exact
 
 pages = Blueprint("actions", __name__)
 
 _REASON = "cancelled in the console"
 """Stands for the reason that is not given yet while events are only counted."""
 _LONGEST_REASON = 500
+_BEFORE = "created_before"
+"""The field that keeps, from the count to the action, which events are too new."""
 
 Report = ActionReport | PurgeReport
 
@@ -110,16 +114,23 @@ class Target:
     """The selected events; None stands for all that match."""
     is_one: bool
     """Whether the action was chosen on the page of one event."""
+    created_before_ms: int
+    """Events of this time or later are left alone: the reader has not seen their number."""
 
     @property
     def where(self) -> Where:
         """The events, for the outbox."""
-        return self.filters.where if self.ids is None else Where(ids=self.ids)
+        if self.ids is not None:
+            return Where(ids=self.ids)
+        asked: Any = self.filters.where.older_than
+        before_ms = self.created_before_ms if asked is None else min(asked, self.created_before_ms)
+        return replace(self.filters.where, older_than=before_ms)
 
     def fields(self) -> Iterator[tuple[str, str]]:
         """Yield the fields of a form that names the same events."""
         yield "scope", "all" if self.ids is None else "one" if self.is_one else "selected"
         yield from (("row", str(row_id)) for row_id in self.ids or ())
+        yield _BEFORE, exact(self.created_before_ms)
         yield from self.filters.as_meant()
 
     def back(self) -> str:
@@ -169,9 +180,11 @@ def _asked(fields: MultiDict[str, str]) -> tuple[Action, Target]:
         raise ConfigurationError(f"scope is {scope!r}, expected all, selected or one")
     if settings.read_only:
         abort(403, "this console is read-only")
-    found = filters.read(fields, now_ms=settings.outbox.store.now_ms(), hide_payloads=settings.hide_payloads)
+    now_ms = settings.outbox.store.now_ms()
+    found = filters.read(fields, now_ms=now_ms, hide_payloads=settings.hide_payloads)
     ids = None if scope == "all" else [filters.row_id(word) for word in fields.getlist("row")]
-    return action, Target(found, ids, scope == "one")
+    before_ms = filters.moment(_BEFORE, fields[_BEFORE], now_ms) if _BEFORE in fields else now_ms + 1
+    return action, Target(found, ids, scope == "one", before_ms)
 
 
 def listing_url(fields: Iterable[tuple[str, str]]) -> str:

@@ -65,7 +65,7 @@ def read(fields: MultiDict[str, str], *, now_ms: int, hide_payloads: bool) -> Fi
         raise ConfigurationError(f"this console hides payloads, so no event can be found by {hidden[0]}")
     for name in TIMES:
         if name in given:
-            conditions[name] = _moment(name, given[name], now_ms)
+            conditions[name] = moment(name, given[name], now_ms)
     for name in LISTS:
         if name in given:
             conditions[name] = _words(given[name])
@@ -80,7 +80,8 @@ def unread(fields: MultiDict[str, str]) -> Filters:
     return Filters(given, fields.getlist("status"), Where(ids=()))
 
 
-def _moment(name: str, text: str, now_ms: int) -> int:
+def moment(name: str, text: str, now_ms: int) -> int:
+    """Return the time that a form or URL names. Raises `ConfigurationError` if it is none."""
     found = moment_ms(text, now_ms=now_ms)
     if found is None:
         raise ConfigurationError(f"{name} is {text!r}, expected {MOMENTS}")

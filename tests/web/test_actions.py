@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+import re
+from urllib.parse import urlencode
 
-from builders import NOON_MS, add_row, row, statuses
+import pytest
+from freezegun import freeze_time
+
+from builders import NOON, NOON_MS, add_row, row, rule_fired, statuses
 from outbox.clock import now_ms
 
 
@@ -67,6 +71,19 @@ def test_all_that_match_are_changed_and_no_others(browser, outbox, rows):
 def test_the_form_names_what_was_counted_not_an_age_that_moves(browser, rows):
     browser.get("/events/confirm?do=retry&scope=all&older_than=1h")
     assert 'name="older_than" value="20' in browser.page
+
+
+@pytest.mark.parametrize("condition", [{}, {"older_than": "2026-12-24T12:00:00Z"}])
+def test_an_event_that_came_after_the_count_is_left_alone(browser, outbox, rows, condition):
+    with freeze_time(NOON) as clock:
+        browser.get(f"/events/confirm?{urlencode({'do': 'purge', 'scope': 'all', **condition})}")
+        assert "Purge 4 events?" in browser.text
+        fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', browser.page))
+        clock.tick(1)
+        new = outbox.enqueue(rule_fired())
+        browser.post("/events/act", **fields)
+    assert "4 events were deleted for good." in browser.text
+    assert [found.id for found in outbox.find(status="pending")] == [new]
 
 
 def test_an_action_on_the_page_of_an_event_returns_there(browser, outbox, rows):
