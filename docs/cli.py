@@ -16,8 +16,9 @@ This page lists all commands of `outbox` and their options, as `outbox COMMAND -
 number and a unit, such as `30s`, `10m`, `12h` or `7d`. The options `--older-than`, `--newer-than` and
 `--due-after` also accept a date and time with its zone, such as `2026-11-24T12:00:00Z`.
 
-`list`, `retry`, `requeue`, `abandon` and `purge` take the same conditions: row ids, and options. An event has to
-meet all of them; if an option is repeated, one of its values. [Recover](recover.md#find-events) has examples.
+`list`, `retry`, `requeue`, `abandon` and `purge` take the same conditions: row ids and options. An event must meet
+all conditions. If an option is repeated, one of its values is enough. [Recover](recover.md#find-events) has
+examples.
 
 Every command also has the options `--config`, `--database`, `--types` and `--json`, which are listed once, under
 `outbox`. There are two exceptions: `run` and `web` have no `--json`, and `receive` and `demo` have none of the
@@ -71,7 +72,7 @@ def _row(option: click.Option) -> str:
     notes = []
     if isinstance(option.type, click.Choice):
         notes.append("one of " + ", ".join(f"`{choice}`" for choice in option.type.choices))
-    if isinstance(option.type, click.IntRange):
+    if isinstance(option.type, click.IntRange) and not option.count:
         notes.append(f"from {option.type.min} to {option.type.max}")
     if option.show_default:
         notes.append(f"default {option.default}")

@@ -48,6 +48,10 @@ def epoch_ms(when: dt.datetime) -> int:
     return (since.days * 86_400 + since.seconds) * 1_000 + since.microseconds // 1_000
 
 
+LATEST_MS = 253_402_300_799_999
+"""The last time that a datetime can hold: the end of the year 9999."""
+
+
 def utc(ms: int) -> str:
     """Return "2026-11-24 12:00:00 UTC"; a stored value that is no date is returned as it is."""
     if not isinstance(ms, int):  # SQLite stores any value in any column

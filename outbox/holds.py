@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outbox.clock import utc
+from outbox.clock import LATEST_MS, utc
 from outbox.failures import ConfigurationError
 from outbox.outcomes import as_last_error
 
 LONGEST_WHY = 500
 """Maximum length of the reason for a hold, in characters."""
 
-LATEST_END_MS = 253_402_300_799_999
-"""The latest end of a hold, at the end of the year 9999."""
-
 
 @dataclass(frozen=True)
 class Hold:
     """An operator's decision to send nothing to a destination. Times are Unix epoch milliseconds.
 
-    Unlike a pause, no retry, no acceptance and no upgrade ends it.
+    Unlike a pause, it does not end with a retry, an acceptance or an upgrade.
     """
 
     destination: str
     why: str
+    """The operator's reason."""
     since_ms: int
     until_ms: int | None
     """When the hold ends by itself; None if it lasts until an operator ends it."""
@@ -31,7 +29,7 @@ class Hold:
     @property
     def ends_ms(self) -> int:
         """When the hold ends by itself, or a time that never comes."""
-        return LATEST_END_MS if self.until_ms is None else self.until_ms
+        return LATEST_MS if self.until_ms is None else self.until_ms
 
 
 def hold_in_words(hold: Hold) -> str:
@@ -57,7 +55,7 @@ def checked_why(why: object) -> str:
 
 def checked_end_ms(until_ms: int, *, now_ms: int) -> int:
     """Return the end of a hold. Raises `ConfigurationError` if it is not in the future, or after the year 9999."""
-    if now_ms < until_ms <= LATEST_END_MS:
+    if now_ms < until_ms <= LATEST_MS:
         return until_ms
     raise ConfigurationError(
         f"the hold would end at {utc(until_ms)}, expected a time after {utc(now_ms)} and before the year 10000"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 AnyTrouble = TypeVar("AnyTrouble", Trouble, Pause)
 
+CAUSES_JOIN = ". Also: "
+"""Stands between the causes in `Stats.likely_cause`."""
+
 _SILENT_MS = 3_600_000
 _MOST_NAMED = 10
 
@@ -238,13 +241,13 @@ def _likely_cause(
     if abandoned:
         causes.append(
             f"{_are(abandoned)} abandoned; `outbox list --status abandoned` shows why,"
-            " and `outbox requeue --older-than 0s` returns them to the queue"
+            " and `outbox requeue --all` returns them to the queue"
         )
     paused = {shown(pause.destination) for pause in seen.pauses}
     unserved = [name for name in silent(seen.due, seen.holds, now_ms=now_ms) if shown(name) not in paused]
     if unserved and by_destination.keys() != {DEFAULT_NAME}:
         causes.append(silence_in_words(unserved))
-    return ". Also: ".join(causes) or None
+    return CAUSES_JOIN.join(causes) or None
 
 
 def silent(due: Mapping[str, Due], holds: Sequence[Hold], *, now_ms: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Texts for people that the command line and the console share: times, pauses, and stored text made harmless."""
+"""Texts that the command line and the console share: times, pauses, and escaped stored text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from outbox.reasons import in_words
 from outbox.records import Pause
 from outbox.stats import counted, duration
 
-AGES = "an age such as 30s, 15m, 12h or 7d"
+_EXAMPLES = "30s, 15m, 12h or 7d"
+DURATIONS = f"a time such as {_EXAMPLES}"
+AGES = f"an age such as {_EXAMPLES}"
 MOMENTS = f"{AGES}, or a date and time with its zone such as 2026-11-24T12:00:00Z"
 """What `age_ms` and `moment_ms` understand."""
 
@@ -37,8 +39,12 @@ def when(ms: int, *, now_ms: int) -> str:
     """Return "2026-11-24 12:00:00 UTC (3 minutes ago)"; a stored value that is no number is shown as it is."""
     if not isinstance(ms, int):  # SQLite stores any value in any column
         return repr(ms)
-    distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
-    return f"{utc(ms)} ({distance})"
+    return f"{utc(ms)} ({distance(ms, now_ms=now_ms)})"
+
+
+def distance(ms: int, *, now_ms: int) -> str:
+    """Return "3 minutes ago", or "in 3 minutes" for a time to come."""
+    return f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
 
 
 def exact(ms: int) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 from builders import NOON_MS
 from outbox import ConfigurationError, Hold
-from outbox.holds import LATEST_END_MS, LONGEST_WHY, checked_end_ms, checked_why, hold_in_words
+from outbox.clock import LATEST_MS
+from outbox.holds import LONGEST_WHY, checked_end_ms, checked_why, hold_in_words
 
 
 def test_a_hold_in_words_says_since_when_until_when_why_and_what_ends_it() -> None:
@@ -23,7 +24,7 @@ def test_a_hold_in_words_says_since_when_until_when_why_and_what_ends_it() -> No
 
 def test_a_hold_without_an_end_never_ends() -> None:
     assert Hold("billing", "a deploy", 0, 17).ends_ms == 17
-    assert Hold("billing", "a deploy", 0, None).ends_ms == LATEST_END_MS
+    assert Hold("billing", "a deploy", 0, None).ends_ms == LATEST_MS
 
 
 @pytest.mark.parametrize("why", [None, "", " \n", 17])
@@ -39,7 +40,7 @@ def test_the_reason_is_bounded_and_can_be_stored_anywhere() -> None:
         checked_why("x" * 501)
 
 
-@pytest.mark.parametrize("until_ms", [NOON_MS, NOON_MS - 1, -(2**60), LATEST_END_MS + 1, 2**62])
+@pytest.mark.parametrize("until_ms", [NOON_MS, NOON_MS - 1, -(2**60), LATEST_MS + 1, 2**62])
 def test_a_hold_ends_in_the_future_and_at_a_date(until_ms: int) -> None:
     with pytest.raises(ConfigurationError, match="expected a time after 2026-11-24 12:00:00 UTC"):
         checked_end_ms(until_ms, now_ms=NOON_MS)

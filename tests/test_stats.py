@@ -68,7 +68,7 @@ def test_what_events_wait_for_is_counted_and_each_has_its_cause(outbox):
         "the service rejected 1 event alone (422 Bad); an event is abandoned if it is rejected again later,"
         " while the service accepts others; `outbox show ID` says when",
         "1 event is abandoned; `outbox list --status abandoned` shows why,"
-        " and `outbox requeue --older-than 0s` returns them to the queue",
+        " and `outbox requeue --all` returns them to the queue",
     ]
 
 
@@ -104,7 +104,7 @@ def test_abandoned_events_are_named_with_the_command_that_brings_them_back(outbo
     add_row(outbox, status="abandoned")
     assert causes(outbox) == (
         "2 events are abandoned; `outbox list --status abandoned` shows why,"
-        " and `outbox requeue --older-than 0s` returns them to the queue"
+        " and `outbox requeue --all` returns them to the queue"
     )
 
 

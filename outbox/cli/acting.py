@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from outbox.cli.display import Bar, as_json, say
+from outbox.cli.display import as_json, reading_bar, say
 from outbox.cli.endings import FAILED, fail
 from outbox.cli.filters import filter_or_all_options
 from outbox.cli.options import dry_run_option, json_option, uses_database
@@ -16,9 +16,6 @@ from outbox.outbox import Outbox
 from outbox.stats import counted
 from outbox.words import escape
 
-# Fewer events are read so fast that they need no progress bar.
-_BAR_FROM_EVENTS = 20_000
-
 
 @click.command(epilog="Example: outbox retry --all")
 @filter_or_all_options
@@ -26,13 +23,13 @@ _BAR_FROM_EVENTS = 20_000
 @uses_database
 @json_option
 def retry(database: str, *, where: Where, dry_run: bool, in_json: bool) -> None:
-    """Retry waiting and parked events now: those with these ids, or all that match.
+    """Retry events now: those that match and wait or are parked.
 
     The pauses of their destinations end, and the events become due: the next flush, or a running worker, sends
     them. Events scheduled for later stay as they are. Exit code 1: an event that you named is neither waiting nor
     parked.
     """
-    with Outbox(database) as outbox, _bar() as bar:
+    with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.retry(where, dry_run=dry_run, progress=bar.advance)
     _say(report, "would be made due" if dry_run else "made due", dry_run=dry_run, in_json=in_json)
     _say_left(where, report.total, "wait or are parked", dry_run=dry_run)
@@ -48,7 +45,7 @@ def requeue(database: str, *, where: Where, dry_run: bool, in_json: bool) -> Non
 
     Exit code 1: an event that you named is not abandoned.
     """
-    with Outbox(database) as outbox, _bar() as bar:
+    with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.requeue(where, dry_run=dry_run, progress=bar.advance)
     _say(report, "would be requeued" if dry_run else "requeued", dry_run=dry_run, in_json=in_json)
     _say_left(where, report.total, "are abandoned", dry_run=dry_run)
@@ -56,17 +53,17 @@ def requeue(database: str, *, where: Where, dry_run: bool, in_json: bool) -> Non
 
 @click.command(epilog="""Example: outbox abandon --contains '"order":17' --reason "wrong price" --dry-run""")
 @filter_or_all_options
-@click.option("--reason", metavar="TEXT", required=True, help="Why; `outbox show` shows it.")
+@click.option("--reason", metavar="TEXT", required=True, help="The reason. `outbox show` shows it.")
 @dry_run_option
 @uses_database
 @json_option
 def abandon(database: str, *, where: Where, reason: str, dry_run: bool, in_json: bool) -> None:
     """Cancel pending and parked events: they are not sent, and stay in the database.
 
-    `outbox requeue` returns them to the queue. Events that are being sent are left alone. Exit code 1: there were
-    such events, or an event that you named is neither pending nor parked.
+    `outbox requeue` returns them to the queue. Events that are being sent are left alone. Exit code 1: some events
+    were being sent, or an event that you named is neither pending nor parked.
     """
-    with Outbox(database) as outbox, _bar() as bar:
+    with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.abandon(where=where, reason=reason, dry_run=dry_run, progress=bar.advance)
     _say(report, "would be abandoned" if dry_run else "abandoned", dry_run=dry_run, in_json=in_json)
     _say_in_flight(report, "abandoned", dry_run=dry_run)
@@ -81,19 +78,15 @@ def abandon(database: str, *, where: Where, reason: str, dry_run: bool, in_json:
 def purge(database: str, *, where: Where, dry_run: bool, in_json: bool) -> None:
     """Delete events of any status for good.
 
-    `outbox status` shows how many events were deleted. Events that are being sent are not deleted. Exit code 1:
-    there were such events, or an event that you named is not there.
+    `outbox status` shows how many events were deleted. Events that are being sent are left alone. Exit code 1:
+    some events were being sent, or an event that you named does not exist.
     """
-    with Outbox(database) as outbox, _bar() as bar:
+    with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.purge(where=where, dry_run=dry_run, progress=bar.advance)
     done = f"{'would be purged' if dry_run else 'purged'}, {report.undelivered} of them undelivered"
     _say(report, done, dry_run=dry_run, in_json=in_json)
     _say_in_flight(report, "purged", dry_run=dry_run)
-    _say_left(where, report.total + report.in_flight, "are there", dry_run=dry_run)
-
-
-def _bar() -> Bar:
-    return Bar("Reading", total=None, drawn_from=_BAR_FROM_EVENTS)
+    _say_left(where, report.total + report.in_flight, "exist", dry_run=dry_run)
 
 
 def _say(report: ActionReport | PurgeReport, done: str, *, dry_run: bool, in_json: bool) -> None:
@@ -106,7 +99,7 @@ def _say(report: ActionReport | PurgeReport, done: str, *, dry_run: bool, in_jso
 
 
 def _say_in_flight(report: ActionReport | PurgeReport, done: str, *, dry_run: bool) -> None:
-    """Say that events were left because they are being sent; then the command failed, except in a dry run."""
+    """Say how many events were left alone because they are being sent. Unless it is a dry run, fail."""
     if not report.in_flight:
         return
     kept = f"{done} because they are being sent: {counted(report.in_flight, 'event')}"
@@ -116,13 +109,13 @@ def _say_in_flight(report: ActionReport | PurgeReport, done: str, *, dry_run: bo
         fail(f"not {kept}; run the command again later", FAILED)
 
 
-def _say_left(where: Where, told_of: int, which: str, *, dry_run: bool) -> None:
-    """Say that the action does not apply to events that were named; then the command failed."""
-    left = len({*(where.ids or ())}) - told_of
+def _say_left(where: Where, reported: int, which: str, *, dry_run: bool) -> None:
+    """Say how many of the named events the action does not apply to. Unless it is a dry run, fail."""
+    left = len({*(where.ids or ())}) - reported
     if left <= 0:
         return
-    words = f"{counted(left, 'event')} of those named left alone: only events that {which}"
-    words += " and meet the other conditions are changed; `outbox show ID` tells more"
+    words = f"left alone: {left} of the events that you named; this changes only events that {which}"
+    words += " and meet the other conditions; `outbox show ID` tells more"
     if dry_run:
         say(f"outbox: {words}", err=True)
     else:

@@ -33,7 +33,7 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can reach it."""
         return ip_address(self.host).is_loopback
 
     @property
@@ -71,7 +71,7 @@ def _address(_context: click.Context, _param: click.Parameter, value: str) -> Ad
 @click.option(
     "--hide-payloads",
     is_flag=True,
-    help="Show no payloads, nothing that is taken from them, and no bodies of answers.",
+    help="Hide payloads, the fields that are taken from them, and the bodies of answers.",
 )
 @max_undelivered_option
 @uses_database
@@ -86,9 +86,9 @@ def web(
 ) -> None:
     """Show the console in a browser, until Ctrl-C.
 
-    It listens on loopback. To listen elsewhere, set OUTBOX_WEB_SECRET to a text of at least 16 characters, which
-    the login page asks for, and put a proxy with TLS in front of it. On loopback the secret is optional; without
-    it, every user of this machine can enter.
+    It listens on loopback. To listen on another address, set OUTBOX_WEB_SECRET, and put a proxy with TLS in front
+    of the console. The secret has at least 16 characters, and the login page asks for it. On loopback the secret
+    is optional; without it, every user of this machine can enter.
     """
     missing = [name for name in ("flask", "waitress") if find_spec(name) is None]
     if missing:
@@ -101,7 +101,7 @@ def web(
 
     secret = os.environ.get(SECRET)
     if not secret and not listen.is_loopback:
-        raise click.UsageError(f"{listen.in_url} can be reached from elsewhere, expected a secret in {SECRET}")
+        raise click.UsageError(f"other machines can reach {listen.in_url}, expected a secret in {SECRET}")
     with Outbox(database, policy=policy_of(max_undelivered=max_undelivered)) as outbox:
         outbox.store.login_problems.update(login_problems())
         app = create_app(
@@ -113,10 +113,10 @@ def web(
             hide_payloads=hide_payloads,
         )
         server = Server(app, listen.host, listen.port)
-        say(f"http://{listen.in_url}:{server.port}/")
-        if not listen.is_loopback:
-            say("outbox: this is plain HTTP; put a proxy with TLS in front of it", err=True)
-        with sigterm_like_ctrl_c():
+        with sigterm_like_ctrl_c(), suppress(KeyboardInterrupt):  # `run` ends by it, too
+            say(f"http://{listen.in_url}:{server.port}/")
+            if not listen.is_loopback:
+                say("outbox: this is plain HTTP; put a proxy with TLS in front of it", err=True)
             server.run()
 
 

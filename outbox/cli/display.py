@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from outbox.records import Pause
     from outbox.storage.tables import ObservationEvent
 
+# Fewer events are read so fast that they need no progress bar.
+_BAR_FROM_EVENTS = 20_000
 _ERROR_WIDTH = 80
 _MOST_DESTINATIONS = 50
 _UNDELIVERED = (Status.PENDING, Status.SENDING, Status.PARKED, Status.ABANDONED)
@@ -179,6 +181,11 @@ class Bar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def reading_bar() -> Bar:
+    """Return a bar for a command that reads events, and can't know how many."""
+    return Bar("Reading", total=None, drawn_from=_BAR_FROM_EVENTS)
 
 
 def _cut(text: str) -> str:

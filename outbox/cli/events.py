@@ -89,10 +89,10 @@ def enqueue(
     --skip-invalid is given. An event for several destinations gets a row, and a row id, for each of them. The
     database is created or upgraded if necessary.
 
-    With --replace, the `id` and the `payload` of each line count, and other fields may be missing. The new event
-    takes the place of the event with that id, in one transaction, and keeps its destination. It gets a new event
-    id: a service that saw the old one would drop the edited event as a duplicate. Exit code 1: an event was not
-    replaced, because it is sent, being sent or gone.
+    With --replace, each line needs the `id` of an event and its new `payload`. The new event takes the place of
+    the old one in one transaction, and keeps the destination. It gets a new event id: a service that saw the old
+    id would drop the edited event as a duplicate. Exit code 1: an event was not replaced, because it is sent,
+    being sent or gone.
     """
     if replace and to:
         raise click.UsageError("--to and --replace are both given; a replaced event keeps its destination")
@@ -145,7 +145,7 @@ def _replace(outbox: Outbox, edited: list[_Edited]) -> tuple[dict[str, Any], str
 def _read_lines(
     path: Path | None, shown: str, read: Callable[[bytes], Line], *, show_all: bool
 ) -> tuple[list[Line], int]:
-    """Return the events of a file and the number of its invalid lines; print why those are invalid."""
+    """Return what the valid lines hold, and the number of the invalid lines. Print why those are invalid."""
     events = []
     invalid = 0
     if path is None and sys.stdin is None:
@@ -176,7 +176,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 
 class _Editing:
-    """Reads the edited events of a file. Each event may stand there once."""
+    """Reads the edited events of a file. Refuses a second line for the same event."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()

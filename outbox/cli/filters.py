@@ -1,31 +1,21 @@
-"""The options that say which events a command is about."""
+"""The options that select the events for a command."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
-from outbox.cli.options import due_after_option, moment_ms, older_than_option, only_destination_option, type_option
+from outbox.cli.options import destination_option, moment_ms
 from outbox.filters import LARGEST_ID, Where
 from outbox.lifecycle import Status
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-_CONDITIONS = (
-    "ids",
-    "event_ids",
-    "destination",
-    "status",
-    "event_type",
-    "failure",
-    "contains",
-    "older_than",
-    "newer_than",
-    "due_after",
-)
+_CONDITIONS = tuple(field.name for field in fields(Where))
 _OPTIONS = (
     click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, LARGEST_ID)),
     click.option(
@@ -35,23 +25,35 @@ _OPTIONS = (
         multiple=True,
         help="Only the event with this event id. Repeatable.",
     ),
-    only_destination_option,
+    destination_option("--destination", words="Only events of this destination."),
     click.option(
         "--status",
         multiple=True,
         type=click.Choice([status.value for status in Status]),
         help="Only events with this status. Repeatable.",
     ),
-    type_option,
+    click.option("--type", "event_type", metavar="NAME", help="Only events of this type."),
     click.option(
-        "--failure", metavar="TEXT", help="Only events whose last error contains this text. Case counts."
+        "--failure", metavar="TEXT", help="Only events whose last error contains this text, case-sensitive."
     ),
-    click.option("--contains", metavar="TEXT", help="Only events whose payload contains this text. Case counts."),
-    older_than_option(),
+    click.option(
+        "--contains", metavar="TEXT", help="Only events whose payload contains this text, case-sensitive."
+    ),
+    click.option(
+        "--older-than",
+        metavar="AGE",
+        callback=moment_ms,
+        help="Only events created before this time; 0s matches every event.",
+    ),
     click.option(
         "--newer-than", metavar="AGE", callback=moment_ms, help="Only events created at this time or later."
     ),
-    due_after_option(),
+    click.option(
+        "--due-after",
+        metavar="TIME",
+        callback=moment_ms,
+        help="Only pending events that are due later than this time, such as 2026-11-24T12:00:00Z; 0s means now.",
+    ),
 )
 
 
@@ -60,7 +62,7 @@ def filter_options(command: Decorated) -> Decorated:
 
     @wraps(command)
     def filtered(*args: Any, **options: Any) -> Any:
-        # No id and no --status is no condition; to `Where`, an empty list is one that no event meets.
+        # () stands for a missing option. To `Where`, an empty list would mean that no event matches.
         given = {name: None if (value := options.pop(name)) == () else value for name in _CONDITIONS}
         return command(*args, where=Where(**given), **options)
 
@@ -72,16 +74,16 @@ def filter_options(command: Decorated) -> Decorated:
 
 
 def filter_or_all_options(command: Decorated) -> Decorated:
-    """Add the same and --all, without which a command must not be about every event."""
+    """Add the same options, and --all, which is needed to select every event."""
 
     @wraps(command)
     def checked(*args: Any, where: Where, everything: bool, **options: Any) -> Any:
         if where.is_everything and not everything:
             raise click.UsageError("expected ids or options that select events, or --all for every event")
         if everything and not where.is_everything:
-            raise click.UsageError("--all stands for every event, expected it without ids and other conditions")
+            raise click.UsageError("--all and conditions are both given, expected one of them")
         return command(*args, where=where, **options)
 
-    options: Any = click.option("--all", "everything", is_flag=True, help="Every event.")(checked)
+    options: Any = click.option("--all", "everything", is_flag=True, help="Select every event.")(checked)
     decorated: Decorated = filter_options(options)
     return decorated

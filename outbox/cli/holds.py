@@ -31,8 +31,8 @@ from outbox.words import escape
 def hold(database: str, destination: str, *, for_ms: int | None, why: str, in_json: bool) -> None:
     """Put a destination on hold: no host sends events to it. Events are still enqueued.
 
-    Batches that are being sent are finished. No retry and no new token ends a hold. Holding a destination again
-    replaces the reason and the end.
+    Batches that are being sent are finished. A retry or a new token does not end a hold. Holding a destination
+    again replaces the reason and the end.
     """
     with Outbox(database) as outbox:
         held = outbox.hold(destination, why=why, for_ms=for_ms)
@@ -49,7 +49,7 @@ def hold(database: str, destination: str, *, for_ms: int | None, why: str, in_js
 @uses_database
 @json_option
 def resume(database: str, destination: str, *, in_json: bool) -> None:
-    """End the hold of a destination. Running workers go on within 20 seconds.
+    """End the hold of a destination. Running workers continue within 20 seconds.
 
     Exit code 1: the destination is not on hold.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from outbox.cli.display import Bar, as_json, list_in_words, say
+from outbox.cli.display import Bar, as_json, list_in_words, reading_bar, say
 from outbox.cli.endings import FAILED, fail
 from outbox.cli.filters import filter_options
 from outbox.cli.options import json_option, uses_database
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent
 
 _PAGE = 1_000
-# Fewer events are read so fast that they need no progress bar.
-_BAR_FROM_EVENTS = 20_000
 
 
 @click.command("list", epilog="Example: outbox list --status abandoned --failure 422 --newer-than 7d")
@@ -46,7 +44,7 @@ _BAR_FROM_EVENTS = 20_000
     show_default=True,
     help="Maximum number of events to read for --failure and --contains.",
 )
-@click.option("--ndjson", is_flag=True, help="Print one JSON object a line, with the payload as JSON.")
+@click.option("--ndjson", is_flag=True, help="Print one JSON object per line, with the payload as JSON.")
 @uses_database
 @json_option
 def list_events(
@@ -59,18 +57,18 @@ def list_events(
     ndjson: bool,
     in_json: bool,
 ) -> None:
-    """List events: those with these ids, or all that match. The newest come first.
+    """List the events that match, the newest first.
 
-    With --failure or --contains, the command reads the events that meet the other conditions, the newest first,
-    until it has found enough or has read --scan-limit of them; it says if it stopped there. Upper and lower case
-    differ. --contains looks in the payload as it is stored: JSON without blanks between its parts.
+    --failure and --contains read the events that meet the other conditions, in the order of the list. They stop
+    when --limit events are found or --scan-limit events are read. The command says so if more may match.
+    --contains searches the payload as it is stored: JSON without blanks between its parts.
 
     `outbox enqueue --replace` reads what --ndjson prints.
     """
     if ndjson and in_json:
         raise click.UsageError("--json and --ndjson are both given, expected one of them")
     found: list[ObservationEvent] = []
-    with Outbox(database) as outbox, Bar("Reading", total=None, drawn_from=_BAR_FROM_EVENTS) as bar:
+    with Outbox(database) as outbox, reading_bar() as bar:
         search = _Search(outbox, where, bar, left=limit, scan_left=scan_limit, newest_first=not oldest_first)
         for rows in search.pages():
             if ndjson:
@@ -110,7 +108,7 @@ class _Search:
         self.ended_by_scan = False
 
     def pages(self) -> Iterator[list[ObservationEvent]]:
-        """Yield the events in slices, none of which is empty."""
+        """Yield the events in slices. No slice is empty."""
         seen: int | None = None
         while True:
             found = self._outbox.find(
@@ -171,7 +169,7 @@ def as_line(row: ObservationEvent) -> str:
 
 def _in_ascii(found: re.Match[str]) -> str:
     char = found.group()
-    # Outside of strings JSON has only these, as blanks; in strings it has none of them.
+    # JSON has these characters only as blanks between its parts, never inside a string.
     return " " if char in "\n\r\t" else as_json(char)[1:-1]
 
 

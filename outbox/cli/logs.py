@@ -20,7 +20,7 @@ log = logging.getLogger("outbox.run")
 Form = Literal["text", "json"]
 
 _STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-"""The attributes that every record has. All others are those of our records."""
+"""The attributes that every record has. All other attributes are ours."""
 
 
 class _Plain(logging.Handler):
@@ -37,15 +37,15 @@ class _Text(logging.Handler):
 
 class _Json(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": _time(record),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        told |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        fields |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
         if record.exc_info:
-            told["exception"] = logging.Formatter().formatException(record.exc_info)
-        say(as_json(told, default=str), err=True)  # a record must not fail
+            fields["exception"] = logging.Formatter().formatException(record.exc_info)
+        say(as_json(fields, default=str), err=True)  # `str` takes any attribute, so no record is lost
 
 
 def shown_log() -> AbstractContextManager[None]:
@@ -60,9 +60,9 @@ def hidden_log() -> AbstractContextManager[None]:
 
 @contextmanager
 def run_log(form: Form, *, verbose: int, quiet: bool) -> Iterator[None]:
-    """Print this package's log with time and level, and the error that ends the command, too.
+    """Print this package's log with time and level. The error that ends the command is logged, too.
 
-    It shows warnings and, unless it is `quiet`, what `run` itself says. `verbose` 1 adds the level info, 2 debug.
+    Warnings are printed and, unless `quiet`, the records of `run` itself. `verbose` 1 adds level info, 2 debug.
     """
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet are both given, expected one of them")

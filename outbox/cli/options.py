@@ -26,10 +26,10 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def duration_ms(_context: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    """Convert an age such as 30s to ms."""
+    """Convert a time such as 30s to ms."""
     age = None if value is None else words.age_ms(value)
     if age is None and value is not None:
-        raise click.BadParameter(f"{escape(value)!r}, expected {words.AGES}")
+        raise click.BadParameter(f"{escape(value)!r}, expected {words.DURATIONS}")
     return age
 
 
@@ -154,9 +154,9 @@ def destination_option(*names: str, words: str, required: bool = False) -> Calla
 
 
 destination_argument = click.argument("destination", metavar="DESTINATION", callback=_destination)
-only_destination_option = destination_option("--destination", words="Only events of this destination.")
+
 json_option = click.option("--json", "in_json", is_flag=True, help="Print JSON.")
-type_option = click.option("--type", "event_type", metavar="NAME", help="Only events of this type.")
+
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only count; change nothing.")
 heartbeat_option = click.option(
     "--heartbeat",
@@ -168,27 +168,6 @@ heartbeat_option = click.option(
     is_eager=True,  # as the database
     help="File that the worker touches while it is alive, for `outbox health`.",
 )
-
-
-def older_than_option(*, required: bool = False) -> Callable[[Decorated], Decorated]:
-    """Add --older-than."""
-    return click.option(
-        "--older-than",
-        metavar="AGE",
-        required=required,
-        callback=moment_ms,
-        help="Only events created before this time; 0s matches every event.",
-    )
-
-
-def due_after_option() -> Callable[[Decorated], Decorated]:
-    """Add --due-after."""
-    return click.option(
-        "--due-after",
-        metavar="TIME",
-        callback=moment_ms,
-        help="Only pending events that are due later than this time, such as 2026-11-24T12:00:00Z; 0s means now.",
-    )
 
 
 def uses_database(command: Decorated) -> Decorated:

@@ -57,7 +57,7 @@ def flush(
     """Send one batch of due events of a destination.
 
     With --all, but without --destination, all destinations in outbox.toml are served, up to 16 at the same time.
-    Ctrl-C then lets the requests that are under way end. The token of the destination `default` comes from
+    After Ctrl-C, their current requests are finished. The token of the destination `default` comes from
     OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the file is read before each request. Other
     credentials are named in outbox.toml. Exit code 3: not every event was delivered.
     """
@@ -122,7 +122,7 @@ def _flush(
     everything: bool,
     progress: Callable[[FlushReport], object] | None = None,
 ) -> tuple[FlushReport, bool]:
-    """Return the report, and whether no event that should have been sent is due. Draw a bar without `progress`."""
+    """Return the report, and whether no event is due any more. Draw a bar if `progress` is not given."""
     if not everything:
         return outbox.flush(client, destination=destination), True
     views, of = outbox.store.views, stored(destination)
@@ -200,7 +200,7 @@ def _way_out(report: FlushReport, service: Service) -> str:
     type=click.Choice(("text", "json")),
     default="text",
     show_default=True,
-    help="Shape of a line of the log: time, level and message, or a JSON object with the details, too.",
+    help="Format of the log: lines with time, level and message, or JSON objects that also have the details.",
 )
 @click.option(
     "-v", "--verbose", count=True, help="Also log each event that is not delivered; -vv logs each delivery, too."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from outbox.web.security import MayEnter
 
 SHORTEST_SECRET = 16
-"""A secret has at least this many characters, so that nobody can guess it in the time between two changes."""
+"""The least number of characters of a secret, so that nobody can find it by trying."""
 
 _SESSION_HOURS = 12
 _LARGEST_FORM_BYTES = 200_000
@@ -41,7 +41,7 @@ def create_app(  # noqa: PLR0913 - each setting has a default
 ) -> Flask:
     """Return the console as a WSGI application. Mount it in a Flask or Django application, or serve it alone.
 
-    Give `may_enter`, `secret` or both, because whoever enters can delete events.
+    Give `may_enter`, `secret` or both, because everyone who enters can delete events.
 
     - `may_enter` gets the WSGI environment of each request, and returns whether this person may use the console.
     - `secret` is asked for on a login page. It has at least 16 characters.
@@ -91,7 +91,7 @@ def create_app(  # noqa: PLR0913 - each setting has a default
 
 
 def _session_key(given: str | bytes | None) -> bytes:
-    """Return the key that signs the session cookie. It is not the given key, which may sign the host's cookies."""
+    """Return the key that signs the session cookie. It differs from the given key, which may sign host cookies."""
     if given is None:
         return secrets.token_bytes(32)
     key = given.encode() if isinstance(given, str) else given

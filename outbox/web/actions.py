@@ -1,4 +1,4 @@
-"""What a reader can do with events: each action is counted first, confirmed, and then done."""
+"""The actions on events: the console counts the events first, asks for confirmation, and then acts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from outbox.words import exact
 pages = Blueprint("actions", __name__)
 
 _REASON = "cancelled in the console"
-"""Stands for the reason that is not given yet while events are only counted."""
+"""A reason for the count. The operator gives the real one when confirming."""
 _LONGEST_REASON = 500
 _BEFORE = "created_before"
 """The field that keeps, from the count to the action, which events are too new."""
@@ -87,7 +87,7 @@ ACTIONS = {
             "Purge",
             "deleted for good",
             "that are not being sent",
-            "They are deleted for good, with their payloads. This can't be undone. The ledger keeps their number.",
+            "They are deleted for good, with their payloads. This can't be undone. The ledger counts them.",
             lambda outbox, where, _, dry_run: outbox.purge(where=where, dry_run=dry_run),
             None,
             is_final=True,
@@ -155,7 +155,7 @@ def confirm() -> str | AnyResponse:
 
 @pages.post("/events/act")
 def act() -> AnyResponse:
-    """Do it, and return to the page on which it was chosen."""
+    """Act on the events, and return to the page on which the action was chosen."""
     action, target = _asked(request.form)
     reason = request.form.get("reason", "").strip()
     if action.needs_reason and not 0 < len(reason) <= _LONGEST_REASON:
@@ -164,7 +164,7 @@ def act() -> AnyResponse:
     console().looks.forget()
     words = f"{counted(report.total, 'event')} {'was' if report.total == 1 else 'were'} {action.done}."
     if report.in_flight:
-        words += f" {counted(report.in_flight, 'event')} stayed as before, because a flusher is sending them."
+        words += f" Left alone because a flusher is sending them: {counted(report.in_flight, 'event')}."
     flash(words, "good" if report.total else "")
     is_gone = action.is_final and target.is_one and report.total
     return redirect(url_for("events.listing") if is_gone else target.back(), 303)

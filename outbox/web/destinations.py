@@ -15,7 +15,7 @@ from outbox.reasons import without_body
 from outbox.tries import Try
 from outbox.web.console import console
 from outbox.web.overview import MOST_DESTINATIONS, destination_rows
-from outbox.words import AGES, age_ms
+from outbox.words import DURATIONS, age_ms
 
 pages = Blueprint("destinations", __name__)
 
@@ -63,12 +63,12 @@ def resume() -> Response:
     """End the hold of a destination."""
     name = request.form.get("destination", "")
     if console().outbox.resume(name):
-        return _back(f"{name} is no longer on hold. Running workers go on within 20 seconds.", "good")
+        return _back(f"{name} is no longer on hold. Running workers continue within 20 seconds.", "good")
     return _back(f"{name} was not on hold.", "")
 
 
 def _failures(tries: Sequence[Try]) -> list[tuple[Try, int]]:
-    """Return the last failed requests, each with the number of its events that are still there."""
+    """Return the last failed requests, each with the number of its events that still exist."""
     requests = Counter(tries)
     cut = without_body if console().hide_payloads else str
     return [
@@ -87,5 +87,5 @@ def _length_ms(text: str) -> int | None:
         return None
     length = age_ms(text.strip())
     if length is None:
-        raise ConfigurationError(f"its length is {text!r}, expected {AGES.replace('an age', 'a time')}")
+        raise ConfigurationError(f"the time is {text!r}, expected {DURATIONS}")
     return length

@@ -23,14 +23,14 @@ pages = Blueprint("events", __name__)
 
 _PER_PAGE = 50
 _MOST_READ = 10_000
-"""How many events one page reads to look for a text, which takes tens of milliseconds."""
+"""How many events one page reads to search for text, which takes tens of milliseconds."""
 _ERROR_WIDTH = 160
 _SHOWN_APART = frozenset({"event", "status", "next"})
 
 
 @pages.get("/events")
 def listing() -> tuple[str, int]:
-    """Show the events that match, a page of them."""
+    """Show one page of the events that match."""
     settings = console()
     now_ms = settings.outbox.store.now_ms()
     problem = None

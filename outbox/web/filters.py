@@ -13,17 +13,18 @@ from outbox.failures import ConfigurationError
 from outbox.filters import Where
 from outbox.words import MOMENTS, exact, moment_ms
 
-# No field has the name of an attribute of its form, such as `id`, `action` or `contains`: it would hide that one.
+# In a browser, a field that is named like a property of its form, such as `id`, `action` or `contains`, would hide
+# that property from scripts.
 TEXTS = ("destination", "event_type", "failure", "payload")
 TIMES = ("older_than", "newer_than", "due_after")
 LISTS = ("ids", "event_ids")
 MAY_SHOW_PAYLOADS = ("failure", "payload")
-"""The conditions by which a reader could guess at hidden payloads."""
+"""The conditions with which somebody could find out what a hidden payload contains."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What was asked for: the texts of the form, and what they mean."""
+    """The conditions: as the form gave them, and as `Where`."""
 
     given: dict[str, str]
     statuses: Sequence[str]
@@ -36,16 +37,16 @@ class Filters:
 
     @property
     def has_more(self) -> bool:
-        """Whether there is a condition of those that the form folds away."""
+        """Whether there is a condition that the form shows only under "More conditions"."""
         return not self.given.keys().isdisjoint((*TIMES, *LISTS))
 
     def as_given(self) -> Iterator[tuple[str, str]]:
-        """Yield the fields of a form or URL that asks the same, at its own time."""
+        """Yield the fields as they were given, for a form or URL. Ages count from the time of its request."""
         yield from self.given.items()
         yield from (("status", status) for status in self.statuses)
 
     def as_meant(self) -> Iterator[tuple[str, str]]:
-        """Yield the fields that mean the same events later: ages have become times."""
+        """Yield the fields with times in place of ages, so that they mean the same later."""
         for name, value in self.as_given():
             yield name, exact(getattr(self.where, name)) if name in TIMES else value
 
@@ -53,7 +54,7 @@ class Filters:
 def read(fields: MultiDict[str, str], *, now_ms: int, hide_payloads: bool) -> Filters:
     """Read the conditions of a form or URL.
 
-    Raises `ConfigurationError` for one that makes no sense, or that is not available because payloads are hidden.
+    Raises `ConfigurationError` for an invalid condition, and for one that could reveal hidden payloads.
     """
     given = {name: text for name in (*TEXTS, *TIMES, *LISTS) if (text := fields.get(name, "").strip())}
     statuses = [status for status in fields.getlist("status") if status]
@@ -75,7 +76,7 @@ def read(fields: MultiDict[str, str], *, now_ms: int, hide_payloads: bool) -> Fi
 
 
 def unread(fields: MultiDict[str, str]) -> Filters:
-    """Return what the form shows again if its conditions make no sense. No event matches."""
+    """Return invalid conditions, for the form that shows them again. No event matches."""
     given = {name: fields[name] for name in (*TEXTS, *TIMES, *LISTS) if name in fields}
     return Filters(given, fields.getlist("status"), Where(ids=()))
 

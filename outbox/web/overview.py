@@ -10,7 +10,7 @@ from flask import Blueprint, render_template
 from outbox.holds import Hold, hold_in_words
 from outbox.lifecycle import Status
 from outbox.records import Pause
-from outbox.stats import DestinationStats, Stats, counted, duration
+from outbox.stats import CAUSES_JOIN, DestinationStats, Stats, counted, duration
 from outbox.web.console import console
 from outbox.web.looks import Look, Point
 from outbox.words import pause_in_words
@@ -60,8 +60,7 @@ def _shown(look: Look) -> dict[str, Any]:
 def situation(stats: Stats) -> Situation:
     """Say whether somebody has to act, and on what."""
     if stats.likely_cause is not None:
-        # `likely_cause` joins several causes by these words.
-        causes = stats.likely_cause.split(". Also: ")
+        causes = stats.likely_cause.split(CAUSES_JOIN)
         title = f"{counted(len(causes), 'thing')} {'needs' if len(causes) == 1 else 'need'} attention"
         return Situation("bad", title, causes)
     waiting = stats.counts[Status.PENDING] + stats.counts[Status.SENDING]
@@ -69,7 +68,7 @@ def situation(stats: Stats) -> Situation:
         title = f"{counted(waiting, 'event')} {'is' if waiting == 1 else 'are'} on the way"
         if stats.overdue_ms < _LONG_OVERDUE_MS:
             return Situation("busy", title, ())
-        late = f"one has been due for {duration(stats.overdue_ms)}; is a worker or a timer running?"
+        late = f"an event has been due for {duration(stats.overdue_ms)}; is a worker or a timer running?"
         return Situation("bad", title, [late])
     if not sum(stats.counts.values()):
         return Situation("good", "The outbox is empty", ())
@@ -127,7 +126,7 @@ def destination_in_words(
 
 
 def curve(points: Sequence[Point]) -> str:
-    """Return the depth over time as the points of an SVG polyline; an empty text for fewer than two looks."""
+    """Return the depth over time as the points of an SVG polyline; an empty text for fewer than two points."""
     if len(points) < 2:  # noqa: PLR2004 - a line has two ends
         return ""
     first, last = points[0].at_s, points[-1].at_s

@@ -45,7 +45,7 @@ class Sessions(SecureCookieSessionInterface):
     def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - as above
         """Return whether the browser uses TLS.
 
-        A browser that lies about it only keeps its own cookie from itself.
+        A browser that sends a false header harms only its own session.
         """
         return request.is_secure or request.headers.get("X-Forwarded-Proto") == "https"
 
@@ -60,15 +60,18 @@ def add_to(app: Flask) -> None:
 
 
 def from_this_machine(environ: dict[str, Any]) -> bool:
-    """Let in who connects from this machine, unless a proxy passed the request on. Refuse others, and say why."""
+    """Let requests from this machine in, unless a proxy passed them on. Refuse all others, and say why."""
     passed_on = any(name in environ for name in _SET_BY_PROXIES)
     if passed_on or not ip_address(environ["REMOTE_ADDR"]).is_loopback:
-        abort(403, "this console has no secret, so it is for this machine without a proxy; set OUTBOX_WEB_SECRET")
+        abort(
+            403,
+            "this console has no secret, so it refuses proxies and other machines; set OUTBOX_WEB_SECRET",
+        )
     return True
 
 
 def is_secret(given: str) -> bool:
-    """Compare a text with the secret, in a time that does not tell how much of it is right."""
+    """Compare a text with the secret, in constant time."""
     secret = console().secret
     return secret is not None and hmac.compare_digest(given.encode(), secret.encode())
 
@@ -92,7 +95,7 @@ def form_token() -> str:
 def _check_host() -> None:
     allowed = console().host_names
     name = _name_of(request)
-    # A page of another site can reach this machine under a name of its own, whose address it changed.
+    # DNS rebinding: another site can point a name of its own at this machine.
     if allowed is not None and name not in allowed:
         expected = " or ".join(sorted(allowed))
         abort(400, f"the Host header is {name!r}, expected {expected}; --host-name and host_names add others")

@@ -13,7 +13,7 @@ _THREADS = 8
 
 
 class Server:
-    """Listens on a port from the start, and answers while it runs. Port 0 picks a free one."""
+    """Listens on a port at once, and answers during `run`. Port 0 picks a free port."""
 
     def __init__(self, app: Flask, host: str, port: int) -> None:
         self._server: Any = waitress.create_server(
@@ -22,7 +22,7 @@ class Server:
             port=port,
             threads=_THREADS,
             ident=None,
-            # The console looks at the headers of proxies: it refuses their requests if it has no secret.
+            # `from_this_machine` needs the headers of proxies, to refuse their requests.
             clear_untrusted_proxy_headers=False,
         )
         self.port: int = self._server.effective_port

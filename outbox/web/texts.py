@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-
 from flask import Flask
 from markupsafe import Markup
 
-from outbox.clock import utc
+from outbox.clock import LATEST_MS, utc
 from outbox.destinations import shown
 from outbox.stats import counted, duration
 from outbox.storage.engines import shown_url
 from outbox.web.console import console
-from outbox.words import escape, when
-
-_LATEST_MS = 253_402_300_799_999
+from outbox.words import distance, escape, exact, when
 
 
 def add_to(app: Flask) -> None:
@@ -45,7 +41,7 @@ def counted_with_commas(count: int, noun: str) -> str:
 
 
 def per_s(rate: float | None) -> str:
-    """Return a rate with the digits that matter."""
+    """Return "12 a second", or "30.0 a minute" for less than one a second."""
     if rate is None:
         return "not known yet"
     if 0 < rate < 1:
@@ -56,20 +52,19 @@ def per_s(rate: float | None) -> str:
 def time(ms: int, now_ms: int) -> Markup:
     """Return a time as its distance from now; the exact time is in the title."""
     # SQLite stores any value in any column.
-    if not isinstance(ms, int) or not 0 <= ms <= _LATEST_MS:
+    if not isinstance(ms, int) or not 0 <= ms <= LATEST_MS:
         return Markup("<span>{}</span>").format(utc(ms))
-    exact = datetime.fromtimestamp(ms / 1_000, timezone.utc).isoformat(timespec="milliseconds")
-    distance = f"in {duration(ms - now_ms)}" if ms > now_ms else f"{duration(now_ms - ms)} ago"
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, utc(ms), distance)
+    title, text = utc(ms), distance(ms, now_ms=now_ms)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(exact(ms), title, text)
 
 
 def sentence(text: str) -> str:
-    """Return the text with a large first letter and a full stop."""
+    """Return the text with a capital first letter and a full stop."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
 def with_code(text: str) -> Markup:
-    """Return a text whose commands stand between backticks, with these set as code."""
+    """Return the text, with the parts between backticks as code."""
     parts = escape(text).split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)

@@ -104,7 +104,7 @@ def test_a_command_on_every_event_by_accident_is_misuse(run, outbox, command, op
     assert "expected ids or options that select events, or --all for every event" in result.stderr
     result = run(*command, "--all", "--status", "parked", *options)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "--all stands for every event, expected it without ids and other conditions" in result.stderr
+    assert "--all and conditions are both given, expected one of them" in result.stderr
     assert statuses(outbox) == ["parked", "abandoned", "sent"]
     assert run(*command, "--all").exit_code == 0
 
@@ -127,16 +127,14 @@ def test_abandoned_events_say_why_and_can_be_requeued(run, outbox):
         (("retry",), "parked", "wait or are parked"),
         (("requeue",), "abandoned", "are abandoned"),
         (("abandon", "--reason", "x"), "pending", "are pending or parked"),
-        (("purge",), "sent", "are there"),
+        (("purge",), "sent", "exist"),
     ],
 )
 def test_a_named_event_to_which_the_command_does_not_apply_is_told(run, outbox, command, status, which):
     fits = add_row(outbox, status=status)
     other = 99 if command == ("purge",) else add_row(outbox, status="sent")
-    words = (
-        f"outbox: 1 event of those named left alone: only events that {which} and meet the other conditions are"
-    )
-    words += " changed; `outbox show ID` tells more\n"
+    words = f"outbox: left alone: 1 of the events that you named; this changes only events that {which} and meet"
+    words += " the other conditions; `outbox show ID` tells more\n"
     dry = run(*command, fits, other, other, "--dry-run")
     assert (dry.exit_code, dry.stderr) == (0, words)
     result = run(*command, fits, other)

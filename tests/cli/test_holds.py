@@ -55,7 +55,7 @@ def test_resume_ends_a_hold_and_says_if_there_is_none(run):
         (["billing"], "Missing option '--why'"),
         (["billing", "--why", " "], "why is ' ', expected a text that says why nothing may be sent"),
         (["billing", "--why", "x" * 501], "why has 501 characters, expected at most 500"),
-        (["billing", "--why", "x", "--for", "soon"], "'soon', expected an age such as 30s, 15m, 12h or 7d"),
+        (["billing", "--why", "x", "--for", "soon"], "'soon', expected a time such as 30s, 15m, 12h or 7d"),
         (["billing", "--why", "x", "--for", "0s"], "expected a time after"),
         (["two words", "--why", "x"], "the destination is 'two words', expected a name"),
     ],

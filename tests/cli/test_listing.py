@@ -7,7 +7,7 @@ from freezegun import freeze_time
 
 from builders import NOON, NOON_MS, add_row, rule_fired
 from command_line import HOSTILE, STEERING, record_bars
-from outbox.cli import listing
+from outbox.cli import display, listing
 from outbox.storage import finding
 
 
@@ -119,7 +119,7 @@ def test_a_bounded_search_says_so(run, outbox, monkeypatch, page):
 
 
 def test_a_long_search_draws_a_bar_on_a_terminal(run, outbox, terminal, monkeypatch):
-    monkeypatch.setattr(listing, "_BAR_FROM_EVENTS", 2)
+    monkeypatch.setattr(display, "_BAR_FROM_EVENTS", 2)
     outbox.enqueue_many([rule_fired()] * 3)
     drawn = record_bars(monkeypatch)
     assert run("list", "--contains", "nowhere").exit_code == 0

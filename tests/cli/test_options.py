@@ -230,7 +230,7 @@ def test_an_age_that_is_none_is_misuse(run, outbox, age):
 def test_health_refuses_what_is_no_age(run):
     result = run("health", "--max-overdue", "soon")
     assert result.exit_code == 2
-    assert "expected an age such as 30s" in result.stderr
+    assert "expected a time such as 30s" in result.stderr
 
 
 def test_the_token_file_is_read_before_each_request(run, outbox, server, monkeypatch, tmp_path):

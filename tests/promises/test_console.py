@@ -333,7 +333,7 @@ def test_a_hundred_thousand_events_are_no_burden(open_page, outbox):
         page = open_page("/events", url=url)
         page.get_by_label("Payload contains").fill('"order":777}')
         page.get_by_role("button", name="Find").click()
-        page.get_by_role("link", name="Look further").wait_for()
+        page.get_by_role("link", name="Search further").wait_for()
         for path in (
             *PAGES,
             "/events?status=parked&destination=destination_1",

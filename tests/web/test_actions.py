@@ -45,10 +45,10 @@ def test_an_action_is_counted_confirmed_and_done(browser, outbox, rows, action, 
     browser.get(f"/events/confirm?do={action}&scope=all")
     assert counted in browser.text
     assert "every event of this outbox" in browser.text
-    assert "1 event is being sent and stays as before" in browser.text
+    assert "1 event is being sent and will be left alone" in browser.text
     assert statuses(outbox) == ["pending", "parked", "abandoned", "sent", "sending"]
     browser.post("/events/act", do=action, scope="all", reason="not wanted")
-    assert f"{done} 1 event stayed as before, because a flusher is sending them." in browser.text
+    assert f"{done} Left alone because a flusher is sending them: 1 event." in browser.text
     assert statuses(outbox) == after
 
 

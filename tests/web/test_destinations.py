@@ -91,7 +91,7 @@ def test_a_hold_without_a_length_lasts(browser, outbox):
         ({"destination": "billing", "why": " "}, "billing is not on hold: why is &#39; &#39;, expected a text"),
         (
             {"destination": "billing", "why": "x", "lasts": "soon"},
-            "its length is &#39;soon&#39;, expected a time such as 30s",
+            "the time is &#39;soon&#39;, expected a time such as 30s",
         ),
         ({"destination": "a b", "why": "x"}, "the destination is &#39;a b&#39;, expected a name"),
     ],

@@ -52,8 +52,8 @@ def test_a_text_is_looked_for_in_so_many_events_and_then_further(browser, outbox
     for number in range(4):
         add_row(outbox, payload_json=f'{{"order":{number}}}')
     browser.get('/events?payload="order":0')
-    assert "None of these events matches" in browser.text
-    assert "the text was looked for in 2 events" in browser.text
+    assert "No event matches so far" in browser.text
+    assert "2 events searched for the text" in browser.text
     browser.get(re.search(r'rel="next" href="([^"]+)"', browser.page).group(1).replace("&amp;", "&"))
     assert ids(browser) == [1]
 

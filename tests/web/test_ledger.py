@@ -8,10 +8,10 @@ def test_the_ledger_says_what_was_deleted_and_why(browser, outbox):
     add_row(outbox, status="abandoned")
     outbox.purge(older_than=2**53)
     browser.get("/ledger")
-    assert "2 events deleted in the life of this database, 1 of them undelivered" in browser.text
+    assert "2 events deleted from this database so far, 1 of them undelivered" in browser.text
     assert "an operator purged them" in browser.text
 
 
 def test_without_deletions_the_ledger_says_so(browser):
     browser.get("/ledger")
-    assert "No event was deleted" in browser.text
+    assert "No event has been deleted" in browser.text

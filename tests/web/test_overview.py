@@ -66,7 +66,7 @@ def test_hidden_payloads_take_the_bodies_of_answers_with_them(open_console, outb
     ("changed", "kind", "words"),
     [
         ({}, "busy", "1 event is on the way"),
-        ({"overdue_ms": 120_000}, "bad", "1 event is on the way; one has been due for 2 minutes; is a worker or a timer running?"),
+        ({"overdue_ms": 120_000}, "bad", "1 event is on the way; an event has been due for 2 minutes; is a worker or a timer running?"),
         ({"counts": {"pending": 0, "sending": 0, "sent": 3, "parked": 0, "abandoned": 0}}, "good", "Everything is delivered"),
         ({"likely_cause": "a. Also: b"}, "bad", "2 things need attention; a; b"),
         ({"likely_cause": "a"}, "bad", "1 thing needs attention; a"),
