@@ -1,6 +1,6 @@
 """Make the pictures of the page about the console: `python docs/screenshots.py`.
 
-It needs Debian's package `chromium`. The outbox of the pictures is made up, and ages as they are taken.
+It needs Debian's package `chromium`. The events are made up; more of them come while the pictures are taken.
 """
 
 from __future__ import annotations

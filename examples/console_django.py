@@ -33,7 +33,7 @@ outbox = Outbox.open(os.environ.get("DATABASE_URL", "sqlite:///shop.db"))
 
 
 def log_in(request: HttpRequest) -> HttpResponse:
-    """Trust anybody's name. A real application checks who it is."""
+    """Trust the given name. A real application checks a password, too."""
     request.session["user"] = request.POST["user"]
     return HttpResponse("logged in\n")
 

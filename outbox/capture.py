@@ -13,8 +13,8 @@ IS_OFF = "capture is off (OUTBOX_CAPTURE=false)"
 
 def is_off() -> bool:
     """Return whether capture is off. The environment is read on each call."""
-    # Each enqueue asks: if the variable is not set, `os.environ` raises and catches two exceptions, and the dict
-    # behind it none.
+    # Called by each enqueue. If the variable is not set, `os.environ.get` raises and catches two exceptions. The
+    # dict behind it raises none.
     values = getattr(os.environ, "_data", None)
     if values is None:
         return os.environ.get("OUTBOX_CAPTURE") == "false"

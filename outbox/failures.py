@@ -7,7 +7,7 @@ OutboxError
 ├── IllegalTransition       the lifecycle does not allow a move
 ├── SchemaError             the database's schema is missing, or older or newer than this program's
 ├── StorageError            a database operation failed
-│   └── OutcomeUnknown      the connection broke during a commit, which may be done or not
+│   └── OutcomeUnknown      the connection broke during a commit, so its result is unknown
 └── UploadFailure           one upload did not succeed
     ├── HttpFailure         the service answered with another status than 2xx
     ├── TransportFailure    there was no complete answer
@@ -49,7 +49,10 @@ class StorageError(OutboxError):
 
 
 class OutcomeUnknown(StorageError):  # noqa: N818 - the name says what is unknown
-    """The connection to the database server broke during a commit: all of it is done, or nothing."""
+    """The connection to the database server broke during a commit: everything was committed, or nothing.
+
+    To record an event once, enqueue it again with the same `event_id`.
+    """
 
 
 class UploadFailure(OutboxError):  # noqa: N818 - a failure is data that policy judges, not a bug

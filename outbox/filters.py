@@ -36,11 +36,12 @@ class Where:
     status: Status | str | Sequence[Status | str] | None = None
     """One status, or several. An empty list matches no event."""
     event_type: str | None = None
+    """The name of the event type."""
     failure: str | None = None
-    """Text that `last_error` contains. Upper and lower case differ, on every database."""
+    """Text that `last_error` contains. Case-sensitive on every database."""
     contains: str | None = None
-    """Text that the payload contains, as it is stored: JSON without blanks between its parts. Upper and lower case
-    differ, on every database."""
+    """Text that the payload contains, as it is stored: JSON without blanks between its parts. Case-sensitive on
+    every database."""
     older_than: datetime | int | None = None
     """The events were created before this time."""
     newer_than: datetime | int | None = None
@@ -110,9 +111,9 @@ class Where:
 
 
 def valid(where: Where | None, **conditions: Any) -> Where:
-    """Return the `Where` that the caller gave, or the one with these conditions, each of which may be None.
+    """Return `where`, or a `Where` with these conditions. A condition that is None is not given.
 
-    Raises `ConfigurationError` for something else, or if both are given.
+    Raises `ConfigurationError` if `where` is no `Where`, or if both are given.
     """
     given = {name: value for name, value in conditions.items() if value is not None}
     if where is None and conditions:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from outbox.storage.tables import ObservationEvent
 
 OF_PAYLOAD = frozenset({"rules", "session", "file", "content hash"})
-"""The names of the facts that are taken from the payload."""
+"""The names of the facts that come from the payload."""
 
 _LONG_MS = 10_000
 # Indentation grows with the square of the depth: it made 400 MB of a payload of 600 kB.
@@ -190,7 +190,7 @@ def _when_tried(due_ms: int, *, now_ms: int, pauses: Sequence[Pause]) -> str:
     pause = max(pauses, key=lambda pause: pause.until_ms, default=None)
     if pause is not None and pause.until_ms > max(due_ms, now_ms):
         until = when(pause.until_ms, now_ms=now_ms)
-        text += f", but a pause of the service holds it until {until}: {in_words(pause.last_error)}"
+        text += f", but its destination is paused until {until}: {in_words(pause.last_error)}"
     if pause is not None and pause.failures >= PROBE_AFTER:
         return f"{text}; then one event is sent as a probe, and the others when the service accepts it"
     return f"{text}; then the next flush sends it"

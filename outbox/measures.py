@@ -1,4 +1,4 @@
-"""The figures that metrics export: what they are called, and how the database is read for them."""
+"""The metrics: their names, and how their values are read from the database."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ Found = Mapping[str, Mapping[tuple[str, ...], float]]
 class Measures:
     """The figures of one outbox for one exporter.
 
-    `begin` is called with the label of each new destination, so that its counters start at 0: the rate of a series
-    that starts with its first event does not count that event.
+    `begin` is called with the label of each new destination, so that its counters start at 0. If a series started
+    with its first event, a rate would not count that event.
     """
 
     def __init__(self, outbox: Outbox, begin: Callable[[str], object]) -> None:

@@ -25,19 +25,18 @@ from outbox.outbox import Outbox
 class OutboxMeter:
     """Exports the metrics of `OutboxMetrics` through a meter, under the same names. Labels become attributes.
 
-    Without `meter_provider`, they go to the program's own, even if the program sets that up later. A collection
-    reads the database once, unless the last figures are recent enough: reading takes at most a tenth of the time.
-    While the database can't be read, `outbox_up` is 0 and its other figures are missing. A meter provider holds
-    one outbox.
+    Without `meter_provider`, they go to the program's provider, which may be set up later. A collection reads the
+    database once, unless the last figures are recent enough: reading takes at most a tenth of the time. While the
+    database can't be read, `outbox_up` is 0 and its other figures are missing. Two outboxes need two providers.
     """
 
     def __init__(self, outbox: Outbox, *, meter_provider: MeterProvider | None = None) -> None:
         meter = get_meter("outbox", meter_provider=meter_provider)
-        self._outcomes = meter.create_counter(**_told(OUTCOMES_TOTAL))
+        self._outcomes = meter.create_counter(**_described(OUTCOMES_TOTAL))
         uploads = meter.create_histogram(
-            **_told(UPLOAD_DURATION), explicit_bucket_boundaries_advisory=UPLOAD_BUCKETS_S
+            **_described(UPLOAD_DURATION), explicit_bucket_boundaries_advisory=UPLOAD_BUCKETS_S
         )
-        lost = meter.create_counter(**_told(LOST_LEASES))
+        lost = meter.create_counter(**_described(LOST_LEASES))
         lost.add(0)
         self._lock = threading.Lock()
         self._exported = set(OF_QUEUE)
@@ -45,7 +44,7 @@ class OutboxMeter:
         self._found: Found = {}
         for key, measure in OF_QUEUE.items():
             create = meter.create_observable_counter if measure.is_counter else meter.create_observable_gauge
-            create(**_told(measure), callbacks=[partial(self._observe, key)])
+            create(**_described(measure), callbacks=[partial(self._observe, key)])
         self._measures.follow(
             count=lambda outcome, label, events: self._outcomes.add(
                 events, _attributes(OUTCOMES_TOTAL, outcome, label)
@@ -72,7 +71,7 @@ class OutboxMeter:
             yield Observation(value, _attributes(OF_QUEUE[key], *labels))
 
 
-def _told(measure: Measure) -> dict[str, str]:
+def _described(measure: Measure) -> dict[str, str]:
     units = {"seconds": "s", "bytes": "By"}
     return {
         "name": measure.name,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 SCAN_LIMIT = 100_000
-"""How many events `find` and `count` read by default to look for a text."""
+"""How many events `find` and `count` read by default to search for text."""
 
 
 class Operations:
@@ -65,14 +65,15 @@ class Operations:
     def retry(
         self, where: Where, *, dry_run: bool = False, progress: Progress | None = None
     ) -> maintenance.ActionReport:
-        """Make the matching events due now that wait or are parked, and end the pauses of their destinations.
+        """Make matching events that wait or are parked due now, and end the pauses of their destinations.
 
         Events that are scheduled for later, by `not_before`, stay as they are, and so do events being sent. With
         `dry_run`, the events are only counted.
 
-        `retry`, `requeue`, `abandon` and `purge` read all events that match, also to look for a text. They act in
-        slices of up to a thousand events, each in a transaction of its own, so after an error some events may
-        already be changed. `progress` gets the number of events that were read since its last call.
+        `retry`, `requeue`, `abandon` and `purge` have no scan limit: a search for text reads all events that meet
+        the other conditions. They act in slices of up to a thousand events, each in a transaction of its own, so
+        after an error some events may already be changed. `progress` gets the number of events that were read
+        since its last call.
         """
         now = self.store.now_ms()
         acted = self.store.acting.retry(valid(where), now_ms=now, dry_run=dry_run, progress=progress)
@@ -82,9 +83,9 @@ class Operations:
     def requeue(
         self, where: Where, *, dry_run: bool = False, progress: Progress | None = None
     ) -> maintenance.ActionReport:
-        """Return the matching events that are abandoned to the queue and reset their failures and age.
+        """Return matching abandoned events to the queue and reset their failures and age.
 
-        `retry` describes the rest.
+        `retry` describes transactions, `dry_run` and `progress`.
         """
         now = self.store.now_ms()
         acted = self.store.acting.requeue(valid(where), now_ms=now, dry_run=dry_run, progress=progress)
@@ -111,14 +112,14 @@ class Operations:
         """Cancel events that are pending or parked. They become abandoned, with `cancelled: …` as `last_error`.
 
         With a row id, return False and change nothing if the event is being sent, sent or abandoned, or not there.
-        With `where`, cancel the matching events; `retry` describes the rest.
+        With `where`, cancel the matching events; `retry` describes transactions, `dry_run` and `progress`.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigurationError(f"reason is {reason!r}, expected a text")
         last_error = as_last_error(cancelled(reason))
         if where is None:
             if row_id is None or dry_run:
-                raise ConfigurationError("abandon has no where, expected one, or a row id without dry_run")
+                raise ConfigurationError("where is None, expected a Where, or a row_id without dry_run")
             return 0 < row_id <= LARGEST_ID and self.store.revival.cancel(row_id, last_error=last_error)
         if row_id is not None:
             raise ConfigurationError("row_id and where are both given, expected one of them")
@@ -139,13 +140,13 @@ class Operations:
     ) -> maintenance.PurgeReport:
         """Delete events of any status for good; with `dry_run`, only count them.
 
-        `where` says which, or the other conditions: `event_type` selects the events of a type, `older_than` those
-        created before a datetime with a time zone or epoch milliseconds, `destination` those of one. Without
-        `where`, give a type or a time, else it raises `ConfigurationError`. The ledger counts the deleted events.
-        Events that are being sent are not deleted. `retry` describes the rest.
+        Give `where`, or the other conditions: `event_type` selects the events of a type, `older_than` those
+        created before a datetime with a time zone or epoch milliseconds, `destination` those of one. Raises
+        `ConfigurationError` if `where`, `event_type` and `older_than` are all missing. The ledger counts the
+        deleted events. Events that are being sent are not deleted. `retry` describes transactions and `progress`.
         """
         if where is None and event_type is None and older_than is None:
-            raise ConfigurationError("purge has neither event_type nor older_than, expected one of them or both")
+            raise ConfigurationError("where, event_type and older_than are all None, expected one of them")
         these = valid(where, event_type=event_type, older_than=older_than, destination=destination)
         acted = self.store.acting.purge(these, now_ms=self.store.now_ms(), dry_run=dry_run, progress=progress)
         return maintenance.purge_report(acted)
@@ -155,10 +156,10 @@ class Operations:
     ) -> Hold:
         """Send nothing more to a destination until `resume`, on all hosts. Return the hold.
 
-        `why` is the reason, at most 500 characters, which everybody sees who looks at the outbox. The hold ends by
+        `why` is the reason, at most 500 characters; `outbox status` and the console show it. The hold ends by
         itself after `for_ms` milliseconds, or at `until`, a datetime with a time zone or epoch milliseconds.
-        Events are still enqueued. A batch that is being sent is settled as usual. No retry and no acceptance ends
-        a hold. If the destination is held already, this replaces the reason and the end.
+        Events are still enqueued. A batch that is being sent is settled as usual. A retry or an acceptance does
+        not end a hold. If the destination is on hold already, this replaces the reason and the end.
 
         Raises `ConfigurationError` for a reason or an end that no hold can have.
         """
@@ -180,7 +181,7 @@ class Operations:
     def resume(self, destination: str) -> bool:
         """End the hold of a destination. Return False, and change nothing, if it is not on hold.
 
-        Running workers go on within their poll interval, at most 20 seconds.
+        Running workers continue within their poll interval, at most 20 seconds.
         """
         is_resumed = self.store.holds.resume(stored(destination), now_ms=self.store.now_ms())
         self._wake()
@@ -222,13 +223,13 @@ class Operations:
     ) -> Found:
         """Return the first events that match, in the order of their row ids, detached from the database.
 
-        `where` holds the conditions, or the arguments of the same names do. `before` and `after` are row ids: they
-        select the events with smaller and with larger ones. For the next page, pass `next` of the result as
-        `before` if the newest events come first, else as `after`.
+        Give the conditions as `where`, or as arguments. `before` and `after` are row ids: `before` selects events
+        with smaller ids, `after` those with larger ids. For the next page, pass `next` of the result as `before`
+        if the newest events come first, else as `after`.
 
-        To look for a text, at most `scan_limit` events that meet the other conditions are read. The result says
-        how many were read, and whether these were all. `progress` gets the number of events that were read since
-        its last call.
+        A search for text reads at most `scan_limit` events that meet the other conditions. The result says how
+        many it read, and whether these were all. `progress` gets the number of events that were read since its
+        last call.
 
         Raises `ConfigurationError` for a condition or limit that no event can meet.
         """
@@ -256,8 +257,8 @@ class Operations:
     def count(self, where: Where, *, scan_limit: int = SCAN_LIMIT, progress: Progress | None = None) -> EventCount:
         """Return the number of events that match.
 
-        To look for a text, at most `scan_limit` events that meet the other conditions are read, the newest first.
-        The result says how many were read, and whether these were all. `progress` is called as by `find`.
+        A search for text reads at most `scan_limit` events that meet the other conditions, the newest first. The
+        result says how many it read, and whether these were all. `progress` is called as by `find`.
         """
         return self.store.finding.count(valid(where), scan_limit=_scan(scan_limit), progress=progress)
 

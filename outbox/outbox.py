@@ -235,7 +235,7 @@ class Outbox(Operations):
     def replace(
         self, events: Mapping[int, AnyEvent], *, created_at_ms: Mapping[int, int] | None = None
     ) -> maintenance.ReplaceReport:
-        """Put new events in the place of recorded ones. `events` has the new event for the row id of the old one.
+        """Replace recorded events by new ones. `events` maps the row id of each old event to the new event.
 
         The new event has the destination of the old one, and its `not_before` if that is in the future. Its event
         id is new, even if the old id was yours: a service that saw the old id would drop the new event as a
@@ -243,9 +243,9 @@ class Outbox(Operations):
         reason `replaced`.
 
         An event that is sent, being sent or gone is left alone, and its new event is not recorded. The report says
-        why. If `created_at_ms` has the creation time of the event you mean, an event that took its row id in
-        another database is left alone, too. Raises `InvalidEvent` if one of the events is invalid; then nothing is
-        replaced. Does nothing if OUTBOX_CAPTURE=false is set in the environment.
+        why. `created_at_ms` may map row ids to the creation times that you expect; an event with another creation
+        time is left alone, too, because it comes from another database. Raises `InvalidEvent` if one of the events
+        is invalid; then nothing is replaced. Does nothing if OUTBOX_CAPTURE=false is set in the environment.
         """
         if capture.is_off():
             return maintenance.ReplaceReport(refused=dict.fromkeys(events, capture.IS_OFF))

@@ -81,7 +81,7 @@ class Policy:
     unpark_spread_ms: int = 5_000
     """The due times of these rows are spread over this time, so that they do not all become due at once."""
     enqueue_patience_ms: int = 5_000
-    """How long an `enqueue` or an operator's command is tried again while the database server is out of reach."""
+    """How long an `enqueue` or an operator's command is retried while the database server can't be reached."""
     flush_patience_ms: int = 30_000
     """The same for the claims and outcomes of flushers and workers."""
     verdicts: Mapping[int, Verdict] = field(default_factory=dict, hash=False)

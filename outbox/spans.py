@@ -1,4 +1,4 @@
-"""What OpenTelemetry is told of an upload. Requires its API; only `tracing` loads this module."""
+"""The span of an upload. Requires OpenTelemetry's API; only `tracing` loads this module."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from outbox.outcomes import Outcome
 from outbox.policy import Policy, verdict
 from outbox.reasons import without_answer
 
-# W3C Trace Context, whatever the program configured: the column holds it, and baggage may hold personal data.
+# Always W3C Trace Context, even if the program configured other formats: baggage may hold personal data.
 _propagator = TraceContextTextMapPropagator()
-_MAX_TRACESTATE = 512  # characters; the specification asks for no more
+_MAX_TRACESTATE = 512  # characters; the specification requires no more
 _stored = msgspec.json.Decoder(dict[str, str])
 
 
@@ -47,7 +47,7 @@ def has_tracer() -> bool:
 
 
 class Traced(Protocol):
-    """What a span tells about an event of its request."""
+    """What a span needs to know about an event of its request."""
 
     @property
     def id(self) -> int:

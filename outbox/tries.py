@@ -9,7 +9,7 @@ from outbox.failures import UploadFailure
 from outbox.policy import Policy, verdict
 
 KEPT = 5
-"""How many failed tries of an event are kept: the last ones."""
+"""How many failed tries are kept of each event. The oldest are deleted."""
 
 
 class Try(NamedTuple):

@@ -220,7 +220,7 @@ def test_a_pause_that_holds_an_event_is_told(run, outbox):
     add_row(outbox, next_attempt_at_ms=NOON_MS + 3_600_000)
     pause(outbox, failures=1, until_ms=NOON_MS + 90_000)
     assert facts(run)["next"].startswith(
-        "it has been due since 2026-11-24 12:00:00 UTC, but a pause of the service holds it until"
+        "it has been due since 2026-11-24 12:00:00 UTC, but its destination is paused until"
         " 2026-11-24 12:01:30 UTC (in 30 seconds): the service is failing (503 Down); then the next flush sends it. "
     )
     assert facts(run, 2)["next"].startswith(

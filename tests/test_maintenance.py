@@ -438,7 +438,7 @@ def test_a_purge_that_fails_deletes_and_counts_nothing_of_the_slice(outbox: Outb
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ({}, "purge has neither event_type nor older_than, expected one of them or both"),
+        ({}, "where, event_type and older_than are all None, expected one of them"),
         (
             {"event_type": RuleFired},
             "event_type is <class 'outbox.event_types.RuleFired'>, expected the name of a type",

@@ -1,4 +1,4 @@
-"""What operators do with the events that match: retry, requeue, cancel and purge, none of them in flight."""
+"""Acts on the events that match: retry, requeue, cancel and purge. Rows in flight are left alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MATCHED = select(
 )
 _APART = ("status", "event_type", "is_in_flight", "is_waiting", "is_due_later")
 KINDS = MATCHED.with_only_columns(*(MATCHED.selected_columns[name] for name in _APART))
-"""What tells rows apart for a dry run that looks for no text."""
+"""The columns that decide whether an action applies to a row. A dry run counts rows by them."""
 
 LOCK_MATCHED = by_id(MATCHED.where(these_rows).order_by(columns.id).with_for_update())
 
@@ -184,7 +184,7 @@ class Acting:
         return self._act(_Action(where, None, purge), now_ms=now_ms, dry_run=dry_run, progress=progress)
 
     def _act(self, action: _Action, *, now_ms: int, dry_run: bool, progress: Progress | None) -> Acted:
-        # A lease or a due time that ends meanwhile is taken as it was at the start: that leaves a row alone.
+        # Leases and due times are compared with the start. A row whose lease ends meanwhile is left alone.
         due_after: Any = action.where.due_after
         these = {"now": now_ms, "due_after": due_after or 0, "failure": action.where.failure or ""}
         if dry_run and not action.where.has_text:
@@ -207,7 +207,7 @@ class Acting:
         return Acted(+changed, in_flight)
 
     def _count(self, action: _Action, these: dict[str, Any]) -> Acted:
-        """Count in one query: that takes a fifth of the time in which the rows are read."""
+        """Count in one query, which takes a fifth of the time of reading the rows."""
         changed: Counter[tuple[str, str]] = Counter()
         in_flight = 0
         for *kind, events in self._finding.tally(action.searched, KINDS, these):

@@ -156,8 +156,8 @@ class Claims:
         A fenced move is dropped if another flusher owns the row. `deliver` needs no lease. It is dropped if the
         row's creation time differs from that in `created_at_ms`, by id: then another event has the id.
 
-        `failed` tells, by id, how rows failed. The try of each is kept, but if a move is dropped, no try of a row
-        with the same trigger is. `may_have_tries` is false if no row of the claim failed before.
+        `failed` says, by row id, how rows failed, and these tries are kept. If the move of a row is dropped, no
+        try of a row with the same trigger is kept. `may_have_tries` is false if no row of the claim failed before.
         """
         delivered: dict[int, list[int]] = defaultdict(list)
         by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -1,9 +1,12 @@
-"""How servers find the rows of a claim at the same cost, however many rows wait.
+"""How database servers find the rows of a claim at the same cost, however many rows wait.
 
-A walk in the order of a claim, by the creation time, would pass all older rows that are not due. So rows that may
-wait are read in two orders: the oldest ones, which mostly are due, or no row is; and those that were due first,
-which are few if the oldest are not due. Only the rows of the batch are locked, by their ids, so that other
-flushers can take the rows behind it.
+A claim takes the oldest due rows. A search in the order of the creation time would read all older rows that are
+not due. So rows that may wait are read in two orders:
+
+- by creation time: usually, either the oldest rows are due, or no row is;
+- by due time: if the oldest rows are not due, few rows are due.
+
+Only the rows of the batch are locked, by their ids, so that other flushers can take the rows behind them.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from outbox.storage.sql import (
 )
 from outbox.storage.transactions import Transaction
 
-# How many batches a claim looks at first: flushers that look at the same time find the same rows.
+# How many batches a claim reads at first: flushers that read at the same time find the same rows.
 _BATCHES_READ = 4
 
 LOCK_ROWS_IF_DUE = by_id(
@@ -49,8 +52,8 @@ LOCK_ROWS_IF_DUE = by_id(
 )
 
 _Place = tuple[int, int, int]
-"""The place of a row: its creation time, its id, and its due time. Of a search for the newest, the first two are
-negative."""
+"""The place of a row: its creation time, its id, and its due time. In a search for the newest rows, the first two
+are negative."""
 
 
 class Rows(NamedTuple):
@@ -85,8 +88,8 @@ class Search:
             found = found.limit(bindparam("look_at", type_=BigInteger))
             return found if index is None or hinted is None else hinted(found, index)
 
-        # A planner that expects many rows to be due would expect to meet one soon, wherever it looks. So no query
-        # has this condition, unless the rows are in the order of the due time or nearly all are due.
+        # A planner that expects many due rows may choose any index, because it expects a due row soon in each. So
+        # a query has `is_due` only if its rows are in the order of the due time, or nearly all of them are due.
         self._oldest = _union(
             places(number, rows.conditions if rows.by_time else (*rows.conditions, is_due), order, rows.in_order)
             for number, rows in enumerate(kinds)

@@ -34,31 +34,31 @@ Progress = Callable[[int], object]
 _PAGE = 100_000
 SLICE = 1_000
 
-# The destinations that have events with an id of the caller, one after the other: the index begins with them.
+# The next destination that has events with an id of the caller. The index begins with the destination.
 _NEXT_DESTINATION = select(func.min(columns.destination)).where(
     columns.event_id.is_not(None), columns.destination > bindparam("seen")
 )
 
 
 class Found(list[ObservationEvent]):
-    """The events that `Outbox.find` found, and how far it looked."""
+    """The events that `Outbox.find` found, and how many it searched."""
 
     next: int | None = None
-    """Where to go on if more events may match: the `before` of the next call, or its `after` if the oldest events
-    come first. None if there are no more."""
+    """The `before` of the next call, or its `after` if the oldest events come first. None if there are no more
+    events."""
     rows_read: int = 0
-    """How many events were read to look for a text in them."""
+    """How many events a search for text read."""
     is_complete: bool = True
-    """False if the scan for a text ended at its limit. More events may match."""
+    """False if a search for text ended at its limit. More events may match."""
 
 
 class EventCount(int):
-    """How many events `Outbox.count` counted, and how far it looked."""
+    """How many events `Outbox.count` counted, and how many it searched."""
 
     rows_read: int = 0
-    """How many events were read to look for a text in them."""
+    """How many events a search for text read."""
     is_complete: bool = True
-    """False if the scan for a text ended at its limit. More events may match."""
+    """False if a search for text ended at its limit. More events may match."""
 
 
 class Finding:
@@ -104,7 +104,7 @@ class Finding:
         return found
 
     def count(self, where: Where, *, scan_limit: int, progress: Progress | None = None) -> EventCount:
-        """Return how many rows match. A text is looked for as by `find`, in the newest rows."""
+        """Return how many rows match. A search for text reads the newest `scan_limit` rows."""
         looked = Found()
         with reading(self._engine) as connection:
             conditions = self._conditions(connection, where)
@@ -136,8 +136,8 @@ class Finding:
 
         Rows that are inserted meanwhile are left out. Each slice is a snapshot of its own.
         """
-        # No index has the order of all statuses by id. On SQLite the plus keeps each page from sorting all rows of
-        # the type or destination.
+        # No index has all statuses in the order of the ids. With the index of a type or destination, SQLite would
+        # sort all its rows for each page.
         of = without_index if where.statuses is None else _plain
         with reading(self._engine) as connection:
             conditions = self._conditions(connection, where, of=of)

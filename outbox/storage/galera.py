@@ -1,4 +1,4 @@
-"""A Galera cluster of MariaDB or MySQL servers, which know too little of each other by default."""
+"""A Galera cluster of MariaDB or MySQL servers. By default, a server may not yet see what others committed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from outbox.storage.engines import shown_url
 log = logging.getLogger("outbox")
 
 UPGRADE_TABLE = "observation_upgrade"
-"""This table is there while a server of the cluster upgrades the schema."""
+"""This table exists while a server of the cluster upgrades the schema."""
 
 _IS_CLUSTERED = "SHOW SESSION VARIABLES LIKE 'wsrep_on'"
-# The table is there; a conflict with a statement of another server.
+# The table exists; a conflict with a statement of another server.
 _HELD = frozenset({1050, 1205, 1213})
 _LOOK_EVERY_S = 0.1
 
@@ -36,7 +36,7 @@ def see_all_commits(engine: Engine) -> None:
 
     @event.listens_for(engine, "connect")
     def _set(connection: Any, _record: ConnectionPoolEntry) -> None:
-        # If the connection fails here, the first statement tells so.
+        # If the connection fails here, the first statement fails and says so.
         with suppress(engine.dialect.loaded_dbapi.Error), closing(connection.cursor()) as cursor:
             cursor.execute(_IS_CLUSTERED)
             if _is_on(cursor.fetchone()):
@@ -57,17 +57,17 @@ def upgrading_alone(connection: Connection, *, patience_s: float) -> Iterator[No
     server = connection.exec_driver_sql("SELECT concat(@@hostname, ':', @@port)").scalar()
     create = f"CREATE TABLE {UPGRADE_TABLE} (id INT PRIMARY KEY) COMMENT '{server}'"
     end_s = monotonic_s() + patience_s
-    told = False
+    is_logged = False
     while not _runs(connection, create):
         holder = _holder(connection)
         if holder == server:
             break
-        words = f"the server {holder} upgrades the schema; if that was killed, drop the table {UPGRADE_TABLE}"
+        words = f"the server {holder} is upgrading the schema; if that was killed, drop the table {UPGRADE_TABLE}"
         if monotonic_s() > end_s:
             raise StorageError(f"{shown_url(connection.engine)}: {words}")
-        if holder and not told:
+        if holder and not is_logged:
             log.warning("%s", words, extra={"event_name": "outbox.upgrade_waits"})
-            told = True
+            is_logged = True
         time.sleep(_LOOK_EVERY_S)
     try:
         yield

@@ -34,7 +34,7 @@ _HOLD = select(*HOLD_COLUMNS).where(IS_HELD)
 _SINCE = select(holds.c.since_ms).where(_this)
 _HOLDS = select(holds.c.destination, *HOLD_COLUMNS).where(_lasts).order_by(holds.c.destination)
 _until = bindparam("new_until", type_=BigInteger)
-# `since_ms` first: MySQL sets one column after the other, and `until_ms` is that of the hold before.
+# `since_ms` comes first, because MySQL sets one column after the other and its value needs the old `until_ms`.
 _CHANGE = (
     update(holds)
     .where(_this)

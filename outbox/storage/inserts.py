@@ -89,7 +89,7 @@ def insert_several(transaction: Transaction, rows: Rows, notification: ColumnEle
 
 
 def insert_counted(transaction: Transaction, rows: Rows) -> list[int]:
-    """Do the same where the ids of a transaction follow each other, so that the last one tells all of them."""
+    """Do as `insert_several` does. The ids must be consecutive: they are counted back from the last one."""
     names = names_of(rows)
     ids: list[int] = []
     for several in in_slices(rows):

@@ -1,7 +1,7 @@
-"""How PostgreSQL takes the rows that are due.
+"""How PostgreSQL claims the rows that are due.
 
-A claim of fresh rows is first tried as one statement, which leaves locked rows to others. It has no rows if some
-that were brought back, or whose lease ran out, are due. Then the rows are found as on other servers.
+A claim of fresh rows is first tried as one statement, which leaves locked rows to others. This statement claims
+nothing if a row is due that was brought back, or whose lease ran out. Then the rows are found as on other servers.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from outbox.storage.sql import (
 from outbox.storage.tables import destinations
 from outbox.storage.transactions import Transaction
 
-# What each index has, in the words that let the planner choose it.
+# The rows of each index, in the terms that let the planner choose it.
 _untried = (is_pending, did_not_fail, never_tried)
 _brought_back = (is_pending, did_not_fail, was_tried)
 _leased = (is_sending, did_not_fail)
-# The same rows in the words of the index by the due time. The planner can't use the other index then.
+# The same rows in the terms of the index by the due time. So the planner can't use the other index.
 _brought_back_by_time = (is_pending, did_not_fail, or_(is_sending, and_(*_brought_back)))
 _others = (is_undelivered, waits_for_other)
 _last = (is_undelivered, waits_for_row)
@@ -127,7 +127,7 @@ CLAIM_NEVER_DUE = _claim(
 
 
 def take_at_once(transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-    """Claim fresh rows if that is one walk. There are none during a hold or a pause, or if a probe is due."""
+    """Claim fresh rows by one statement. It claims none during a hold or a pause, or if a probe is due."""
     if kind is not Kind.FRESH or wanted.is_newest:
         return Claim([])
     return _claimed(transaction, CLAIM_FRESH_AT_ONCE, kind, wanted)
@@ -136,7 +136,7 @@ def take_at_once(transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
 def read_in_order(transaction: Transaction) -> None:
     """Keep the planner from sorting, until the transaction ends.
 
-    It sorts if it expects few rows, and then reads all of them. It expects few while its statistics are old.
+    While its statistics are old, it expects few rows, and so it would read and sort all of them.
     """
     transaction.rows(_NEVER_SORT)
 

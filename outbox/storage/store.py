@@ -62,7 +62,7 @@ class Store:
         self.views = Views(engine, self._writer, self.deletion, self.bounds, identity)
 
     def wait_for_server(self, policy: Policy) -> None:
-        """Let the policy say how long operations are tried again while the database server is out of reach."""
+        """Let the policy say how long operations are retried while the database server can't be reached."""
         self._writer.patience_ms = policy.enqueue_patience_ms
         self._writer.flush_patience_ms = policy.flush_patience_ms
 

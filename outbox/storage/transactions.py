@@ -171,7 +171,7 @@ def without_nul(values: dict[str, Any]) -> dict[str, Any]:
 def waits_s(patience_ms: int) -> Iterator[float]:
     """Yield how long to wait before each further try, until `patience_ms` are over.
 
-    Random, because programs that lost their connections together must not all come back together.
+    The times are random, so that programs that lost their connections together do not all reconnect together.
     """
     end_s = monotonic_s() + patience_ms / 1_000
     for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
@@ -185,7 +185,7 @@ class Writer:
     """Runs writing transactions on one engine, and caches their compiled statements."""
 
     patience_ms = 5_000
-    """How long an operation is tried again while the server is out of reach."""
+    """How long an operation is retried while the server can't be reached."""
     flush_patience_ms = 30_000
     """The same for operations of flushers."""
 
@@ -215,7 +215,7 @@ class Writer:
         connection breaks during the commit, the result is unknown. Then only a `repeatable` operation is run
         again.
 
-        Raises `StorageError`, and `OutcomeUnknown` if a commit may be done.
+        Raises `StorageError`, and `OutcomeUnknown` if a commit may have succeeded.
         """
         unknown: OutcomeUnknown | None = None
         waits = waits_s(self.patience_ms if survives_power_cut else self.flush_patience_ms)

@@ -81,7 +81,7 @@ class Tries:
 
 
 def record(transaction: Transaction, failed: Mapping[int, Failed], *, may_have_tries: bool) -> None:
-    """Keep a try of each row, whose `last_error` this transaction wrote; by row id, how it failed.
+    """Keep the failed try of each row. `failed` says, by row id, how it failed; the text is that of `last_error`.
 
     If any of the rows may have tries already, this deletes the oldest try of each row that has five.
     """

@@ -212,8 +212,8 @@ def test_retrying_and_requeuing_wake_a_worker(outbox: Outbox) -> None:
 def test_an_action_names_what_it_needs(outbox: Outbox) -> None:
     for wrong, words in (
         (lambda: outbox.retry(None), "where is None, expected a Where"),
-        (lambda: outbox.abandon(reason="x"), "abandon has no where"),
-        (lambda: outbox.abandon(1, "x", dry_run=True), "abandon has no where"),
+        (lambda: outbox.abandon(reason="x"), "where is None, expected a Where"),
+        (lambda: outbox.abandon(1, "x", dry_run=True), "where is None, expected a Where"),
         (lambda: outbox.abandon(1, "x", where=Where()), "row_id and where are both given"),
         (lambda: outbox.abandon(where=Where(), reason=" "), "reason is ' ', expected a text"),
         (lambda: outbox.purge(where=Where(), event_type="x"), "where and event_type are both given"),

@@ -79,7 +79,7 @@ def test_an_upgrade_waits_for_the_one_of_another_server(engine: Engine, caplog: 
     begin_elsewhere(engine, "elsewhere:3306")
     crowd = Crowd()
     crowd.start("upgrade", lambda: schema.upgrade(engine))
-    until(lambda: "the server elsewhere:3306 upgrades the schema" in caplog.text)
+    until(lambda: "the server elsewhere:3306 is upgrading the schema" in caplog.text)
     end_elsewhere(engine)
     assert crowd.join() == {"upgrade": None}
     assert_upgraded(engine)

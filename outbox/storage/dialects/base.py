@@ -178,7 +178,7 @@ class Dialect:
     given_up: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a transaction that the database aborted, to end a deadlock or a conflict."""
     unknown: ClassVar[frozenset[object]] = frozenset()
-    """The error codes of a COMMIT that may be done nevertheless."""
+    """The error codes of a COMMIT that may have succeeded nevertheless."""
     read_only: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a server that became read-only, as after a switchover."""
     duplicate: ClassVar[frozenset[object]] = frozenset()
