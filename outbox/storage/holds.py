@@ -26,11 +26,11 @@ from outbox.storage.transactions import Transaction, Writer
 
 _lasts: ColumnElement[bool] = or_(holds.c.until_ms.is_(None), holds.c.until_ms > now)
 _this = holds.c.destination == bindparam("destination")
-IS_HELD = and_(_this, _lasts)
+IS_ON_HOLD = and_(_this, _lasts)
 """The condition of the hold of a destination, if it lasts."""
 HOLD_COLUMNS = (holds.c.why, holds.c.since_ms, holds.c.until_ms)
 
-_HOLD = select(*HOLD_COLUMNS).where(IS_HELD)
+_HOLD = select(*HOLD_COLUMNS).where(IS_ON_HOLD)
 _SINCE = select(holds.c.since_ms).where(_this)
 _HOLDS = select(holds.c.destination, *HOLD_COLUMNS).where(_lasts).order_by(holds.c.destination)
 _until = bindparam("new_until", type_=BigInteger)
@@ -44,7 +44,7 @@ _CHANGE = (
         ("why", bindparam("new_why")),
     )
 )
-_RESUME = delete(holds).where(IS_HELD)
+_RESUME = delete(holds).where(IS_ON_HOLD)
 
 
 class Holds:

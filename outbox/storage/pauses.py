@@ -13,14 +13,14 @@ from outbox.pauses import LONGEST_TRUSTED_MS, PROBE_AFTER, SharedPause
 from outbox.records import Pause
 from outbox.storage.dialects import dialect_of
 from outbox.storage.dialects.base import Dialect
-from outbox.storage.holds import HOLD_COLUMNS, IS_HELD
+from outbox.storage.holds import HOLD_COLUMNS, IS_ON_HOLD
 from outbox.storage.sql import lease_until, now, this_destination
 from outbox.storage.tables import destinations, holds
 from outbox.storage.transactions import Transaction, Writer
 
 _known = destinations.c
 # In the order of the fields of a `SharedPause`.
-_STATE = (
+_COLUMNS = (
     "failures",
     "pauses",
     "paused_until_ms",
@@ -29,15 +29,15 @@ _STATE = (
     "probe_failed_before",
     "last_error",
 )
-PAUSE = select(*(_known[name] for name in _STATE)).where(this_destination)
+PAUSE = select(*(_known[name] for name in _COLUMNS)).where(this_destination)
 _ONE = select(literal_column("1").label("one")).subquery("one")
-PAUSE_AND_HOLD = select(*(_known[name] for name in _STATE), *HOLD_COLUMNS).select_from(
-    _ONE.outerjoin(destinations, this_destination).outerjoin(holds, IS_HELD)
+PAUSE_AND_HOLD = select(*(_known[name] for name in _COLUMNS), *HOLD_COLUMNS).select_from(
+    _ONE.outerjoin(destinations, this_destination).outerjoin(holds, IS_ON_HOLD)
 )
 """Always finds one row: a claim reads both by one query, and a destination may have none, one or both of them."""
 LOCK_PAUSE = PAUSE.with_for_update()
 CHANGE_PAUSE = (
-    update(destinations).where(this_destination).values({name: bindparam(f"new_{name}") for name in _STATE})
+    update(destinations).where(this_destination).values({name: bindparam(f"new_{name}") for name in _COLUMNS})
 )
 BEGIN_PROBE = (
     update(destinations)
@@ -116,7 +116,7 @@ def know(dialect: Dialect, transaction: Transaction, destination: str) -> None:
 def pause_and_hold(transaction: Transaction, destination: str, *, now_ms: int) -> tuple[SharedPause, Hold | None]:
     """Return the pause of a destination, and its hold if one lasts."""
     (found,) = transaction.rows(PAUSE_AND_HOLD, destination=destination, now=now_ms)
-    pause, hold = found[: len(_STATE)], found[len(_STATE) :]
+    pause, hold = found[: len(_COLUMNS)], found[len(_COLUMNS) :]
     is_known, is_held = pause[0] is not None, hold[0] is not None
     return (
         _pause(pause) if is_known else SharedPause(),
@@ -128,7 +128,7 @@ def write_pause(transaction: Transaction, destination: str, pause: SharedPause) 
     """Write the pause of a destination, which has a row."""
     values = pause._replace(last_error=pause.last_error or "")
     numbers = (int(value) if isinstance(value, bool) else value for value in values)
-    new = {f"new_{name}": value for name, value in zip(_STATE, numbers, strict=True)}
+    new = {f"new_{name}": value for name, value in zip(_COLUMNS, numbers, strict=True)}
     transaction.change(CHANGE_PAUSE, destination=destination, **new)
 
 

@@ -30,7 +30,7 @@ from outbox.storage.claimed import (
     waits_for_row,
 )
 from outbox.storage.due_rows import Rows, Search
-from outbox.storage.holds import IS_HELD
+from outbox.storage.holds import IS_ON_HOLD
 from outbox.storage.sql import (
     columns,
     did_not_fail,
@@ -72,9 +72,9 @@ SEARCHES = {
 }
 
 _known = destinations.c
-_is_unheld = ~exists().where(IS_HELD)
+_is_not_on_hold = ~exists().where(IS_ON_HOLD)
 _is_unpaused = and_(
-    _is_unheld,
+    _is_not_on_hold,
     ~exists().where(
         this_destination,
         or_(_known.failures >= PROBE_AFTER, _known.paused_until_ms > now, _known.probe_until_ms > now),
@@ -113,15 +113,15 @@ CLAIM_FRESH_AT_ONCE = _claim(
 _NEVER_SORT = select(func.set_config("enable_sort", "off", literal_column("true")))
 _by_due_time = (columns.next_attempt_at_ms,)
 CLAIM_NEVER_DUE = _claim(
-    _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, _is_unheld),
-    _chosen("again", *_brought_back_by_time, ~has_due_time, _is_unheld, order=_by_due_time),
-    _chosen("leased", *_leased, ~has_due_time, _is_unheld, order=_by_due_time),
+    _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, _is_not_on_hold),
+    _chosen("again", *_brought_back_by_time, ~has_due_time, _is_not_on_hold, order=_by_due_time),
+    _chosen("leased", *_leased, ~has_due_time, _is_not_on_hold, order=_by_due_time),
     _chosen(
         "failed",
         is_undelivered,
         columns.waits_for.in_([literal(one) for one in WaitsFor]),
         ~has_due_time,
-        _is_unheld,
+        _is_not_on_hold,
     ),
 )
 

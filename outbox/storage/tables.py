@@ -1,4 +1,4 @@
-"""The tables: events and their failed tries, ledgers of deleted events, the services that are paused or held."""
+"""The tables: events, their failed tries, ledgers of deleted events, destinations with their pauses and holds."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from outbox.destinations import shown
 from outbox.stats import counted, duration
 from outbox.storage.engines import shown_url
 from outbox.web.console import console
-from outbox.words import distance, escape, exact, when
+from outbox.words import distance, escape, exact
 
 
 def add_to(app: Flask) -> None:
@@ -24,7 +24,6 @@ def add_to(app: Flask) -> None:
         printable=escape,
         sentence=sentence,
         time=time,
-        when=when,
         with_code=with_code,
     )
     app.context_processor(_shared)

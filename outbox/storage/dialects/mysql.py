@@ -210,7 +210,7 @@ class MySQL(Dialect):
         transaction.change(_upsert(table, adds), **values)
 
     def known_now(self, transaction: Transaction, destination: str, event_ids: Sequence[str]) -> dict[str, int]:
-        """Read with a lock, to see what is committed now. A plain read may see an older state."""
+        """Read with a lock, to see what is committed now. A plain read may see older rows."""
         return known(transaction, destination, event_ids, _KNOWN_NOW)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
