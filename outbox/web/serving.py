@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 import waitress
@@ -13,13 +14,21 @@ _THREADS = 8
 
 
 class Server:
-    """Listens on a port at once, and answers during `run`. Port 0 picks a free port."""
+    """Listens on a port at once, and answers during `run`. Port 0 picks a free port.
+
+    Raises OSError, which names the port, if it can't listen there.
+    """
 
     def __init__(self, app: Flask, host: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            # waitress leaks its threads and sockets if it fails to bind one itself.
+            listening = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise OSError(error.errno, f"port {port} of {host}: {error.strerror}") from None
         self._server: Any = waitress.create_server(
             app,
-            host=host,
-            port=port,
+            sockets=[listening],
             threads=_THREADS,
             ident=None,
             # `from_this_machine` needs the headers of proxies, to refuse their requests.

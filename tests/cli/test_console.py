@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from urllib.request import urlopen
 
@@ -23,6 +24,7 @@ def visit(monkeypatch):
         thread.start()
         with urlopen(f"http://127.0.0.1:{server.port}/") as answer:
             found.append((answer.url, answer.status, answer.read().decode()))
+        server._server.task_dispatcher.shutdown()  # waits until no thread uses the sockets
         server._server.trigger.pull_trigger(server._server.close)  # in its own thread, which selects its sockets
         thread.join()
 
@@ -37,6 +39,15 @@ def test_web_says_where_it_listens_and_shows_the_outbox(run, url, visit):
     assert (result.exit_code, result.stderr) == (0, "")
     assert visit[0][:2] == (result.stdout.strip(), 200)
     assert "The outbox is empty" in visit[0][2]
+
+
+def test_a_port_that_is_in_use_is_named(run, url):
+    Outbox.open(url).close()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run("web", "--listen", f"127.0.0.1:{port}")
+    assert result.exit_code == 1
+    assert f"port {port} of 127.0.0.1: " in result.stderr
 
 
 def test_with_a_secret_web_asks_for_it(run, url, visit, monkeypatch):
