@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
@@ -164,17 +165,21 @@ def _destinations(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _routes(routes: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Check the routes. If the file describes destinations, they lead to these or to `default`."""
-    known = {*tables, DEFAULT_NAME}
     for event_type, named in routes.items():
         try:
             stored_names(named, "the value")
         except ConfigurationError as error:
             raise ConfigurationError(f"routes.{event_type}: {error}") from None
         for name in [named] if isinstance(named, str) else named:
-            if tables and name not in known:
-                (nearest,) = get_close_matches(name, sorted(known), n=1, cutoff=0)
-                raise ConfigurationError(
-                    f"routes.{event_type} leads to {name}, which is unknown; the nearest destination of the file"
-                    f" is {nearest}"
-                )
+            check_known(name, tables, f"routes.{event_type} leads to")
     return routes
+
+
+def check_known(name: str, tables: Collection[str], what: str) -> None:
+    """Raise `ConfigurationError` if the file describes destinations, but not this one; `default` is known."""
+    known = {*tables, DEFAULT_NAME}
+    if tables and name not in known:
+        (nearest,) = get_close_matches(name, sorted(known), n=1, cutoff=0)
+        raise ConfigurationError(
+            f"{what} {name}, which is unknown; the nearest destination of the file is {nearest}"
+        )

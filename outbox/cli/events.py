@@ -13,6 +13,7 @@ import msgspec
 
 from outbox import capture
 from outbox.cli.bounds import bounds_options
+from outbox.cli.config import check_known
 from outbox.cli.display import Bar, as_json, say
 from outbox.cli.endings import FAILED, MISUSE, fail
 from outbox.cli.options import config_of, json_option, uses_database
@@ -60,7 +61,8 @@ def _with_paths(
     "--to",
     metavar="NAME",
     multiple=True,
-    help="Destination of the events, instead of the routes in outbox.toml. Repeatable.",
+    help="Destination of the events, instead of the routes in outbox.toml. If the file describes destinations, it"
+    " is one of these or `default`. Repeatable.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Enqueue the valid lines of a file that has invalid lines.")
 @click.option(
@@ -99,8 +101,11 @@ def enqueue(
     if capture.is_off():
         say(f"outbox: nothing enqueued: {capture.IS_OFF}", err=True)
         return
+    config = config_of(context)
+    for destination in to:
+        check_known(destination, config.destinations, "--to is")
     refused = left = 0
-    with Outbox.open(database, policy=policy, routes=config_of(context).routes) as outbox:
+    with Outbox.open(database, policy=policy, routes=config.routes) as outbox:
         for name, path in files:
             shown = "standard input" if path is None else escape(name)
             read: Callable[[bytes], Any] = _Editing().line if replace else _event

@@ -33,6 +33,18 @@ def test_the_routes_of_the_file_or_an_option_name_the_destinations(run, outbox, 
     assert "to is ('billing', 'billing'), expected different destinations" in refused.stderr
 
 
+def test_a_destination_that_the_file_does_not_describe_is_misuse(run, outbox, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outbox.toml").write_text("[destinations.billing]\n[destinations.search]")
+    refused = run("enqueue", "--to", "default", "--to", "biling", input=GOOD)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        "outbox: --to is biling, which is unknown; the nearest destination of the file is billing\n"
+    )
+    assert statuses(outbox) == []
+    assert run("enqueue", "--to", "default", "--to", "billing", input=GOOD).exit_code == 0
+
+
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_no_part_of_events(run, outbox):
     result = run("enqueue", "-", input=f"\ufeff{GOOD}\r\n\r\n  \n{GOOD}".encode())
     assert (result.exit_code, statuses(outbox)) == (0, ["pending", "pending"])
