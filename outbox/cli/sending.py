@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import click
 
@@ -38,8 +38,22 @@ log = logging.getLogger("outbox.run")
 
 _CHECK_WORKER_EVERY_S = 10
 _FLUSHES_AT_ONCE = 16
-_Flush: TypeAlias = "Callable[..., tuple[FlushReport, bool]]"
 _sleep = time.sleep
+
+
+class _Flushed(NamedTuple):
+    report: FlushReport
+    next_due_ms: int | None = None
+    """When the next event is due. None if there is none, or if a single batch was asked for."""
+    ended_at_ms: int = 0
+
+    @property
+    def left_due(self) -> bool:
+        """Whether an event that should have been sent is due."""
+        return self.next_due_ms is not None and self.next_due_ms <= self.ended_at_ms
+
+
+_Flush: TypeAlias = "Callable[..., _Flushed]"
 
 
 @click.command(epilog="Example: OUTBOX_TOKEN_FILE=token outbox flush --all --url https://api.example.com")
@@ -77,17 +91,18 @@ def flush(
         for service, flushed in zip(chosen, flushes, strict=True):
             of = f"{escape(service.destination)}: " if len(chosen) > 1 else ""
             try:
-                report, is_complete = flushed()
+                done = flushed()
             except OutboxError as error:
                 if not of:
                     raise
                 say(f"outbox: {of}{escape(str(error))}", err=True)
                 exit_codes.add(exit_code_of(error))
                 continue
+            report = done.report
             if in_json:
                 say(as_json({"destination": service.destination, **dataclasses.asdict(report)}))
-            _say_report(report, service, of, in_json=in_json)
-            if report.skipped is not None or report.sent < report.claimed or not is_complete:
+            _say_report(done, service, of, in_json=in_json)
+            if report.skipped is not None or report.sent < report.claimed or done.left_due:
                 exit_codes.add(UNDELIVERED)
     context.exit(min(exit_codes, default=0))
 
@@ -121,10 +136,10 @@ def _flush(
     *,
     everything: bool,
     progress: Callable[[FlushReport], object] | None = None,
-) -> tuple[FlushReport, bool]:
-    """Return the report, and whether no event is due any more. Draw a bar if `progress` is not given."""
+) -> _Flushed:
+    """Send one batch, or everything that is due. Draw a bar if `progress` is not given."""
     if not everything:
-        return outbox.flush(client, destination=destination), True
+        return _Flushed(outbox.flush(client, destination=destination))
     views, of = outbox.store.views, stored(destination)
     if progress is not None:
         report = outbox.flush_all(client, destination=destination, progress=progress)
@@ -134,12 +149,12 @@ def _flush(
                 client, destination=destination, progress=lambda batch: bar.advance(batch.claimed)
             )
     now = outbox.store.now_ms()
-    next_due_ms = views.next_due_ms(of, now_ms=now)
-    return report, next_due_ms is None or next_due_ms > now
+    return _Flushed(report, views.next_due_ms(of, now_ms=now), now)
 
 
-def _say_report(report: FlushReport, service: Service, of: str, *, in_json: bool) -> None:
+def _say_report(done: _Flushed, service: Service, of: str, *, in_json: bool) -> None:
     """Print the report; `of` precedes each line."""
+    report = done.report
     if in_json:
         pass
     elif report.claimed:
@@ -148,7 +163,7 @@ def _say_report(report: FlushReport, service: Service, of: str, *, in_json: bool
             f" {report.parked} parked, {report.abandoned} abandoned"
         )
     elif report.skipped is None:
-        say(f"{of}nothing is due")
+        say(f"{of}{_nothing_due(done)}")
     if report.skipped is not None:
         more = " more" if report.claimed else ""
         say(f"outbox: {of}nothing{more} was sent: {escape(report.skipped + _way_out(report, service))}", err=True)
@@ -156,6 +171,14 @@ def _say_report(report: FlushReport, service: Service, of: str, *, in_json: bool
         say(f"outbox: {of}last failure: {escape(report.failure)}", err=True)
     elif report.abandoned:  # their payloads are no JSON objects, so no request failed
         say(f"outbox: {of}`outbox list --status abandoned` shows why", err=True)
+
+
+def _nothing_due(done: _Flushed) -> str:
+    if done.next_due_ms is None:
+        return "nothing is due"
+    if done.left_due:  # a parked event has just become due, to try the token
+        return "nothing was sent, but an event is due now; run the command again"
+    return f"nothing is due until {when(done.next_due_ms, now_ms=done.ended_at_ms)}"
 
 
 def _way_out(report: FlushReport, service: Service) -> str:

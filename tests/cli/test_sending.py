@@ -17,6 +17,7 @@ from outbox import Outbox, threads
 from outbox.cli import sending
 from outbox.clock import now_ms
 from outbox.testing.answers import Answer
+from outbox.words import utc
 from peers import ACCEPTED, Peer, answers, read_request
 
 pytestmark = pytest.mark.usefixtures("measured")
@@ -45,6 +46,25 @@ def test_flush_sends_one_batch_with_the_token_of_the_environment(run, outbox, se
     assert run("flush", "--all").stdout == "6 attempted, 6 sent, 0 rescheduled, 0 parked, 0 abandoned\n"
     assert run("flush", "--all").stdout == "nothing is due\n"
     assert len(server.events) == 70
+
+
+def test_flush_all_says_when_the_next_event_is_due(run, outbox, server, logged_in):
+    due_ms = now_ms() + 120_000
+    add_row(outbox, next_attempt_at_ms=due_ms)
+    result = run("flush", "--all")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"nothing is due until {utc(due_ms)} (in ")
+    assert run("flush").stdout == "nothing is due\n"
+
+
+def test_flush_all_says_that_it_made_a_parked_event_due_to_try_the_token(run, outbox, server, logged_in):
+    add_row(outbox, status="parked", next_attempt_at_ms=0)
+    result = run("flush", "--all")
+    assert (result.exit_code, result.stdout) == (
+        3,
+        "nothing was sent, but an event is due now; run the command again\n",
+    )
+    assert run("flush", "--all").stdout == "1 attempted, 1 sent, 0 rescheduled, 0 parked, 0 abandoned\n"
 
 
 def test_flush_sends_events_whose_types_it_does_not_know(run, outbox, server, logged_in, url, tmp_path):
