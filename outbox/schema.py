@@ -34,7 +34,9 @@ def check(engine: Engine) -> None:
     where = shown_url(engine)
     missing = dialect_of(engine).missing_file(engine.url)
     if missing is not None:
-        raise SchemaError(f"there is no database {missing}; `outbox upgrade` or Outbox.open() creates it")
+        raise SchemaError(
+            f"there is no database {missing}; check the URL, or create it with `outbox upgrade` or Outbox.open()"
+        )
     with reading(engine) as connection:
         revision = current_revision(connection)
     if revision is None:

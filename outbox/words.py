@@ -92,5 +92,5 @@ def pause_in_words(pause: Pause, *, now_ms: int) -> str:
         return (
             f"one flusher sends one event as a probe; the others wait for its result, at most until {until}: {why}"
         )
-    sends = "one event as a probe" if pause.failures >= PROBE_AFTER else "a batch"
+    sends = "one event as a probe" if pause.failures >= PROBE_AFTER else "a batch of due events"
     return f"the pause is over, and the next flush sends {sends}: {why}"

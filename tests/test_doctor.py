@@ -130,7 +130,7 @@ def test_the_doctor_finds_another_journal(outbox: Outbox, url: str, monkeypatch)
 def test_the_doctor_finds_no_schema_and_no_file(url: str) -> None:
     assert doctor(url) == (
         1,
-        f"WRONG  schema       there is no database {path_of(url)}; `outbox upgrade` or Outbox.open() creates it\n",
+        f"WRONG  schema       there is no database {path_of(url)}; check the URL, or create it with `outbox upgrade` or Outbox.open()\n",
     )
     sqlite3.connect(path_of(url)).close()
     code, words = doctor(url)

@@ -96,7 +96,7 @@ def test_a_database_without_schema_is_refused_and_says_what_to_do(url: str) -> N
 
 
 def test_a_file_that_is_not_there_is_refused_and_not_created(url: str) -> None:
-    with pytest.raises(SchemaError, match="there is no database .*outbox.db; `outbox upgrade`"):
+    with pytest.raises(SchemaError, match="there is no database .*outbox.db; check the URL, or create it"):
         Outbox(url)
     assert not file_of(url).exists()
 

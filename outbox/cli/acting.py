@@ -114,8 +114,10 @@ def _say_left(where: Where, reported: int, which: str, *, dry_run: bool) -> None
     left = len({*(where.ids or ())}) - reported
     if left <= 0:
         return
-    words = f"left alone: {left} of the events that you named; this changes only events that {which}"
-    words += " and meet the other conditions; `outbox show ID` tells more"
+    if not dataclasses.replace(where, ids=None).is_everything:
+        which += " and meet the other conditions"
+    words = f"left alone: {left} of the events that you named; this changes only events that {which};"
+    words += " `outbox show ID` tells more"
     if dry_run:
         say(f"outbox: {words}", err=True)
     else:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _BAR_FROM_EVENTS = 20_000
 _ERROR_WIDTH = 80
 _MOST_DESTINATIONS = 50
-_UNDELIVERED = (Status.PENDING, Status.SENDING, Status.PARKED, Status.ABANDONED)
 
 _WAITS: dict[str, str] = {
     WaitsFor.SERVICE: "for the service, which probably failed",
@@ -116,7 +115,7 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
 
 def _destinations_in_words(by_destination: Mapping[str, DestinationStats], *, now_ms: int) -> str:
     """Return a line for each destination, those with the most undelivered events first, at most 50."""
-    statuses = [status.value for status in (*_UNDELIVERED, Status.SENT)]
+    statuses = [status.value for status in Status]
     rows: list[list[object]] = [["destination", *statuses, "waits", "paused until"]]
     for name, one in sorted(by_destination.items(), key=lambda item: -item[1].undelivered)[:_MOST_DESTINATIONS]:
         until = "" if one.paused_until_ms is None else when(one.paused_until_ms, now_ms=now_ms)

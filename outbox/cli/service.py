@@ -210,7 +210,9 @@ class Service(NamedTuple):
         if url is None:
             of = "" if self._is_default else f" for the destination {self.destination}"
             ways = "--url, OUTBOX_URL" if self._is_default else "--url"
-            others = f"; the file describes {', '.join(self.known)}" if self.known else ""
+            others = (
+                f"; the file describes {', '.join(self.known)}; --destination chooses one" if self.known else ""
+            )
             raise click.UsageError(
                 f"there is no URL of a service{of}, expected {ways}, url in outbox.toml, or --client{others}"
             )

@@ -133,13 +133,15 @@ def test_abandoned_events_say_why_and_can_be_requeued(run, outbox):
 def test_a_named_event_to_which_the_command_does_not_apply_is_told(run, outbox, command, status, which):
     fits = add_row(outbox, status=status)
     other = 99 if command == ("purge",) else add_row(outbox, status="sent")
-    words = f"outbox: left alone: 1 of the events that you named; this changes only events that {which} and meet"
-    words += " the other conditions; `outbox show ID` tells more\n"
+    words = f"outbox: left alone: 1 of the events that you named; this changes only events that {which};"
+    words += " `outbox show ID` tells more\n"
     dry = run(*command, fits, other, other, "--dry-run")
     assert (dry.exit_code, dry.stderr) == (0, words)
     result = run(*command, fits, other)
     assert (result.exit_code, result.stderr) == (1, words)
     assert result.stdout.startswith("1 event ")
+    conditional = run(*command, other, "--type", "order_packed", "--dry-run")
+    assert f"only events that {which} and meet the other conditions;" in conditional.stderr
 
 
 def test_an_abandon_says_what_it_had_to_leave(run, outbox):

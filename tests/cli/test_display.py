@@ -55,7 +55,8 @@ def test_status_counts_what_the_events_wait_for(run, outbox):
         ),
         (
             {"until_ms": NOON_MS + 1, "failures": 1},
-            "the pause is over, and the next flush sends a batch: the service is failing (503 Down), 1 failure in a row",
+            "the pause is over, and the next flush sends a batch of due events: the service is failing (503 Down),"
+            " 1 failure in a row",
         ),
         (
             {"until_ms": NOON_MS + 1, "failures": 3},
@@ -79,9 +80,9 @@ def test_status_has_a_line_for_each_destination_if_there_are_several(run, outbox
     outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=until_ms, last_error="503"))
     shown = run("status").stdout
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "destination pending sending parked abandoned sent waits paused until" in lines
-    assert any(line.startswith("billing 1 0 1 0 0 1 2") for line in lines)
-    assert {"default 1 0 0 0 0 0", "search 0 0 0 0 1 0"} <= {*lines}
+    assert "destination pending sending sent parked abandoned waits paused until" in lines
+    assert any(line.startswith("billing 1 0 0 1 0 1 2") for line in lines)
+    assert {"default 1 0 0 0 0 0", "search 0 0 1 0 0 0"} <= {*lines}
     assert "paused        billing: nothing is sent until " in shown
     monkeypatch.setattr(display, "_MOST_DESTINATIONS", 2)
     assert "\nand 1 destination more" in run("status").stdout

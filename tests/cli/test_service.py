@@ -46,7 +46,7 @@ def test_a_destination_without_a_url_is_named_with_those_that_the_file_describes
         assert result.exit_code == 2
         assert (
             "there is no URL of a service for the destination biling, expected --url, url in outbox.toml, or"
-            " --client; the file describes billing, search"
+            " --client; the file describes billing, search; --destination chooses one"
         ) in " ".join(result.stderr.split())
 
 
