@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from outbox.failures import ConfigurationError, StorageError
 from outbox.storage import forks
 from outbox.storage.dialects import dialect_named, dialect_of
+from outbox.storage.pings import note_the_end
 
 Synchronous = Literal["FULL", "NORMAL"]
 """Whether a commit on our own SQLite engine waits for the disk. Servers have settings of their own."""
@@ -125,7 +126,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def begun(engine: Engine, connection: Connection, *, writes: bool) -> Iterator[None]:
-    """Hold a transaction; commit at the end, roll back on an exception.
+    """Hold the last transaction of a connection; commit at the end, roll back on an exception.
 
     SQLAlchemy begins and ends it, except where the driver commits each statement by itself: some drivers then
     ignore `commit()` and `rollback()`. In that case, statements begin and end the transaction. The connection
@@ -144,6 +145,8 @@ def begun(engine: Engine, connection: Connection, *, writes: bool) -> Iterator[N
                 with suppress(DBAPIError):  # the connection broke: the first error says why
                     connection.exec_driver_sql("ROLLBACK")
             raise
+    if is_ours:
+        note_the_end(connection)
 
 
 @contextmanager
@@ -182,7 +185,7 @@ def shown_url(engine: Engine) -> str:
 
 
 def parse_url(database: str | URL) -> URL:
-    """Return the URL with the path of an SQLite file made absolute, and with the driver that our extras install.
+    """Return the URL with the path of an SQLite file made absolute, and with a driver.
 
     Raises `ConfigurationError` for a URL that can't be used.
     """
@@ -194,7 +197,7 @@ def parse_url(database: str | URL) -> URL:
     except (ArgumentError, ValueError):
         raise refusal from None
     dialect = dialect_named(url.get_backend_name())
-    url = url.set(drivername=dialect.default_drivers.get(url.drivername, url.drivername))
+    url = dialect.with_driver(url)
     try:
         driver = url.get_dialect()
     except (ArgumentError, ValueError):

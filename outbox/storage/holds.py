@@ -11,6 +11,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     or_,
     select,
     update,
@@ -28,6 +29,7 @@ _lasts: ColumnElement[bool] = or_(holds.c.until_ms.is_(None), holds.c.until_ms >
 _this = holds.c.destination == bindparam("destination")
 IS_ON_HOLD = and_(_this, _lasts)
 """The condition of the hold of a destination, if it lasts."""
+IS_NOT_ON_HOLD = ~exists().where(IS_ON_HOLD)
 HOLD_COLUMNS = (holds.c.why, holds.c.since_ms, holds.c.until_ms)
 
 _HOLD = select(*HOLD_COLUMNS).where(IS_ON_HOLD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Select, bindparam, literal_column, or_, select, update
+from sqlalchemy import Engine, Select, and_, bindparam, exists, literal_column, or_, select, update
 
 from outbox.destinations import shown
 from outbox.holds import Hold
@@ -13,7 +13,7 @@ from outbox.pauses import LONGEST_TRUSTED_MS, PROBE_AFTER, SharedPause
 from outbox.records import Pause
 from outbox.storage.dialects import dialect_of
 from outbox.storage.dialects.base import Dialect
-from outbox.storage.holds import HOLD_COLUMNS, IS_ON_HOLD
+from outbox.storage.holds import HOLD_COLUMNS, IS_NOT_ON_HOLD, IS_ON_HOLD
 from outbox.storage.sql import lease_until, now, this_destination
 from outbox.storage.tables import destinations, holds
 from outbox.storage.transactions import Transaction, Writer
@@ -35,6 +35,16 @@ PAUSE_AND_HOLD = select(*(_known[name] for name in _COLUMNS), *HOLD_COLUMNS).sel
     _ONE.outerjoin(destinations, this_destination).outerjoin(holds, IS_ON_HOLD)
 )
 """Always finds one row: a claim reads both by one query, and a destination may have none, one or both of them."""
+IS_UNPAUSED = and_(
+    IS_NOT_ON_HOLD,
+    ~exists().where(
+        this_destination,
+        or_(_known.failures >= PROBE_AFTER, _known.paused_until_ms > now, _known.probe_until_ms > now),
+    ),
+)
+"""The condition that a claim need not look at the pause and the hold of its destination."""
+SEEN = select(_known.pauses).where(this_destination).scalar_subquery()
+"""The number of the last pause, as the column of a claim that `IS_UNPAUSED`."""
 LOCK_PAUSE = PAUSE.with_for_update()
 CHANGE_PAUSE = (
     update(destinations).where(this_destination).values({name: bindparam(f"new_{name}") for name in _COLUMNS})

@@ -1,4 +1,4 @@
-"""Checks that pooled connections to a server still work."""
+"""Connections to a server in our pool: they are given back without an open transaction, and still work."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from contextlib import suppress
 from math import inf
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from outbox.clock import monotonic_s
 
 # A connection that worked within this time is not checked.
 _TRUSTED_S = 0.1
+_HAS_ENDED = "outbox_transaction_has_ended"
 
 
 def ping_after_idling(engine: Engine, give_back: Callable[[Any], None]) -> None:
@@ -39,3 +40,21 @@ def ping_after_idling(engine: Engine, give_back: Callable[[Any], None]) -> None:
                 is_alive = False
             if not is_alive:
                 raise DisconnectionError
+
+
+def roll_back_open_ones(engine: Engine) -> None:
+    """Roll back when a connection is given back, unless its transaction ended as it should: `note_the_end`.
+
+    SQLAlchemy itself always rolls back, which most drivers of MySQL turn into a round trip to the server.
+    """
+
+    @event.listens_for(engine, "reset")
+    def _roll_back(connection: Any, record: ConnectionPoolEntry, about: PoolResetState) -> None:
+        has_ended = record.info.pop(_HAS_ENDED, False) or about.transaction_was_reset
+        if not has_ended and not about.terminate_only:
+            connection.rollback()
+
+
+def note_the_end(connection: Connection) -> None:
+    """Note that the transaction was committed, and that the connection is given back next."""
+    connection.info[_HAS_ENDED] = True

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CTE, Select, Update, and_, exists, func, literal_column, or_, select, union_all
+from sqlalchemy import CTE, Select, Update, and_, func, literal_column, or_, select, union_all
 
 from outbox.outcomes import WaitsFor
-from outbox.pauses import PROBE_AFTER, SharedPause
+from outbox.pauses import SharedPause
 from outbox.records import Claim
 from outbox.storage.claimed import (
     CLAIM,
@@ -30,7 +30,8 @@ from outbox.storage.claimed import (
     waits_for_row,
 )
 from outbox.storage.due_rows import Rows, Search
-from outbox.storage.holds import IS_ON_HOLD
+from outbox.storage.holds import IS_NOT_ON_HOLD
+from outbox.storage.pauses import IS_UNPAUSED, SEEN
 from outbox.storage.sql import (
     columns,
     did_not_fail,
@@ -41,13 +42,10 @@ from outbox.storage.sql import (
     lock,
     move,
     never_tried,
-    now,
     of_destination,
     oldest_first,
-    this_destination,
     was_tried,
 )
-from outbox.storage.tables import destinations
 from outbox.storage.transactions import Transaction
 
 # The rows of each index, in the terms that let the planner choose it.
@@ -71,17 +69,6 @@ SEARCHES = {
     Part.ANY: Search(_UNTRIED, _BROUGHT_BACK, Rows(_leased), Rows(_others, by_time=_OTHERS), Rows(_last)),
 }
 
-_known = destinations.c
-_is_not_on_hold = ~exists().where(IS_ON_HOLD)
-_is_unpaused = and_(
-    _is_not_on_hold,
-    ~exists().where(
-        this_destination,
-        or_(_known.failures >= PROBE_AFTER, _known.paused_until_ms > now, _known.probe_until_ms > now),
-    ),
-)
-_seen = select(_known.pauses).where(this_destination).scalar_subquery()
-
 
 def _none_due(*conditions: Any) -> Any:
     """Return the condition that no such row is due. It needs an index in the order of the due time."""
@@ -103,25 +90,25 @@ def _claim(*parts: CTE) -> Update:
         chosen = chosen.order_by(*(chosen.selected_columns[name] for name in ("created_at_ms", "id")))
         chosen = chosen.limit(batch_size).cte("chosen").prefix_with("MATERIALIZED")
     claimed = move(CLAIM).where(columns.id == chosen.c.id)
-    return claimed.returning(*claimed_columns, _seen, chosen.c.next_attempt_at_ms)
+    return claimed.returning(*claimed_columns, SEEN, chosen.c.next_attempt_at_ms)
 
 
 CLAIM_FRESH_AT_ONCE = _claim(
-    _chosen("fresh", *_untried, is_due, _is_unpaused, _none_due(*_brought_back_by_time), _none_due(*_leased))
+    _chosen("fresh", *_untried, is_due, IS_UNPAUSED, _none_due(*_brought_back_by_time), _none_due(*_leased))
 )
 
 _NEVER_SORT = select(func.set_config("enable_sort", "off", literal_column("true")))
 _by_due_time = (columns.next_attempt_at_ms,)
 CLAIM_NEVER_DUE = _claim(
-    _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, _is_not_on_hold),
-    _chosen("again", *_brought_back_by_time, ~has_due_time, _is_not_on_hold, order=_by_due_time),
-    _chosen("leased", *_leased, ~has_due_time, _is_not_on_hold, order=_by_due_time),
+    _chosen("fresh", *_untried, ~has_due_time, ~has_creation_time, IS_NOT_ON_HOLD),
+    _chosen("again", *_brought_back_by_time, ~has_due_time, IS_NOT_ON_HOLD, order=_by_due_time),
+    _chosen("leased", *_leased, ~has_due_time, IS_NOT_ON_HOLD, order=_by_due_time),
     _chosen(
         "failed",
         is_undelivered,
         columns.waits_for.in_([literal(one) for one in WaitsFor]),
         ~has_due_time,
-        _is_not_on_hold,
+        IS_NOT_ON_HOLD,
     ),
 )
 

@@ -178,6 +178,9 @@ CHUNK = 64
 
 chunk_ids: list[BindParameter[Any]] = [bindparam(f"id_{number}", type_=BigInteger) for number in range(CHUNK)]
 _created_at = [bindparam(f"created_at_ms_{number}", type_=BigInteger) for number in range(CHUNK)]
+LISTED_TEXT = "/* listed */"
+LISTED: ColumnElement[Any] = literal_column(f"({LISTED_TEXT})")
+"""The place of a list of integers in the text of a statement, as `Transaction.change_listed` fills it in."""
 these_rows = columns.id.in_(chunk_ids)
 these_events = or_(
     *(

@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from uuid import uuid4
 
 import psycopg
@@ -289,15 +290,17 @@ def test_a_claim_is_no_larger_than_a_batch_when_others_hold_a_part_of_the_oldest
 
 
 @pytest.mark.servers("mariadb")
-def test_a_claim_locks_only_the_rows_that_it_takes(watched: Outbox, server: Server) -> None:
-    for _ in range(300):
+@pytest.mark.parametrize("waiting", [0, 3, 300])
+def test_a_claim_locks_only_the_rows_that_it_takes(watched: Outbox, server: Server, waiting: int) -> None:
+    for _ in range(waiting):
         add_row(watched, next_attempt_at_ms=2**50)
     ids = watched.enqueue_many([rule_fired()] * 30)
     now = watched.store.now_ms()
-    locked = []
+    locked, changed = [], []
 
     def before(connection, statement):
-        if statement == "COMMIT":
+        changed.extend([statement] * statement.startswith("UPDATE"))
+        if statement == "COMMIT" and changed:
             transactions = "SELECT trx_rows_locked FROM information_schema.innodb_trx WHERE trx_mysql_thread_id ="
             locked.append(server.run(f"{transactions} {connection.thread_id()}"))
 
@@ -413,6 +416,7 @@ def test_the_numbers_of_the_status_page_are_of_one_moment(watched: Outbox, outbo
 
 OPEN = """
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from outbox import Outbox, RuleFired
 print("ready", flush=True)
@@ -662,6 +666,7 @@ def test_a_claim_whose_commit_breaks_is_repeated_and_costs_at_most_the_time_of_a
     watched: Outbox, server: Server, url: str, done: bool
 ) -> None:
     with freeze_time(NOON) as clock:
+        watched.policy = replace(watched.policy, batch_size=2)  # the first transaction claims a full batch
         watched.enqueue_many([rule_fired()] * 2)
         watched.store.now_ms()
         client = ScriptedClient()

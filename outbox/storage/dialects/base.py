@@ -21,7 +21,7 @@ from outbox.storage import forks
 from outbox.storage.claimed import CLAIM_ROWS, DELIVER, Kind, Part, Wanted, claim_of_due, due, lock_kind
 from outbox.storage.engines import Synchronous
 from outbox.storage.inserts import Rows, insert_or_add, insert_several, insert_unknown, known
-from outbox.storage.pings import ping_after_idling
+from outbox.storage.pings import ping_after_idling, roll_back_open_ones
 from outbox.storage.sql import columns, is_one_of, lock, oldest
 from outbox.storage.transactions import Transaction, Writer
 
@@ -49,6 +49,11 @@ class Dialect:
     """
     default_drivers: ClassVar[Mapping[str, str]] = {}
     """The driver of a URL without a driver, by the name of the database: the driver that our extras install."""
+
+    def with_driver(self, url: URL) -> URL:
+        """Return the URL with a driver. By default it is one of `default_drivers`."""
+        return url.set(drivername=self.default_drivers.get(url.drivername, url.drivername))
+
     connection_classes: ClassVar[Mapping[str, str]] = {}
     """The drivers whose own connections `enqueue` takes, by the classes of these connections."""
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -64,12 +69,7 @@ class Dialect:
 
     # Engines
 
-    def create_engine(
-        self,
-        url: URL,
-        *,
-        synchronous: Synchronous,
-    ) -> Engine:
+    def create_engine(self, url: URL, *, synchronous: Synchronous) -> Engine:
         """Return an engine of our own. By default a pool of connections that are READ COMMITTED.
 
         At other isolation levels, a claim that waited for another claim fails.
@@ -81,7 +81,9 @@ class Dialect:
             isolation_level="READ COMMITTED",
             poolclass=forks.OwnPool,
             connect_args=connect_args,
+            pool_reset_on_return=None,
         )
+        roll_back_open_ones(engine)
         ping_after_idling(engine, self.give_back)
         return engine
 

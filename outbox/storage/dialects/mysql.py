@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, TypeVar
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     URL,
@@ -14,39 +15,36 @@ from sqlalchemy import (
     Connection,
     Engine,
     Insert,
-    Select,
     Table,
-    Update,
     bindparam,
     func,
     literal_column,
     select,
-    union_all,
 )
 from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 
 from outbox.failures import StorageError
-from outbox.lifecycle import Status
-from outbox.outcomes import WaitsFor
 from outbox.records import Claim
-from outbox.storage import galera
-from outbox.storage.claimed import CLAIM_ROWS, Kind, Part, Wanted, claim_of_due, claims_alone, waits_for_row
+from outbox.storage import galera, mysql_claims
+from outbox.storage.claimed import Kind, Part, Wanted
 from outbox.storage.column_types import LONGEST_NAME, LongText, Name, ShortText, TextDefault
 from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.due_rows import LOCK_ROWS_IF_DUE, Rows, Search
 from outbox.storage.engines import MIGRATION_LOCK, Synchronous, shown_url
-from outbox.storage.indexes import QUEUE_INDEX, TIMES_INDEX, WAITING_INDEX
-from outbox.storage.inserts import KNOWN, insert_each, known
+from outbox.storage.inserts import KNOWN, in_slices, insert_each, insert_several, known
 from outbox.storage.inserts import Rows as NewRows
-from outbox.storage.sql import columns, did_not_fail, events, has_due_time, is_one_of, literal, of_destination
 from outbox.storage.transactions import Transaction
 
 _NAMES = ("mysql", "mariadb")
 
 # How long a migration waits for another one; MariaDB can't wait for ever.
 _MIGRATION_PATIENCE_S = 3_600
+_CONNECT_TIMEOUT_S = 10
+# The privilege to read a table, or a column of it, is missing.
+_DENIED = frozenset({1142, 1143})
+# How many characters of payloads an INSERT of several rows may have: a server limits the length of a statement.
+_PAYLOADS_AT_ONCE = 2**18
 _KNOWN_NOW = KNOWN.with_for_update(read=True)
 
 
@@ -70,57 +68,6 @@ def _in_parentheses(default: TextDefault, _compiler: object, **_: object) -> str
     return f"({default.text})"  # the default of a long text has to be an expression
 
 
-_Statement = TypeVar("_Statement", Select[Any], Update)
-
-
-def _walk(statement: _Statement, index: str) -> _Statement:
-    # Without the hint, MySQL may choose another index, and it locks each row that it reads, even if it does not
-    # return or change the row.
-    for name in _NAMES:
-        statement = statement.with_hint(selectable=events, text=f"FORCE INDEX ({index})", dialect_name=name)
-    return statement
-
-
-def _rows(*waits: Any, index: str = WAITING_INDEX) -> Iterator[Rows]:
-    """Yield the rows of one reason to wait: pending ones may wait long, those under a lease are few."""
-    pending, sending = ((is_one_of(columns.status, one), *waits) for one in (Status.PENDING, Status.SENDING))
-    yield Rows(pending, index, by_time=(pending,), time_index=TIMES_INDEX)
-    yield Rows(sending, index)
-
-
-_not_alone = ~claims_alone
-_FRESH = [*_rows(did_not_fail, _not_alone)]
-_FAILED = {one: columns.waits_for == literal(one) for one in WaitsFor}
-# MySQL reads an index in order only for one status and one reason to wait at a time.
-SEARCHES = {
-    Part.FRESH: Search(*_FRESH, hinted=_walk),
-    Part.NEWEST: Search(*_FRESH, is_newest=True, hinted=_walk),
-    Part.ALONE: Search(Rows((claims_alone,), QUEUE_INDEX), hinted=_walk),
-    Part.OTHERS: Search(
-        *(rows for one, waits in _FAILED.items() if one is not WaitsFor.ROW for rows in _rows(waits, _not_alone)),
-        hinted=_walk,
-    ),
-    Part.LAST: Search(*_rows(waits_for_row, _not_alone), hinted=_walk),
-    Part.ANY: Search(
-        *(rows for waits in (did_not_fail, *_FAILED.values()) for rows in _rows(waits)), hinted=_walk
-    ),
-}
-NEVER_DUE = union_all(
-    *(
-        select(
-            _walk(
-                select(columns.id)
-                .where(of_destination, is_one_of(columns.status, status), waits, ~has_due_time)
-                .limit(bindparam("batch_size")),
-                TIMES_INDEX,
-            ).subquery()
-        )
-        for status in (Status.PENDING, Status.SENDING)
-        for waits in (did_not_fail, *_FAILED.values())
-    )
-).limit(bindparam("batch_size"))
-
-
 class MySQL(Dialect):
     """MySQL and MariaDB."""
 
@@ -130,7 +77,6 @@ class MySQL(Dialect):
         for name in _NAMES
         for driver in ("pymysql", "mysqldb", "mysqlconnector", "mariadbconnector")
     )
-    default_drivers: ClassVar = {name: f"{name}+pymysql" for name in _NAMES}
     connection_classes: ClassVar = {
         "pymysql.connections.Connection": "mysql+pymysql",
         "MySQLdb.connections.Connection": "mysql+mysqldb",
@@ -158,8 +104,38 @@ class MySQL(Dialect):
     def insert_several(
         self, transaction: Transaction, rows: NewRows, notification: ColumnElement[Any] | None
     ) -> list[int]:
-        """Insert one by one: the driver reports the id of a single row only."""
-        return insert_each(transaction, rows, notification)
+        """Insert several rows by one statement on MariaDB. MySQL tells the id of a single row only.
+
+        Large rows are inserted one by one, too, and all rows if the user may not read the table.
+        """
+        ids: list[int] = []
+        returns_ids = transaction.returns_inserted
+        for several in in_slices(rows):
+            if returns_ids and sum(len(row["payload_json"]) for row in several) <= _PAYLOADS_AT_ONCE:
+                try:
+                    ids += insert_several(transaction, several, notification)
+                    continue
+                except Exception as error:
+                    if _DENIED.isdisjoint(self.codes(getattr(error, "orig", error))):
+                        raise
+                    returns_ids = False
+            ids += insert_each(transaction, several, notification)
+        return ids
+
+    def with_driver(self, url: URL) -> URL:
+        """Choose mysqlclient, which is faster, or else PyMySQL, which our extra installs."""
+        if url.drivername not in _NAMES:
+            return url
+        if find_spec("MySQLdb") is None:
+            return url.set(drivername=f"{url.drivername}+pymysql")
+        # mysqlclient takes localhost for a socket, and ignores the port: that may be another server.
+        is_local = url.host in {None, "localhost"} and "unix_socket" not in url.query
+        return url.set(drivername=f"{url.drivername}+mysqldb", host="127.0.0.1" if is_local else url.host)
+
+    def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
+        """Let mysqlclient give up connecting as soon as PyMySQL does. By itself it waits for the system."""
+        waits = url.get_driver_name() == "mysqldb" and "connect_timeout" not in url.query
+        return url, {"connect_timeout": _CONNECT_TIMEOUT_S} if waits else {}
 
     def plain_cursor(self, connection: Any, driver: SQLAlchemyDialect) -> Any:
         """Return a cursor of the driver's plain class."""
@@ -203,7 +179,7 @@ class MySQL(Dialect):
     def adapted(self, statement: Any) -> Any:
         """Force the index that a statement names."""
         index = statement.get_execution_options().get("outbox_index")
-        return statement if index is None else _walk(statement, index)
+        return statement if index is None else mysql_claims.walk(statement, index)
 
     def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
         """Insert or add in one statement, so that no other transaction comes in between."""
@@ -213,19 +189,31 @@ class MySQL(Dialect):
         """Read with a lock, to see what is committed now. A plain read may see older rows."""
         return known(transaction, destination, event_ids, _KNOWN_NOW)
 
+    checks_pause = True
+
+    def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
+        """Claim a full batch of fresh rows at once. `unless_paused`, any other claim has no rows."""
+        if wanted.unless_paused:
+            return mysql_claims.take_at_once(transaction, kind, wanted)
+        return super().claim(transaction, kind, wanted)
+
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
         """Lock the first due rows of a part that no other transaction has locked, and no other row.
 
         A query that locks would lock each row that it reads, such as a million waiting rows.
         """
-        return SEARCHES[part].lock(transaction, wanted)
+        return mysql_claims.SEARCHES[part].lock(transaction, wanted)
+
+    def deliver(
+        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
+    ) -> int:
+        """Move rows to sent by one statement."""
+        delivered = zip(row_ids, created_at_ms, strict=True)
+        return mysql_claims.deliver(transaction, delivered, sent_at_ms=sent_at_ms)
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
         """Find rows with huge times, at the end of the index by the due time."""
-        found = transaction.rows(NEVER_DUE, destination=wanted.destination, batch_size=wanted.at_most)
-        locked = transaction.rows_of(LOCK_ROWS_IF_DUE, [row_id for (row_id,) in found], now=wanted.now_ms)
-        transaction.change_rows(CLAIM_ROWS, [row[0] for row in locked], lease_until=wanted.lease_until_ms)
-        return claim_of_due(locked, Kind.ANY)
+        return mysql_claims.take_never_due(transaction, wanted)
 
 
 @cache
