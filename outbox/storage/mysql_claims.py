@@ -52,7 +52,6 @@ from outbox.storage.sql import (
 )
 from outbox.storage.transactions import Transaction
 
-_NAMES = ("mysql", "mariadb")
 # How many batches the query for a full batch looks at: flushers that look at the same time find the same rows.
 _BATCHES_READ = 4
 
@@ -63,9 +62,7 @@ def walk(statement: _Statement, index: str) -> _Statement:
     """Let MySQL and MariaDB read the events by an index."""
     # Without the hint, MySQL may choose another index, and it locks each row that it reads, even if it does not
     # return or change the row.
-    for name in _NAMES:
-        statement = statement.with_hint(selectable=events, text=f"FORCE INDEX ({index})", dialect_name=name)
-    return statement
+    return statement.with_hint(selectable=events, text=f"FORCE INDEX ({index})")
 
 
 def _rows(*waits: Any, index: str = WAITING_INDEX) -> Iterator[Rows]:

@@ -8,6 +8,7 @@ what the director decides.
 from __future__ import annotations
 
 import logging
+import random
 import sys
 import threading
 import time
@@ -254,6 +255,7 @@ def simulated_world() -> Iterator[None]:
             if vars(module).get("monotonic_s") is clock.monotonic_s and module is not clock:
                 patches.enter_context(mock.patch.object(module, "monotonic_s", _read_monotonic_clock))
         patches.enter_context(mock.patch.object(time, "sleep", _sleep))
+        patches.enter_context(mock.patch.object(random, "uniform", lambda low, high: (low + high) / 2))
         patches.enter_context(mock.patch.object(clock.SharedClock, "now_ms", _read_shared_clock))
         patches.enter_context(mock.patch.object(logging.getLogger("outbox"), "disabled", new=True))
         yield
