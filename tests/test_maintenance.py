@@ -1,7 +1,10 @@
 import re
+import sqlite3
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from sqlalchemy import create_engine, event
 
 from builders import (
     DOWN,
@@ -215,6 +218,15 @@ def test_the_cap_holds_after_every_enqueue_and_flush(url: str) -> None:
             add_row(outbox, status="sent", sent_at_ms=number)
         outbox.flush(ScriptedClient(DOWN))
         assert len(ids_of(outbox)) == 100
+
+
+def test_the_cap_is_reached_by_whole_slices(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deletion, "TRIM_SLICE", 2)
+    with Outbox.open(url, policy=Policy(max_rows=3, when_full="trim")) as outbox:
+        for number in range(7):
+            add_row(outbox, status="sent", sent_at_ms=NOON_MS - number)
+        assert outbox.store.deletion.trim(outbox.policy, now_ms=NOON_MS) == 4
+        assert len(ids_of(outbox)) == 3
 
 
 def test_every_deleted_row_is_counted_in_the_same_transaction(url: str) -> None:
@@ -466,3 +478,22 @@ def test_a_revoked_token_parks_and_a_new_login_brings_all_back(outbox: Outbox, n
     noon.travel(seconds=5)
     outbox.flush_all(ScriptedClient())
     assert statuses(outbox) == ["sent"] * 6
+
+
+@pytest.mark.sqlite
+def test_a_flush_with_nothing_due_succeeds_if_the_look_for_maintenance_fails(url: str, caplog) -> None:
+    engine = create_engine(url)
+
+    @event.listens_for(engine, "connect")
+    def refuse_delivery_times(connection: sqlite3.Connection, _: object) -> None:
+        # The look alone reads them.
+        connection.set_authorizer(
+            lambda action, table, column, *_: sqlite3.SQLITE_DENY if column == "sent_at_ms" else sqlite3.SQLITE_OK
+        )
+
+    Outbox.open(url).close()
+    with closing(Outbox(engine)) as outbox:
+        report = outbox.flush(ScriptedClient())
+    engine.dispose()
+    assert (report.claimed, report.skipped) == (0, None)
+    assert "looking after the queue failed, the next flush tries again" in caplog.text

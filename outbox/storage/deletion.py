@@ -167,13 +167,12 @@ class Deletion:
         last_id = look(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
         trim_slice = partial(self.trim_slice, cap=self.cap(policy, destination), now_ms=now_ms, last_id=last_id)
         deleted = 0
-        while self.may_be_over(policy, destination, last_id=last_id):
+        while True:
             trimmed = self._writer.run(trim_slice)
             self.warn_of_undelivered(trimmed)
             deleted += trimmed.rows
             if not trimmed.is_whole_slice:
-                break
-        return deleted
+                return deleted
 
     def trim_slice(
         self, transaction: Transaction, cap: Bound, *, now_ms: int, last_id: int, own: Sequence[int] = ()

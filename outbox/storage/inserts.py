@@ -11,10 +11,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Insert, Select, Table, Text, Update, and_, bindparam, insert, select, update
 
 from outbox.destinations import DEFAULT_DESTINATION
-from outbox.failures import StorageError
 from outbox.storage.indexes import EVENT_ID_INDEX
 from outbox.storage.sql import CHUNK, columns, events, in_order
-from outbox.storage.transactions import Transaction
+from outbox.storage.transactions import Transaction, left_out
 
 INSERTED = (
     "event_type",
@@ -99,11 +98,6 @@ def insert_counted(transaction: Transaction, rows: Rows) -> list[int]:
             raise left_out(len(several))
         ids += range(done.lastrowid - len(several) + 1, done.lastrowid + 1)
     return ids
-
-
-def left_out(number: int) -> StorageError:
-    """Return the error for events that were not inserted though nothing refused them."""
-    return StorageError(f"a trigger of the database left out some of {number} events")
 
 
 @cache

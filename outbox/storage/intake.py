@@ -24,9 +24,9 @@ from outbox.storage.deletion import Deletion, Trimmed
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import translated
 from outbox.storage.identity import Identity
-from outbox.storage.inserts import INSERT, Rows, insert_each, known, left_out
+from outbox.storage.inserts import INSERT, Rows, insert_each, known
 from outbox.storage.sql import columns
-from outbox.storage.transactions import Transaction, Writer, look, running_on
+from outbox.storage.transactions import Transaction, Writer, left_out, look, running_on
 
 log = logging.getLogger("outbox")
 

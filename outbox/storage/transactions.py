@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, repeat, takewhile
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
@@ -117,7 +117,10 @@ class Transaction:
         for row in rows:
             done = self._run(compiled.text, compiled.arguments(row))
             if compiled.returns:
-                ids.append(done.fetchone()[0])
+                returned = done.fetchone()
+                if returned is None:
+                    raise left_out(1)
+                ids.append(returned[0])
             else:  # the driver mariadb forgets the id when its cursor is closed
                 ids.append(done.lastrowid or self._last_insert_id())
         return ids
@@ -186,17 +189,20 @@ def without_nul(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def left_out(number: int) -> StorageError:
+    """Return the error for events that were not inserted though nothing refused them."""
+    return StorageError(f"a trigger of the database left out some of {number} events")
+
+
 def waits_s(patience_ms: int) -> Iterator[float]:
     """Yield how long to wait before each further try, until `patience_ms` are over.
 
     The times are random, so that programs that lost their connections together do not all reconnect together.
     """
     end_s = monotonic_s() + patience_ms / 1_000
-    for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
-        varied_s = wait_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret depends on it
-        if monotonic_s() + varied_s > end_s:
-            return
-        yield varied_s
+    waits = chain(_WAITS_S, repeat(_WAITS_S[-1]))
+    varied = (wait_s * random.uniform(0.5, 1.5) for wait_s in waits)  # noqa: S311 - no secret depends on it
+    yield from takewhile(lambda wait_s: monotonic_s() + wait_s <= end_s, varied)
 
 
 class Writer:

@@ -89,6 +89,18 @@ def test_what_others_deliver_and_delete_is_noticed_within_five_seconds(url: str,
         assert statuses(outbox) == ["sent", "sent"]
 
 
+def test_flushers_stop_when_others_have_deleted_the_excess(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_sent=3)) as outbox:
+        enqueue(outbox, 3)
+        outbox.flush(ScriptedClient())
+        with writing(outbox.engine) as connection:
+            connection.exec_driver_sql("DELETE FROM observation_events")
+        outbox.policy = Policy(max_sent=1)
+        enqueue(outbox)
+        assert outbox.flush(ScriptedClient()).sent == 1
+        assert deleted(outbox) == [("sent", "max_sent", 1)]
+
+
 def test_retention_and_purge_are_known(url: str, noon) -> None:
     with Outbox.open(url, policy=Policy(max_sent=3, keep_sent_ms=1_000)) as outbox:
         enqueue(outbox, 3)

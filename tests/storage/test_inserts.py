@@ -126,6 +126,20 @@ def test_rows_that_a_trigger_leaves_out_are_an_error(outbox: Outbox) -> None:
         outbox.enqueue(rule_fired(), event_id="a")
 
 
+@pytest.mark.servers("postgresql")
+def test_rows_that_a_trigger_of_a_server_leaves_out_are_an_error(outbox: Outbox) -> None:
+    with outbox.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION leave_out() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+        )
+        connection.exec_driver_sql(
+            "CREATE TRIGGER leave_out BEFORE INSERT ON observation_events FOR EACH ROW EXECUTE FUNCTION leave_out()"
+        )
+    for number in (1, 64):
+        with pytest.raises(StorageError, match=f"^a trigger of the database left out some of {number} events$"):
+            outbox.enqueue_many([rule_fired()] * number)
+
+
 def test_another_error_than_a_duplicate_is_raised(outbox: Outbox) -> None:
     refuse(outbox, "INSERT", "observation_events", "no inserts today")
     with pytest.raises(StorageError, match="no inserts today"):

@@ -1,12 +1,13 @@
 """The contract of the dialects, on every database."""
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 
 from builders import NOON_MS, add_row, statuses
 from outbox import Outbox
 from outbox.storage.claimed import Kind, Wanted
 from outbox.storage.dialects import dialect_of
+from outbox.storage.dialects.base import Dialect
 from outbox.storage.engines import reading
 from outbox.storage.pauses import NEW
 from outbox.storage.tables import Base, destinations, ledger
@@ -32,6 +33,16 @@ def test_a_row_that_is_there_is_added_to(outbox: Outbox) -> None:
 def test_a_row_that_is_there_is_left_as_it_is(outbox: Outbox) -> None:
     assert insert_or_add(outbox, destinations, adds=None, **PAUSE) == [PAUSE]
     assert insert_or_add(outbox, destinations, adds=None, **{**PAUSE, "failures": 9}) == [PAUSE]
+
+
+@pytest.mark.sqlite
+def test_by_default_the_driver_makes_the_cursor_and_gets_no_options(outbox: Outbox) -> None:
+    url = make_url("standard://host/shop?timeout=3")
+    assert Dialect().driver_options(url) == (url, {})
+    with reading(outbox.engine) as connection:
+        driver = connection.connection.dbapi_connection
+        cursor = Dialect().plain_cursor(driver, connection.dialect)
+        assert cursor.execute("SELECT 1").fetchall() == [(1,)]
 
 
 def test_the_indexes_of_a_dialect_are_declared(outbox: Outbox) -> None:
