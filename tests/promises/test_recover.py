@@ -22,7 +22,7 @@ from test_docs import blocks, is_as_shown, steps_of
 
 PAGE = "docs/recover.md"
 TWO_O_CLOCK = NOON.replace(hour=2)
-REJECTED = Answer(422, "EURO is not a currency")
+REJECTED = Answer(400, "EURO is not a currency")
 SETTINGS = """
 database = "sqlite:///outbox.db"
 destinations.billing = {{ url = "{billing}", auth = "none" }}
