@@ -520,9 +520,15 @@ worker = Worker(outbox, client)
 worker.start()
 outbox.enqueue(rule_fired())
 until(lambda: client.sizes == [1])
+is_stopped, stopped = os.pipe()
 if child := os.fork():
+    worker.stop()  # it would deliver the events of the child
+    os.close(stopped)
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status))
+os.close(stopped)
+os.read(is_stopped, 1)
+os.close(is_stopped)
 outbox.pending_count()
 taken = []
 try:

@@ -199,11 +199,9 @@ class Revival:
 
         def unpark(transaction: Transaction) -> int:
             know(self._dialect, transaction, destination)
-            if not transaction.change(BEGIN_UNPARK, **this):
-                return 0
-            return transaction.change_rows(
-                UNPARK_ROWS, [row_id for (row_id,) in found], now=now_ms, spread=spread_ms
-            )
+            is_first = transaction.change(BEGIN_UNPARK, **this)
+            row_ids = [row_id for (row_id,) in found] if is_first else []
+            return transaction.change_rows(UNPARK_ROWS, row_ids, now=now_ms, spread=spread_ms)
 
         return self._writer.run(unpark, survives_power_cut=False) if found else 0
 
