@@ -114,6 +114,18 @@ def test_no_rows_that_wait_are_sorted_although_few_are_expected(outbox: Outbox, 
             assert max([*read, *removed]) <= 600, told
 
 
+def test_no_query_is_compiled_for_a_sort_that_is_avoided(outbox: Outbox) -> None:
+    show = text("SELECT current_setting('jit'), current_setting('enable_sort')")
+    with outbox.engine.begin() as connection:
+        connection.execute(text("SELECT set_config('jit', 'on', false)"))
+    with outbox.engine.connect() as connection:
+        with connection.begin():
+            postgresql_claims.read_in_order(Transaction(connection.exec_driver_sql, connection.dialect, {}))
+            assert connection.execute(show).one() == ("off", "off")
+        with connection.begin():
+            assert connection.execute(show).one() == ("on", "on")
+
+
 def check(plan: list[str], name: str) -> None:
     """Check that each index scan has a condition on the destination, unless it looks rows up by their ids."""
     told = f"{name}:\n" + "\n".join(plan)
