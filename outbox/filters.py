@@ -111,7 +111,7 @@ class Where:
 
 
 def valid(where: Where | None, **conditions: Any) -> Where:
-    """Return `where`, or a `Where` with these conditions. A condition that is None is not given.
+    """Return `where` if it is given, else a `Where` with those conditions that are not None.
 
     Raises `ConfigurationError` if `where` is no `Where`, or if both are given.
     """

@@ -196,7 +196,7 @@ def _figures(stats: Stats, labels: Mapping[str, str]) -> dict[str, Mapping[tuple
 def _events(by_type: Iterable[tuple[str, Mapping[str, int]]]) -> Counter[tuple[str, ...]]:
     events: Counter[tuple[str, ...]] = Counter()
     for rank, (event_type, counts) in enumerate(sorted(by_type, key=lambda one: (-sum(one[1].values()), one[0]))):
-        # Another program that writes to the file may store types that are not Unicode.
+        # A program without this library may have stored a type that is not valid Unicode.
         label = event_type.encode(errors="replace").decode() if rank < MOST_TYPES else OTHER
         events.update({(status.value, label): 0 for status in Status})
         for status, count in counts.items():

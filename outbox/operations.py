@@ -85,7 +85,7 @@ class Operations:
     ) -> maintenance.ActionReport:
         """Return matching abandoned events to the queue and reset their failures and age.
 
-        `retry` describes transactions, `dry_run` and `progress`.
+        Transactions, `dry_run` and `progress` work as in `retry`.
         """
         now = self.store.now_ms()
         acted = self.store.acting.requeue(valid(where), now_ms=now, dry_run=dry_run, progress=progress)
@@ -112,7 +112,7 @@ class Operations:
         """Cancel events that are pending or parked. They become abandoned, with `cancelled: …` as `last_error`.
 
         With a row id, return False and change nothing if the event is being sent, sent or abandoned, or not there.
-        With `where`, cancel the matching events; `retry` describes transactions, `dry_run` and `progress`.
+        With `where`, cancel the matching events. Transactions, `dry_run` and `progress` work as in `retry`.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigurationError(f"reason is {reason!r}, expected a text")
@@ -143,7 +143,7 @@ class Operations:
         Give `where`, or the other conditions: `event_type` selects the events of a type, `older_than` those
         created before a datetime with a time zone or epoch milliseconds, `destination` those of one. Raises
         `ConfigurationError` if `where`, `event_type` and `older_than` are all missing. The ledger counts the
-        deleted events. Events that are being sent are not deleted. `retry` describes transactions and `progress`.
+        deleted events. Events that are being sent are not deleted. Transactions and `progress` work as in `retry`.
         """
         if where is None and event_type is None and older_than is None:
             raise ConfigurationError("where, event_type and older_than are all None, expected one of them")

@@ -41,22 +41,22 @@ _NEXT_DESTINATION = select(func.min(columns.destination)).where(
 
 
 class Found(list[ObservationEvent]):
-    """The events that `Outbox.find` found, and how many it searched."""
+    """A page of events that match. `Outbox.find` returns it."""
 
     next: int | None = None
     """The `before` of the next call, or its `after` if the oldest events come first. None if there are no more
     events."""
     rows_read: int = 0
-    """How many events a search for text read."""
+    """The number of events that a search for text read; 0 without such a search."""
     is_complete: bool = True
     """False if a search for text ended at its limit. More events may match."""
 
 
 class EventCount(int):
-    """How many events `Outbox.count` counted, and how many it searched."""
+    """The number of events that match. `Outbox.count` returns it."""
 
     rows_read: int = 0
-    """How many events a search for text read."""
+    """The number of events that a search for text read; 0 without such a search."""
     is_complete: bool = True
     """False if a search for text ended at its limit. More events may match."""
 

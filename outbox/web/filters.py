@@ -1,4 +1,4 @@
-"""The conditions of the form above the events, as a URL carries them."""
+"""Reads the conditions for events from the URL of a page, and writes them into URLs."""
 
 from __future__ import annotations
 

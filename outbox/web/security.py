@@ -77,7 +77,7 @@ def is_secret(given: str) -> bool:
 
 
 def begin_session() -> None:
-    """Let the browser in until the session ends."""
+    """Start a session: this browser can use the console until the session ends."""
     session.clear()
     session["entered"] = True
     session.permanent = True

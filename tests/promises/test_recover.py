@@ -1,4 +1,4 @@
-"""The story of docs/recover.md: its commands print what it shows, and the pages of the console say what it says."""
+"""The story of docs/recover.md: each command prints the output that the story shows, and each page has the texts that the story quotes."""
 
 from __future__ import annotations
 

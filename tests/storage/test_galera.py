@@ -1,4 +1,4 @@
-"""What differs on a Galera cluster. tests/rigs has a real one; here, one server takes itself for a cluster."""
+"""What differs on a Galera cluster. tests/rigs starts a real cluster. These tests make one server believe that it is in a cluster."""
 
 from __future__ import annotations
 

@@ -228,7 +228,10 @@ class PostgreSQL(Dialect):
         return insert_new(transaction, postgresql.insert, rows, notification)
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-        """Lock and move the rows, and look for a hold and a pause, by one statement if possible."""
+        """Claim fresh rows by one statement, which also checks the hold and the pause.
+
+        Other claims take several statements.
+        """
         claimed = postgresql_claims.take_at_once(transaction, kind, wanted)
         if claimed.rows or wanted.unless_paused:
             return claimed

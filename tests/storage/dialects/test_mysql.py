@@ -48,7 +48,7 @@ def test_both_drivers_give_up_connecting_after_the_same_time() -> None:
 
 @pytest.mark.servers("mariadb")
 def test_several_events_are_inserted_by_one_statement_unless_they_are_large(outbox: Outbox) -> None:
-    """The server refuses statements of more than 16 MiB; the largest payload has 256 KiB."""
+    """64 of the largest payloads (256 KiB each) would make a statement of 16 MiB, which the server refuses."""
     inserts: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
