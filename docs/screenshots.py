@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 from outbox import BatchItem, HttpFailure, Outbox, UploadFailure
 from outbox.clock import now_ms
 from outbox.storage.engines import writing
-from outbox.storage.tables import ObservationEvent
+from outbox.storage.sql import events
 from outbox.web import create_app
 from outbox.web.serving import Server
 
@@ -31,6 +31,10 @@ FOLDER = Path(__file__).resolve().parent
 MINUTE_MS = 60_000
 SECONDS_OF_TRAFFIC = 24
 SECONDS_BETWEEN_TRIES = 3
+TYPES = ("order_placed", "order_placed", "order_shipped", "invoice_paid", "order_placed")
+DESTINATIONS = ("", "", "billing", "search")
+BURSTS = (False, False, False, True, True)
+"""In which steps orders are delivered, again and again."""
 
 DOWN = HttpFailure(503, "Service Unavailable")
 REJECTED = HttpFailure(422, "Unprocessable Entity", "amount must be positive")
@@ -52,16 +56,16 @@ class Service:
 
 def fill(outbox: Outbox) -> None:
     """Record the past of a shop: events that were delivered, rejected or wait for a service that is down."""
-    chance = random.Random(7)  # noqa: S311 - the pictures should look alike
     now = now_ms()
     rows: list[dict[str, Any]] = []
     for number in range(1, 1_900):
-        created_ms = now - chance.randrange(3 * MINUTE_MS, 2 * 24 * 60 * MINUTE_MS)
-        event_type = chance.choice(["order_placed", "order_placed", "order_shipped", "invoice_paid"])
+        # Multiples of a large number spread the events over two days, in the same way for all pictures.
+        created_ms = now - 3 * MINUTE_MS - number * 7_919_131 % (2 * 24 * 60 * MINUTE_MS)
+        event_type = TYPES[number % len(TYPES)]
         order = {"event_type": event_type, "order": f"o-{number}", "total": {"amount": "49.90", "currency": "EUR"}}
         row = {
             "event_type": event_type,
-            "destination": chance.choice(["", "", "billing", "search"]),
+            "destination": DESTINATIONS[number % len(DESTINATIONS)],
             "payload_json": json.dumps(
                 {**order, "items": [{"sku": "shoes-42", "count": 1}]}, separators=(",", ":")
             ),
@@ -71,14 +75,14 @@ def fill(outbox: Outbox) -> None:
             "status": "sent",
             "last_error": None,
             "retry_count": 0,
-            "sent_at_ms": created_ms + chance.randrange(200, 4_000),
+            "sent_at_ms": created_ms + 200 + number * 997 % 3_800,
         }
         if number % 200 == 0:
             failed = {"status": "abandoned", "last_error": f"permanent: {REJECTED}", "retry_count": 2}
             row |= {**failed, "sent_at_ms": None, "event_type": "invoice_paid", "destination": "billing"}
         rows.append(row)
     with writing(outbox.engine) as connection:
-        connection.execute(ObservationEvent.__table__.insert(), rows)  # type: ignore[attr-defined]
+        connection.execute(events.insert(), rows)
     for number in range(37):
         outbox.enqueue({"event_type": "invoice_paid", "order": f"o-{1_900 + number}"}, to="billing")
     for _ in range(3):
@@ -90,19 +94,15 @@ def fill(outbox: Outbox) -> None:
 
 def trade(outbox: Outbox, is_over: threading.Event) -> None:
     """Enqueue orders, and deliver them in bursts, until it is over."""
-    chance = random.Random(7)  # noqa: S311 - as above
-    step = 0
-    while not is_over.wait(0.25):
-        step += 1
+    for step, is_in_burst in enumerate(cycle(BURSTS)):
+        if is_over.wait(0.25):
+            return
         outbox.enqueue_many(
-            [
-                {"event_type": "order_placed", "order": f"o-{step}-{place}"}
-                for place in range(chance.randrange(1, 9))
-            ]
+            [{"event_type": "order_placed", "order": f"o-{step}-{place}"} for place in range(1 + step * 5 % 8)]
         )
         outbox.enqueue({"event_type": "invoice_paid", "order": f"o-{step}"}, to="billing")
         outbox.flush(Service(DOWN), destination="billing")
-        if step % 7 > 3:  # noqa: PLR2004 - a part of the time
+        if is_in_burst:
             outbox.flush(Service())
 
 

@@ -28,7 +28,7 @@ url = make_url(os.environ.get("DATABASE_URL", "sqlite:///shop.db"))
 on_sqlite = url.get_backend_name() == "sqlite"
 settings.configure(
     DEBUG=True,
-    SECRET_KEY="for trials only",  # noqa: S106 - as it says
+    SECRET_KEY=os.environ.get("SECRET_KEY", "for trials only"),
     ROOT_URLCONF=__name__,
     DATABASES={
         "default": {

@@ -22,7 +22,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 settings.configure(
     DEBUG=True,
-    SECRET_KEY="for trials only",  # noqa: S106 - as it says
+    SECRET_KEY=os.environ.get("SECRET_KEY", "for trials only"),
     ROOT_URLCONF=__name__,
     DATABASES={
         "default": {

@@ -48,7 +48,7 @@ class StorageError(OutboxError):
     """A database operation failed. The message says why and what to do."""
 
 
-class OutcomeUnknown(StorageError):  # noqa: N818 - the name says what is unknown
+class OutcomeUnknown(StorageError):  # noqa: N818 - it need not be an error: the commit may have succeeded
     """The connection to the database server broke during a commit: everything was committed, or nothing.
 
     To record an event once, enqueue it again with the same `event_id`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from outbox.clock import epoch_ms
 from outbox.destinations import shown, stored
@@ -14,6 +14,9 @@ from outbox.lifecycle import Status
 
 LARGEST_ID = 2**63 - 1
 """The largest row id, and the largest integer that the databases hold."""
+
+Progress = Callable[[int], object]
+"""It is called now and then, with the number of events that were read since its last call."""
 
 _MOST = 10_000
 _OF_UNICODE = ", in valid Unicode and without NUL"
@@ -108,6 +111,14 @@ class Where:
     @property
     def _given(self) -> set[str]:
         return {field.name for field in fields(self) if getattr(self, field.name) is not None}
+
+
+class Scan(NamedTuple):
+    """How far a search for text goes."""
+
+    at_most: int
+    """It reads at most this many rows that meet the other conditions."""
+    progress: Progress | None = None
 
 
 def valid(where: Where | None, **conditions: Any) -> Where:

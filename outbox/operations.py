@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 from outbox import holds, maintenance
 from outbox.destinations import shown, stored
 from outbox.failures import ConfigurationError
-from outbox.filters import LARGEST_ID, Where, cutoff_ms, valid
+from outbox.filters import LARGEST_ID, Progress, Scan, Where, cutoff_ms, valid
 from outbox.lifecycle import Status
 from outbox.outcomes import as_last_error
 from outbox.reasons import cancelled
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from outbox.holds import Hold
     from outbox.policy import Policy
     from outbox.stats import Stats
-    from outbox.storage.finding import EventCount, Found, Progress
+    from outbox.storage.finding import EventCount, Found
     from outbox.storage.store import Store
     from outbox.storage.tables import ObservationEvent
     from outbox.tries import Try
@@ -250,8 +250,7 @@ class Operations:
             newest_first=newest_first,
             before=before,
             after=after,
-            scan_limit=_scan(scan_limit),
-            progress=progress,
+            scan=_scan(scan_limit, progress),
         )
 
     def count(self, where: Where, *, scan_limit: int = SCAN_LIMIT, progress: Progress | None = None) -> EventCount:
@@ -260,7 +259,7 @@ class Operations:
         A search for text reads at most `scan_limit` events that meet the other conditions, the newest first. The
         result says how many it read, and whether these were all. `progress` is called as by `find`.
         """
-        return self.store.finding.count(valid(where), scan_limit=_scan(scan_limit), progress=progress)
+        return self.store.finding.count(valid(where), _scan(scan_limit, progress))
 
     def overdue_ms(self) -> int:
         """Return how long, in ms, the next event has been due; 0 if no event is due. Far cheaper than `stats`.
@@ -279,10 +278,10 @@ class Operations:
             wake()
 
 
-def _scan(limit: int) -> int:
+def _scan(limit: int, progress: Progress | None) -> Scan:
     if not 0 < limit < LARGEST_ID:
         raise ConfigurationError(f"scan_limit is {limit!r}, expected a whole number from 1 to {LARGEST_ID - 1}")
-    return limit
+    return Scan(limit, progress)
 
 
 def _stored(destination: str | None) -> str | None:

@@ -19,7 +19,7 @@ from outbox.failures import ConfigurationError
 from outbox.outbox import Outbox
 from outbox.words import escape
 
-SECRET = "OUTBOX_WEB_SECRET"  # noqa: S105 - the name of a variable
+VARIABLE = "OUTBOX_WEB_SECRET"
 
 _LARGEST_PORT = 65_535
 _EXPECTED = "an address and a port, such as 127.0.0.1:8765 or [::1]:8765"
@@ -58,7 +58,7 @@ def _address(_context: click.Context, _param: click.Parameter, value: str) -> Ad
     default="127.0.0.1:8765",
     show_default=True,
     callback=_address,
-    help=f"Listen on this address and port; port 0 picks a free port. Any address but loopback needs {SECRET}.",
+    help=f"Listen on this address and port; port 0 picks a free port. Any address but loopback needs {VARIABLE}.",
 )
 @click.option(
     "--host-name",
@@ -95,20 +95,17 @@ def web(
         raise ConfigurationError(
             f"`outbox web` needs {' and '.join(missing)}: pip install 'observation-outbox[web]'"
         )
-    from outbox.web import create_app  # noqa: PLC0415 - slow: it loads Flask, which only this command needs
-    from outbox.web.security import LOCAL_NAMES, from_this_machine  # noqa: PLC0415 - as above
-    from outbox.web.serving import Server  # noqa: PLC0415 - as above
+    from outbox.web.serving import Server, app_alone  # noqa: PLC0415 - slow: it loads Flask, which only this command needs
 
-    secret = os.environ.get(SECRET)
+    secret = os.environ.get(VARIABLE)
     if not secret and not listen.is_loopback:
-        raise click.UsageError(f"other machines can reach {listen.in_url}, expected a secret in {SECRET}")
+        raise click.UsageError(f"other machines can reach {listen.in_url}, expected a secret in {VARIABLE}")
     with Outbox(database, policy=policy_of(max_undelivered=max_undelivered)) as outbox:
         outbox.store.login_problems.update(login_problems())
-        app = create_app(
+        app = app_alone(
             outbox,
             secret=secret or None,
-            may_enter=None if secret else from_this_machine,
-            host_names={*LOCAL_NAMES, listen.in_url, *host_names},
+            host_names=[listen.in_url, *host_names],
             read_only=read_only,
             hide_payloads=hide_payloads,
         )

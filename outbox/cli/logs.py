@@ -76,7 +76,7 @@ def run_log(form: Form, *, verbose: int, quiet: bool) -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
             yield
         except (OutboxError, OSError) as error:
-            log.error("%s", error, extra={"event_name": "outbox.run_failed"})  # noqa: TRY400 - its text says what to do
+            log.error("%s", error, extra={"event_name": "outbox.run_failed"})  # noqa: TRY400 - the text says what to do, and a traceback would hide it
             raise click.exceptions.Exit(exit_code_of(error)) from None
         finally:
             for name, level in before.items():

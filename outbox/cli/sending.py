@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -113,8 +114,6 @@ def _at_once(flushes: list[_Flush]) -> Iterator[list[_Flush]]:
 
     No flush begins a batch after the end of the block.
     """
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to load, and rarely needed
-
     is_over = threading.Event()
 
     def go_on(_batch: FlushReport) -> None:

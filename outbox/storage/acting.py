@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import BigInteger, Text, and_, bindparam, or_, select
 
 from outbox import outcomes
-from outbox.filters import Where
+from outbox.filters import Progress, Where
 from outbox.lifecycle import Status, StatusOnly, fire, moves
 from outbox.storage.deletion import Deletable, Deletion
-from outbox.storage.finding import Finding, Progress
+from outbox.storage.finding import Finding
 from outbox.storage.pauses import RESUME_ALL
 from outbox.storage.revival import REQUEUE_ROWS
 from outbox.storage.sql import (

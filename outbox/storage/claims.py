@@ -141,7 +141,7 @@ class Claims:
 
         return self._writer.run(renew, survives_power_cut=False)
 
-    def settle(  # noqa: PLR0913 - a flusher gives the last three, and no other caller needs them
+    def settle(  # noqa: PLR0913 - each is one fact about the claim
         self,
         decided: Iterable[tuple[int, Outcome]],
         *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -20,15 +20,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from outbox.event_ids import parts_of
-from outbox.filters import LARGEST_ID, Where
+from outbox.filters import LARGEST_ID, Progress, Scan, Where
 from outbox.lifecycle import Status
 from outbox.storage.engines import reading
 from outbox.storage.identity import Identity, give_id
 from outbox.storage.sql import LAST_ID, columns, contains_text, is_one_of, without_index
 from outbox.storage.tables import ObservationEvent
-
-Progress = Callable[[int], object]
-"""It is called now and then, with the number of events that were read since its last call."""
 
 # How many ids are read at once, and how many rows.
 _PAGE = 100_000
@@ -61,6 +58,13 @@ class EventCount(int):
     """False if a search for text ended at its limit. More events may match."""
 
 
+class _Matches(NamedTuple):
+    ids: list[int]
+    rows_read: int
+    goes_on_at: int | None = None
+    """The last id that was read, if the search ended at its limit."""
+
+
 class Finding:
     """Reads the events that match."""
 
@@ -76,13 +80,11 @@ class Finding:
         newest_first: bool = False,
         before: int | None = None,
         after: int | None = None,
-        scan_limit: int,
-        progress: Progress | None = None,
+        scan: Scan,
     ) -> Found:
         """Return the first rows in the order of their ids. They are detached, and each has an event id.
 
-        `before` and `after` bound the ids. If the conditions have a text, at most `scan_limit` rows that meet the
-        other conditions are read.
+        `before` and `after` bound the ids.
         """
         found = Found()
         with reading(self._engine) as connection, Session(connection, expire_on_commit=False) as session:
@@ -92,7 +94,8 @@ class Finding:
             query = query.order_by(columns.id.desc() if newest_first else columns.id)
             ids: Sequence[int]
             if where.has_text:
-                ids = _with_text(connection, query, where, found, limit, scan_limit, progress)
+                ids, found.rows_read, found.next = _with_text(connection, query, where, limit, scan)
+                found.is_complete = found.next is None
             else:
                 ids = connection.scalars(query.limit(min(limit, LARGEST_ID - 1) + 1)).all()
             if len(ids) > limit > 0:
@@ -103,21 +106,18 @@ class Finding:
                 found.extend(by_id[row_id] for row_id in several)
         return found
 
-    def count(self, where: Where, *, scan_limit: int, progress: Progress | None = None) -> EventCount:
-        """Return how many rows match. A search for text reads the newest `scan_limit` rows."""
-        looked = Found()
+    def count(self, where: Where, scan: Scan) -> EventCount:
+        """Return how many rows match. A search for text reads the newest rows."""
         with reading(self._engine) as connection:
             conditions = self._conditions(connection, where)
             if where.has_text:
                 query = select(columns.id).where(*conditions).order_by(columns.id.desc())
-                events = len(_with_text(connection, query, where, looked, scan_limit, scan_limit, progress))
-            else:
-                events = (
-                    connection.scalar(select(func.count()).where(*conditions).select_from(ObservationEvent)) or 0
-                )
-        counted = EventCount(events)
-        counted.rows_read, counted.is_complete = looked.rows_read, looked.is_complete
-        return counted
+                ids, rows_read, goes_on_at = _with_text(connection, query, where, scan.at_most, scan)
+                counted = EventCount(len(ids))
+                counted.rows_read, counted.is_complete = rows_read, goes_on_at is None
+                return counted
+            query = select(func.count()).where(*conditions).select_from(ObservationEvent)
+            return EventCount(connection.scalar(query) or 0)
 
     def tally(self, where: Where, kinds: Select[Any], parameters: dict[str, Any]) -> Sequence[Any]:
         """Return what `kinds` selects of the rows that match, each kind once, with the number of its rows.
@@ -211,30 +211,20 @@ def page(conditions: Sequence[ColumnElement[bool]]) -> Select[Any]:
     return select(columns.id).where(*between, *conditions).order_by(columns.id).limit(_PAGE)
 
 
-def _with_text(  # noqa: PLR0913, PLR0917 - it is a part of two methods
-    connection: Connection,
-    query: Select[Any],
-    where: Where,
-    found: Found,
-    limit: int,
-    scan_limit: int,
-    progress: Progress | None,
-) -> list[int]:
+def _with_text(connection: Connection, query: Select[Any], where: Where, limit: int, scan: Scan) -> _Matches:
     """Return the ids of the rows of a query that have the texts, up to one more than the limit."""
-    ids = connection.scalars(query.limit(scan_limit + 1)).all()
+    ids = connection.scalars(query.limit(scan.at_most + 1)).all()
     matching: list[int] = []
-    for several in _slices(ids[:scan_limit]):
+    rows_read = 0
+    for several in _slices(ids[: scan.at_most]):
         these = {*connection.scalars(select(columns.id).where(columns.id.in_(several), *_texts(where)))}
         matching += [row_id for row_id in several if row_id in these]
-        found.rows_read += len(several)
-        if progress is not None:
-            progress(len(several))
+        rows_read += len(several)
+        if scan.progress is not None:
+            scan.progress(len(several))
         if len(matching) > limit:
-            return matching
-    if len(ids) > scan_limit:
-        found.is_complete = False
-        found.next = ids[scan_limit - 1]
-    return matching
+            return _Matches(matching, rows_read)
+    return _Matches(matching, rows_read, goes_on_at=ids[scan.at_most - 1] if len(ids) > scan.at_most else None)
 
 
 def _texts(where: Where) -> Iterator[ColumnElement[bool]]:

@@ -60,7 +60,7 @@ def _plain(element: without_index, compiler: Any, **options: Any) -> str:
 unindexed_status = without_index(columns.status)
 
 
-class contains_text(FunctionElement[Any]):  # noqa: N801 - as above
+class contains_text(FunctionElement[Any]):  # noqa: N801 - it reads as a function, like SQLAlchemy's own
     """The condition that a column contains a text. It has no wildcards, and case counts on every database."""
 
     type = Boolean()

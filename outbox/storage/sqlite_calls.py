@@ -73,7 +73,7 @@ class Call(Generic[Result]):
         "result",
     )
 
-    def __init__(self, operation: Callable[[Transaction], Result], is_single: bool, is_synced: bool) -> None:  # noqa: FBT001 - by name, it would cost more at each enqueue
+    def __init__(self, operation: Callable[[Transaction], Result], *, is_single: bool, is_synced: bool) -> None:
         self.operation = operation
         self.is_single = is_single
         self.is_synced = is_synced

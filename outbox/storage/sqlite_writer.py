@@ -76,7 +76,7 @@ class SQLiteWriter(Writer):
         leaves unknown whether the operation is committed, if it arrives while the commit may be under way.
         """
         self._process.check()
-        call = Call(operation, is_single, survives_power_cut)
+        call = Call(operation, is_single=is_single, is_synced=survives_power_cut)
         if not shares_commit:
             while not call.attempt.committed:
                 self._try(call)

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import waitress
 
+from outbox.web import create_app
+from outbox.web.security import LOCAL_NAMES, from_this_machine
+
 if TYPE_CHECKING:
     from flask import Flask
 
+    from outbox.outbox import Outbox
+
 _THREADS = 8
+
+
+def app_alone(
+    outbox: Outbox, *, secret: str | None, host_names: Iterable[str], read_only: bool, hide_payloads: bool
+) -> Flask:
+    """Return the console for a program of its own. Without a secret, only this machine may use it.
+
+    It answers to the names of this machine and to `host_names`.
+    """
+    return create_app(
+        outbox,
+        secret=secret,
+        may_enter=None if secret else from_this_machine,
+        host_names={*LOCAL_NAMES, *host_names},
+        read_only=read_only,
+        hide_payloads=hide_payloads,
+    )
 
 
 class Server:

@@ -51,7 +51,7 @@ def test_a_port_that_is_in_use_is_named(run, url):
 
 
 def test_with_a_secret_web_asks_for_it(run, url, visit, monkeypatch):
-    monkeypatch.setenv(console.SECRET, "a-secret-of-the-tests")
+    monkeypatch.setenv(console.VARIABLE, "a-secret-of-the-tests")
     Outbox.open(url).close()
     result = run("web", "--listen", "0.0.0.0:0")
     assert result.exit_code == 0

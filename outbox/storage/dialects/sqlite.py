@@ -181,7 +181,7 @@ class SQLite(Dialect):
         self,
         transaction: Transaction,
         rows: Rows,
-        notification: ColumnElement[Any] | None,  # noqa: ARG002 - SQLite has none
+        notification: ColumnElement[Any] | None,  # noqa: ARG002 - the base's signature; SQLite can't notify
     ) -> list[int]:
         """Insert without asking for each id: no other transaction writes, so they follow each other."""
         return insert_counted(transaction, rows)
