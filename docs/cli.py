@@ -12,9 +12,9 @@ PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """\
 # Command line
 
-This page lists all commands of `outbox` and their options, as `outbox COMMAND --help` shows them. An AGE is a
-number and a unit, such as `30s`, `10m`, `12h` or `7d`. The options `--older-than`, `--newer-than` and
-`--due-after` also accept a date and time with its zone, such as `2026-11-24T12:00:00Z`.
+This page lists all commands of `outbox` and their options, as `outbox COMMAND --help` or `-h` shows them. A
+DURATION is a number and a unit, such as `30s`, `10m`, `12h` or `7d`. A MOMENT is a date and time with its zone,
+such as `2026-11-24T12:00:00Z`, or a duration, which means that long ago.
 
 `list`, `retry`, `requeue`, `abandon` and `purge` take the same conditions: row ids and options. An event must meet
 all conditions. If an option is repeated, one of its values is enough. [Recover](recover.md#find-events) has

@@ -3,8 +3,7 @@
     export OUTBOX_DATABASE_URL=… OUTBOX_URL=… OUTBOX_TOKEN=… CELERY_BROKER_URL=…
     celery --workdir examples --app celery_app worker --beat
 
-Any number of workers may run it at once: no two of them ever hold the same event. They have to know your event
-types, so import the modules that define them.
+Any number of workers may run it at once: no two of them ever hold the same event.
 """
 
 import os

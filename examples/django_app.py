@@ -53,13 +53,13 @@ class Order(models.Model):
     item = models.CharField(max_length=80)
 
     class Meta:
-        """A file alone is no app."""
+        """Django needs this label, because the model is not in an installed app."""
 
         app_label = "shop"
 
 
 class OrderPlaced(Event, tag="order_placed"):
-    """What others are told of it."""
+    """The event that reports an order."""
 
     order_id: int
     item: str

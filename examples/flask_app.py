@@ -30,7 +30,7 @@ class Order(Base):
 
 
 class OrderPlaced(Event, tag="order_placed"):
-    """What others are told of it."""
+    """The event that reports an order."""
 
     order_id: int
     item: str

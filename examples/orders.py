@@ -15,7 +15,7 @@ from sqlalchemy import String, create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from outbox import Event, HttpClient, Instant, Outbox
-from outbox.testing.receiver import IngestServer
+from outbox.testing import ScriptedServer
 
 
 class Base(DeclarativeBase):
@@ -31,7 +31,7 @@ class Order(Base):
 
 
 class OrderPlaced(Event, tag="order_placed"):
-    """What others are told of it."""
+    """The event that reports an order."""
 
     order_id: int
     item: str
@@ -68,7 +68,7 @@ def main(database: str) -> None:
     print(f"{orders} order, {outbox.pending_count()} event")
 
     with ExitStack() as stack:
-        url = os.environ.get("OUTBOX_URL") or stack.enter_context(IngestServer()).url
+        url = os.environ.get("OUTBOX_URL") or stack.enter_context(ScriptedServer()).url
         client = stack.enter_context(HttpClient(url, token=os.environ.get("OUTBOX_TOKEN", "trial")))
         print(f"{outbox.flush_all(client).sent} sent")
     engine.dispose()

@@ -1,5 +1,6 @@
 """A Django service, in one file, that ships each order once, however often it receives the order's event.
 
+pip install django standardwebhooks
 export WEBHOOK_SECRET=whsec_c2VjcmV0LW9mLXRyaWFscw==
 python examples/receive_django.py runserver --noreload &
 
@@ -43,7 +44,7 @@ class ReceivedEvent(models.Model):
     event_id = models.CharField(max_length=191, primary_key=True)
 
     class Meta:
-        """A file alone is no app."""
+        """Django needs this label, because the model is not in an installed app."""
 
         app_label = "warehouse"
 
@@ -54,7 +55,7 @@ class Shipment(models.Model):
     order_id = models.IntegerField()
 
     class Meta:
-        """A file alone is no app."""
+        """Django needs this label, because the model is not in an installed app."""
 
         app_label = "warehouse"
 

@@ -1,5 +1,6 @@
 """A Flask service that ships each order once, however often it receives the order's event.
 
+pip install flask sqlalchemy standardwebhooks
 export WEBHOOK_SECRET=whsec_c2VjcmV0LW9mLXRyaWFscw==
 flask --app examples/receive_flask run &
 
@@ -56,5 +57,5 @@ def receive() -> tuple[str, int]:
     except IntegrityError:
         with Session(engine) as session:
             if session.get(ReceivedEvent, event_id) is None:
-                raise  # the work failed, not the id
+                raise  # another constraint failed: this event is not a duplicate
     return "", 204

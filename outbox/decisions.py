@@ -1,4 +1,7 @@
-"""Decides the outcome of a row after its upload failed. No I/O, no clock."""
+"""Decides the outcome of a row after its upload failed.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def after_shared_failure(
     """Decide what a failure does to a row that probably did not cause it.
 
     401 and 403 park the row. After a 429 it waits for the delay, after any other failure for the backoff. It is
-    abandoned if it is too old. With `keeps_row`, a row that waited for `row` still waits for `row`.
+    abandoned if it is too old. With `keeps_row`, a row that waited for `row` still does, except after a 429.
     """
     judged = verdict(failure, policy)
     if judged is Verdict.AUTH_BLOCKED:

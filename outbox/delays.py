@@ -1,4 +1,7 @@
-"""Delays: the backoff of a row, and its jitter. Pure arithmetic."""
+"""Delays: the backoff of a row, and its jitter.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where events go: the names of destinations, and the routes from event types to destinations. Pure.
+"""Where events go: the names of destinations, and the routes from event types to destinations.
+
+This module does no I/O and reads no clock.
 
 Callers and operators call the default destination `default`. The database stores an empty text for it, like
 programs that know no destinations. All code below the facade uses stored names.
@@ -92,7 +94,7 @@ class Routes:
         """Group events by their destinations, in order. `to` names those of all events, instead of the routes."""
         everyones = self._others if to is None else stored_names(to, "to")
         by_type = self._by_type if to is None else {}
-        if not may_have_ids and not by_type:  # mostly
+        if not may_have_ids and not by_type:  # fast path: most calls
             return [Addressed(everyones, False, rows)]
 
         def kind(row: dict[str, Any]) -> tuple[tuple[str, ...], bool]:

@@ -1,4 +1,4 @@
-"""The event types of the original service, which this package brings along."""
+"""The event types of difflore's service, which this package brings along."""
 
 from __future__ import annotations
 

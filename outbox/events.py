@@ -179,12 +179,11 @@ def _given(event: Mapping[str, Any] | Model, *, strict: bool) -> tuple[Mapping[s
         raise InvalidEvent(f"the key {strange[0]!a} is {type(strange[0]).__name__}, expected text")
     name = given.get("event_type")
     known = _registry.types().get(name) if isinstance(name, str) else None
+    found = f"event_type is {name!a}" if "event_type" in given else "the event has no event_type"
     if strict and known is None:
-        raise InvalidEvent(f"event_type is {name!a}, expected one of {', '.join(sorted(_registry.types()))}")
+        raise InvalidEvent(f"{found}, expected one of {', '.join(sorted(_registry.types()))}")
     if known is None and not _is_name(name):
-        raise InvalidEvent(
-            f"event_type is {name!a}, expected a printable text of 1 to {MAX_TYPE_LENGTH} characters"
-        )
+        raise InvalidEvent(f"{found}, expected a printable text of 1 to {MAX_TYPE_LENGTH} characters")
     return given, known
 
 

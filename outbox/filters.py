@@ -1,4 +1,7 @@
-"""Which events an operator means. Pure."""
+"""Which events an operator means.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ LARGEST_ID = 2**63 - 1
 """The largest row id, and the largest integer that the databases hold."""
 
 Progress = Callable[[int], object]
-"""It is called now and then, with the number of events that were read since its last call."""
+"""A function that is called from time to time, with the number of events that were read since its last call."""
 
 _MOST = 10_000
 _OF_UNICODE = ", in valid Unicode and without NUL"

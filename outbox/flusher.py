@@ -71,7 +71,7 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
     claimed = store.claims.claim(
         now_ms=now,
         lease_until_ms=lease_until_ms,
-        # The original judges a claim by the answer to all of its events.
+        # `Policy.original()` judges a claim by the answer to all of its events.
         batch_size=1 if one_by_one and policy.is_original else policy.batch_size,
         destination=destination,
         is_original=policy.is_original,
@@ -104,10 +104,10 @@ def flush(  # noqa: PLR0913 - what only a worker needs is optional
 def _look_after(store: Store, policy: Policy, claim: HeldClaim) -> None:
     """Do the maintenance that is due. A failure is only logged; the next flush tries again."""
     now = store.now_ms()
-    chores = maintenance.look(store, policy, claim.destination, now_ms=now)
+    chores = maintenance.due_chores(store, policy, claim.destination, now_ms=now, seen=claim.chores_row)
     if chores is None:
         return
-    if claim.has_sent:
+    if claim.sent:
         if chores.is_troubled:
             claim.end_pause()
         maintenance.bring_back(store, policy, chores, now_ms=now, ended_failures=claim.ended_failures)
@@ -127,7 +127,7 @@ def _refuse_long_deadline(policy: Policy, client: UploadClient) -> None:
 def _nothing_claimed(store: Store, policy: Policy, claimed: Claim, *, now_ms: int) -> FlushReport:
     pause, hold = claimed.pause, claimed.hold
     is_paused = hold is not None or pause.holds_until_ms > now_ms
-    chores = maintenance.look(store, policy, claimed.destination, now_ms=now_ms)
+    chores = maintenance.due_chores(store, policy, claimed.destination, now_ms=now_ms)
     if chores is not None:
         if not is_paused:
             maintenance.try_parked(store, policy, chores, now_ms=now_ms)

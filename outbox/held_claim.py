@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from outbox import maintenance, outcomes, reasons, tracing
 from outbox.clock import monotonic_s
@@ -19,8 +20,9 @@ from outbox.lifecycle import Status, StatusOnly, fire
 from outbox.outcomes import Outcome
 from outbox.pauses import ClaimResult, SharedPause
 from outbox.policy import Policy, verdict
-from outbox.records import BatchItem, Claim, ClaimedRow, FlushReport, UploadClient
+from outbox.records import LOST_LEASES_ALONE, BatchItem, Claim, FlushReport, UploadClient
 from outbox.search import Search
+from outbox.storage.claims import SettleResult
 from outbox.storage.pauses import Changed
 from outbox.storage.store import Store
 from outbox.tries import Failed, failed
@@ -44,13 +46,10 @@ class HeldClaim:
     def __init__(
         self, store: Store, policy: Policy, client: UploadClient, claimed: Claim, lease_until_ms: int
     ) -> None:
-        self._store = store
-        self._policy = policy
-        self._client = client
+        self._store, self._policy, self._client = store, policy, client
         self.destination = claimed.destination
-        self._rows, self._invalid = claimed.rows, claimed.invalid
+        self._rows, self._invalid, self._due_at_ms = claimed.rows, claimed.invalid, claimed.due_at_ms
         self._created_at_ms = {row.id: row.created_at_ms for row in claimed.rows}
-        self._due_at_ms = claimed.due_at_ms
         self._pause = claimed.pause
         self._probe_lease_ms = lease_until_ms if claimed.is_probe else None
         self._failed: dict[int, Failed] = {}
@@ -59,22 +58,19 @@ class HeldClaim:
         """Number of failures in a row of the destination that an acceptance of this claim ended."""
         # The first exception of the client that is no `UploadFailure`.
         self._bug: Exception | None = None
-        self._lock = threading.RLock()
-        self._lease_until_ms = lease_until_ms
+        self._lock, self._lease_until_ms = threading.RLock(), lease_until_ms
         # Rows without an outcome, and rows that the service accepted and the database does not show as sent yet.
         self._open = {row.id for row in claimed.rows}
         self._accepted: list[int] = []
         self._landed: Counter[str] = Counter()
-        self._sent = self._lost_leases = 0
+        self._lost_leases = self.sent = 0
+        """Number of rows that the service accepted."""
+        self.chores_row: tuple[Any, ...] | None = None
+        """The row of the query for chores, if the last settlement ran that query."""
         self._news: list[Upload | Settlement] = []
 
-    @property
-    def has_sent(self) -> bool:
-        """Whether the service accepted a row."""
-        return self._sent > 0
-
     def take_batch(self, *, one_by_one: bool = False) -> list[BatchItem]:
-        """Return the rows of the first request. Abandon invalid rows, and release rows that do not fit in it.
+        """Return the rows of the first request. Abandon invalid rows, and release rows that are not in it.
 
         With `one_by_one`, each row gets a request of its own, so all fit.
         """
@@ -85,20 +81,25 @@ class HeldClaim:
             if row.id not in undecodable:
                 try:
                     check(row.payload_json)
-                    batch.append(BatchItem(*row))
+                    batch.append(row)
                 except InvalidEvent as error:
                     undecodable[row.id] = str(error)
         found = [(row_id, abandonment(reasons.undecodable(why))) for row_id, why in undecodable.items()]
+        if not (one_by_one or self._policy.is_original):
+            # A claim finds such a row among others if a program that does not know this column rescheduled it.
+            batch.sort(key=lambda row: row.lost_leases < LOST_LEASES_ALONE)
         size = len(batch) if one_by_one else self._fitting(batch)
         found += [(row.id, outcomes.release(next_attempt_at_ms=self._due_at_ms[row.id])) for row in batch[size:]]
         self.settle(found)
         return batch[:size]
 
     def _fitting(self, batch: list[BatchItem]) -> int:
-        """Return how many of the first rows fit in one request, by the client's `fit`. If that fails: all."""
-        fit = getattr(self._client, "fit", None)
-        if fit is None or len(batch) <= 1 or self._policy.is_original:
+        """Return how many of the first rows go into one request, by the client's `fit`. If that fails: all."""
+        fit = getattr(self._client, "fit", None) or len
+        if len(batch) <= 1 or self._policy.is_original:
             return len(batch)
+        if batch[0].lost_leases >= LOST_LEASES_ALONE:
+            return 1
         try:
             size = fit(tuple(batch))
         except Exception as error:  # noqa: BLE001 - the flush raises it once the rows are settled
@@ -120,8 +121,9 @@ class HeldClaim:
                 )
                 self._lost_leases += len(self._open) - len(held)
                 self._open = held
-            not_open = [row.id for row in self._rows if row.id not in self._open]
-        search.drop(not_open, now_ms=now)
+            gone = self._created_at_ms.keys() - self._open
+        if gone:
+            search.drop(gone, now_ms=now)
         return search.next_part()
 
     def send(self, part: tuple[BatchItem, ...], search: Search[BatchItem]) -> None:
@@ -145,16 +147,8 @@ class HeldClaim:
     ) -> None:
         failure = answer if isinstance(answer, UploadFailure) else None
         now = self._store.now_ms()
-        judged = None if failure is None else verdict(failure, self._policy)
-        self._news.append(
-            Upload(
-                len(part),
-                duration_ms,
-                judged,
-                None if failure is None else str(failure),
-                shown(self.destination),
-            )
-        )
+        judged, why = (None, None) if failure is None else (verdict(failure, self._policy), str(failure))
+        self._news.append(Upload(len(part), duration_ms, judged, why, shown(self.destination)))
         if not answer:
             search.accepted(part, now_ms=now)
             return
@@ -175,7 +169,7 @@ class HeldClaim:
                 for named in failures.values():
                     check_failure(named)  # an invalid failure is a bug, too
             except UploadFailure as failure:
-                check_failure(failure)  # as above
+                check_failure(failure)  # an invalid failure is a bug, too
                 return failure
         except Exception as error:  # noqa: BLE001 - the flush raises it once the rows are settled
             known = requests_failure(error, self._client)
@@ -193,15 +187,18 @@ class HeldClaim:
         with self._lock:
             # A delivery is also recorded for a row that was released meanwhile.
             ours = [settled for settled in decided if settled[1].trigger == "deliver" or settled[0] in self._open]
-            landed = self._record(ours)
-            self._open -= {row_id for row_id, _ in ours}
+            row_ids = {row_id for row_id, _ in ours}
+            is_troubled = bool(self._failed or self._pause.failures or self._pause.until_ms)
+            with_chores = self._open <= row_ids and not is_troubled  # else the pause ends first
+            landed, self.chores_row = self._record(ours, with_chores=with_chores)
+            self._open -= row_ids
             self._landed += landed
             self._news.append((ours, landed))
             delivered = sum(outcome.trigger == "deliver" for _, outcome in ours)
             self._lost_leases += len(ours) - delivered - (landed.total() - landed["deliver"])
-            self._sent += delivered
+            self.sent += delivered
         self._accepted = []
-        if delivered and (self._failed or self._pause.failures or self._pause.until_ms):
+        if delivered and is_troubled:
             self.end_pause()
 
     def raise_bug(self, later: BaseException | None = None) -> None:
@@ -211,12 +208,11 @@ class HeldClaim:
 
     def end_pause(self) -> None:
         """End the pause of the destination, because the service accepted a row."""
-        changed = None if self._policy.is_original else self._change_pause("resuming", self._rule_after_acceptance)
+        if self._policy.is_original:
+            return
+        changed = self._change_pause("resuming", lambda pause: pause.when_accepted(seen=self._pause.number))
         if changed is not None:
             self.ended_failures = max(self.ended_failures, changed.before.failures)
-
-    def _rule_after_acceptance(self, pause: SharedPause) -> SharedPause:
-        return pause.when_accepted(seen=self._pause.number)
 
     def end(self, result: ClaimResult) -> int | None:
         """Share the result of the claim with all flushers. Return when the destination's pause ends, or None."""
@@ -247,7 +243,7 @@ class HeldClaim:
         return FlushReport(
             claimed=len(self._rows) - self._landed["release"],
             attempted=attempted,
-            sent=self._sent,
+            sent=self.sent,
             rescheduled=self._landed["reschedule"],
             parked=self._landed["park"],
             abandoned=self._landed["abandon"],
@@ -274,7 +270,7 @@ class HeldClaim:
         try:
             now = self._store.now_ms()
             decided = [(row.id, self._last_outcome(row, now)) for row in self._rows if row.id in given_back]
-            self._news.append((decided, self._record(decided)))
+            self._news.append((decided, self._record(decided).landed))
         except OutboxError as error:
             rows = [row for row in self._rows if row.id in given_back]
             log.warning(
@@ -290,17 +286,19 @@ class HeldClaim:
                 },
             )
 
-    def _last_outcome(self, row: ClaimedRow, now_ms: int) -> Outcome:
+    def _last_outcome(self, row: BatchItem, now_ms: int) -> Outcome:
         if row.id in self._accepted:
             return outcomes.deliver(sent_at_ms=now_ms)
         return outcomes.release(next_attempt_at_ms=now_ms)
 
-    def _record(self, decided: list[tuple[int, Outcome]]) -> Counter[str]:
+    def _record(self, decided: list[tuple[int, Outcome]], *, with_chores: bool = False) -> SettleResult:
         for _, outcome in decided:
             if outcome.trigger != "deliver":  # the delivered rows of a batch are one UPDATE
                 fire(StatusOnly(Status.SENDING), outcome.trigger)
+        views, now = self._store.views, self._store.now_ms()
         return self._store.claims.settle(
             decided,
+            query=views.chores_query(self._policy, self.destination, now_ms=now) if with_chores else None,
             lease_until_ms=self._lease_until_ms,
             created_at_ms=self._created_at_ms,
             destination=self.destination,

@@ -1,4 +1,7 @@
-"""The holds of destinations, which an operator begins and ends. Pure: no clock, no database."""
+"""The holds of destinations, which an operator begins and ends.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,11 @@ class Hold:
     """
 
     destination: str
+    """The name of the destination."""
     why: str
     """The operator's reason."""
     since_ms: int
+    """When the operator put the destination on hold."""
     until_ms: int | None
     """When the hold ends by itself; None if it lasts until an operator ends it."""
 

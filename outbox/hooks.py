@@ -13,7 +13,7 @@ from outbox.destinations import DEFAULT_NAME, shown
 from outbox.failures import ConfigurationError
 from outbox.outcomes import Outcome
 from outbox.policy import Verdict
-from outbox.records import ClaimedRow
+from outbox.records import BatchItem
 
 log = logging.getLogger("outbox")
 
@@ -57,6 +57,7 @@ class Upload:
 
     events: int
     duration_ms: float
+    """How long the request took, in ms."""
     verdict: Verdict | None
     """The meaning of the failure; None if the request was accepted."""
     failure: str | None
@@ -123,7 +124,7 @@ Settlement = tuple[list[tuple[int, Outcome]], Counter[str]]
 
 def tell(
     hooks: Sequence[Hooks],
-    rows: Iterable[ClaimedRow],
+    rows: Iterable[BatchItem],
     news: Iterable[Upload | Settlement],
     lost_leases: int,
     destination: str,
@@ -148,7 +149,7 @@ def tell(
 
 
 def _settled(
-    settlement: Settlement, known: dict[int, ClaimedRow], destination: str, *, is_heard: bool
+    settlement: Settlement, known: dict[int, BatchItem], destination: str, *, is_heard: bool
 ) -> Iterator[tuple[str, Settled]]:
     outcomes, landed = settlement
     for trigger, (word, level) in OUTCOMES.items():

@@ -1,4 +1,7 @@
-"""The search for the rows of a claim that make the service fail. Pure: no clock, no database, no HTTP."""
+"""The search for the rows of a claim that make the service fail.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class Isolation(Search[Row]):
     def _learn_from_failure(self, part: Sequence[Row], failure: UploadFailure, now_ms: int) -> None:
         self._is_refused_size = len(part) > 1 and is_too_large(failure)
         if self._concerns_every_row(failure, now_ms):
-            self._settle_all(failure, now_ms)
+            self._settle_all(failure, now_ms, keeps_row=self._order is not None)
         elif self._order is None and len(part) > 1:
             self._order = SearchOrder(part)
             if self._is_refused_size:
@@ -127,10 +130,15 @@ class Isolation(Search[Row]):
 
     def _settle_named(self, row: Row, failure: UploadFailure, now_ms: int, *, is_other_accepted: bool) -> None:
         is_rejected = verdict(failure, self._policy) is Verdict.PERMANENT
+        if is_other_accepted:
+            is_own = asked_delay_ms(failure, self._policy) is None
+        else:
+            # An answer that names every event of several may tell of a failure of the service.
+            is_own = len(self._rows) == 1 and not self._is_the_services((row,), failure, now_ms)
         if is_rejected and is_other_accepted:
             self._proven += 1
             self._settle(row, after_proof(failure))
-        elif is_rejected or (is_other_accepted and asked_delay_ms(failure, self._policy) is None):
+        elif is_rejected or is_own:
             self._settle_alone(row, failure, now_ms)
         else:
             self._settle(row, after_shared_failure(failure, row, now_ms=now_ms, policy=self._policy))
@@ -197,7 +205,7 @@ class OneByOne(Isolation[Row]):
 
 
 class OriginalIsolation(Search[Row]):
-    """The search of the original uploader: an acceptance proves every rejection in its claim.
+    """The search of difflore's uploader: an acceptance proves every rejection in its claim.
 
     Any failure except a rejection ends the search. Acceptances in other claims prove nothing.
     """

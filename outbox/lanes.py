@@ -53,7 +53,7 @@ class Lane:
         self._next_look_s = monotonic_s()
 
     def begin_look(self) -> None:
-        """Note that a look begins: it sees all events that are there now."""
+        """Forget earlier wake-ups: the look that begins now sees their events."""
         self._is_woken = False
 
     def pass_turn_on(self) -> bool:

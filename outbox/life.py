@@ -38,12 +38,15 @@ _LONGEST_INDENTED = 10_000
 _INDENTED_TIMES = 10
 
 _WAITS: dict[str, str] = {
-    WaitsFor.SERVICE: "the service probably failed, not this event; it is due when the service accepts another",
+    WaitsFor.SERVICE: (
+        "the service probably failed, not this event; the event is tried again when it is due, or when the service"
+        " accepts another event"
+    ),
     WaitsFor.DELAY: "the service asked for a delay",
     WaitsFor.PROOF: "the service rejected this event alone; it is a suspect until there is proof",
     WaitsFor.ROW: (
-        "this event failed alone while the service accepted others; the others are sent first,"
-        " and this one is abandoned only when it is too old"
+        "this event failed alone while the service seemed to work; other events are sent before"
+        " this one, which is abandoned only when it is too old"
     ),
 }
 
@@ -188,12 +191,14 @@ def _when_tried(due_ms: int, *, now_ms: int, pauses: Sequence[Pause]) -> str:
     is_due = due_ms <= now_ms
     text = f"has been due since {utc(due_ms)}" if is_due else f"waits until {when(due_ms, now_ms=now_ms)}"
     pause = max(pauses, key=lambda pause: pause.until_ms, default=None)
+    then = "" if is_due else "then "
     if pause is not None and pause.until_ms > max(due_ms, now_ms):
+        then = "then "
         until = when(pause.until_ms, now_ms=now_ms)
         text += f", but its destination is paused until {until}: {in_words(pause.last_error)}"
     if pause is not None and pause.failures >= PROBE_AFTER:
-        return f"{text}; then one event is sent as a probe, and the others when the service accepts it"
-    return f"{text}; then the next flush sends it"
+        return f"{text}; {then}one event is sent as a probe, and the others when the service accepts it"
+    return f"{text}; {then}the next flush sends it"
 
 
 def _why_it_waits(row: ObservationEvent, *, now_ms: int, policy: Policy) -> Iterator[tuple[str, str]]:
@@ -205,7 +210,8 @@ def _why_it_waits(row: ObservationEvent, *, now_ms: int, policy: Policy) -> Iter
     if row.status in (Status.PENDING, Status.SENDING) and not invalid_column(_columns(row)):
         earliest = when(row.suspected_at_ms + policy.proof_ms, now_ms=now_ms)
         text = f"the outbox abandons the event if the service rejects it alone again after {earliest}, and"
-        text += f" accepted another event since the first rejection, at most {duration(RECENT_MS)} earlier"
+        text += " accepted another event since the first rejection,"
+        text += f" at most {duration(RECENT_MS)} before the new rejection"
         yield "proof", text
 
 

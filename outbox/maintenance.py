@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outbox.destinations import DEFAULT_DESTINATION, Addressed
 from outbox.failures import ConfigurationError, OutboxError
@@ -144,9 +144,14 @@ def _per_type(acted: Acted) -> dict[str, int]:
     return dict(sorted(per_type.items()))
 
 
-def look(store: Store, policy: Policy, destination: str, *, now_ms: int) -> Chores | None:
-    """Return the maintenance that is due for a destination, or None if the database can't be read."""
-    chores = attempt("looking after", lambda: store.views.chores(policy, destination, now_ms=now_ms))
+def due_chores(
+    store: Store, policy: Policy, destination: str, *, now_ms: int, seen: tuple[Any, ...] | None = None
+) -> Chores | None:
+    """Return the maintenance that is due for a destination, or None if the database can't be read.
+
+    `seen` is the row of `chores_query`, if a settlement ran that query.
+    """
+    chores = attempt("looking after", lambda: store.views.chores(policy, destination, now_ms=now_ms, seen=seen))
     if chores is not None:
         store.claims.take_turns(destination, is_any_failed=chores.is_any_failed)
     return chores

@@ -57,7 +57,7 @@ OF_QUEUE = {
     "waiting": Measure(
         "outbox_waiting_events", "Pending events that failed, by what they wait for.", ("waits_for",)
     ),
-    "paused": Measure("outbox_paused_destinations", "Destinations that are paused for all hosts."),
+    "paused": Measure("outbox_paused_destinations", "Destinations that failed and have accepted nothing since."),
     "held": Measure(
         "outbox_destination_held", "1 while an operator holds the destination, else 0.", ("destination",)
     ),

@@ -36,7 +36,7 @@ class OutboxMetrics(Collector):
 
     A scrape reads the database, unless the last figures are recent enough: reading takes at most a tenth of the
     time. While the database can't be read, `outbox_up` is 0 and its other figures are missing. A registry holds
-    one outbox.
+    one outbox: a second one raises ValueError.
     """
 
     def __init__(self, outbox: Outbox, *, registry: CollectorRegistry = REGISTRY) -> None:

@@ -36,9 +36,11 @@ class Operations:
     wakers: set[Callable[[], object]]
 
     def retry_now(self, *, destination: str | None = None) -> int:
-        """Make waiting and parked events due now; return how many. None means all destinations.
+        """Make waiting and parked events due now, and end the pauses. Return how many events became due.
 
-        Events being sent are not changed.
+        None means all destinations. Events scheduled for later, by `not_before`, and events being sent stay as
+        they are. One transaction changes all events. `retry` can select events, and uses several
+        transactions.
         """
         count = self.store.revival.retry_now(_stored(destination), now_ms=self.store.now_ms())
         self._wake()
@@ -50,7 +52,8 @@ class Operations:
         """Return abandoned events created before `older_than` to the queue and reset their failures and age.
 
         With `dry_run`, they are only counted. `older_than` is a datetime with a time zone, or epoch milliseconds.
-        `destination` selects the events of one; None means all.
+        `destination` selects the events of one destination; None means all destinations. One transaction locks
+        and changes all these events. To select events, or to change them in several transactions, call `requeue`.
         """
         report = maintenance.requeue_abandoned(
             self.store,
@@ -113,6 +116,8 @@ class Operations:
 
         With a row id, return False and change nothing if the event is being sent, sent or abandoned, or not there.
         With `where`, cancel the matching events. Transactions, `dry_run` and `progress` work as in `retry`.
+
+        The stored text is cut at 2,048 characters. Raises `ConfigurationError` if the reason is empty.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigurationError(f"reason is {reason!r}, expected a text")
@@ -141,9 +146,10 @@ class Operations:
         """Delete events of any status for good; with `dry_run`, only count them.
 
         Give `where`, or the other conditions: `event_type` selects the events of a type, `older_than` those
-        created before a datetime with a time zone or epoch milliseconds, `destination` those of one. Raises
-        `ConfigurationError` if `where`, `event_type` and `older_than` are all missing. The ledger counts the
-        deleted events. Events that are being sent are not deleted. Transactions and `progress` work as in `retry`.
+        created before a datetime with a time zone or epoch milliseconds, `destination` those of one
+        destination. Raises `ConfigurationError` if `where`, `event_type` and `older_than` are all missing. The
+        ledger counts the deleted events. Events that are being sent are not deleted. Transactions and `progress`
+        work as in `retry`.
         """
         if where is None and event_type is None and older_than is None:
             raise ConfigurationError("where, event_type and older_than are all None, expected one of them")
@@ -161,7 +167,8 @@ class Operations:
         Events are still enqueued. A batch that is being sent is settled as usual. A retry or an acceptance does
         not end a hold. If the destination is on hold already, this replaces the reason and the end.
 
-        Raises `ConfigurationError` for a reason or an end that no hold can have.
+        Raises `ConfigurationError` for a reason that is empty or too long, and for an end that is in the past or
+        after the year 9999.
         """
         if for_ms is not None and until is not None:
             raise ConfigurationError("for_ms and until are both given, expected at most one of them")
@@ -192,17 +199,21 @@ class Operations:
         return self.store.views.pending_count()
 
     def stats(self) -> Stats:
-        """Return what is queued, what is stuck, and the likely cause."""
+        """Return what is queued, what is stuck, and the likely cause.
+
+        This counts all events, so its time grows with the table: about a second for a million events. Raises
+        `StorageError`.
+        """
         from outbox import stats  # noqa: PLC0415 - programs that only enqueue need not load the code that reads
 
         return stats.gather(self.store, self.policy, now_ms=self.store.now_ms())
 
     def get(self, row_id: int) -> ObservationEvent | None:
-        """Return one event, detached from the database, or None."""
+        """Return one event, detached from the database. None if it is not there, or no row id can be `row_id`."""
         return self.store.views.get(row_id) if 0 < row_id <= LARGEST_ID else None
 
     def tries(self, row_id: int) -> list[Try]:
-        """Return the last five failed tries of an event, the oldest first. An event that is gone has none."""
+        """Return the last five failed tries of an event, the oldest first. An event that is not there has none."""
         return self.store.tries.of(row_id) if 0 < row_id <= LARGEST_ID else []
 
     def find(  # noqa: PLR0913 - each condition is one
@@ -231,7 +242,8 @@ class Operations:
         many it read, and whether these were all. `progress` gets the number of events that were read since its
         last call.
 
-        Raises `ConfigurationError` for a condition or limit that no event can meet.
+        Raises `ConfigurationError` for a condition that no event can meet, and for a limit that is negative or
+        2^63 and more.
         """
         these = valid(
             where,
@@ -257,7 +269,7 @@ class Operations:
         """Return the number of events that match.
 
         A search for text reads at most `scan_limit` events that meet the other conditions, the newest first. The
-        result says how many it read, and whether these were all. `progress` is called as by `find`.
+        result says how many it read, and whether these were all. `progress` and the errors are those of `find`.
         """
         return self.store.finding.count(valid(where), _scan(scan_limit, progress))
 

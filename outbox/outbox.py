@@ -20,6 +20,7 @@ from outbox.new_rows import Redact, new_row
 from outbox.operations import Operations
 from outbox.policy import Policy
 from outbox.records import Replacement
+from outbox.storage import forks
 from outbox.storage.engines import Synchronous, default_url, engine_of
 
 if TYPE_CHECKING:
@@ -37,12 +38,11 @@ class Outbox(Operations):
     forked without Python's knowledge, as uWSGI does, calls on such an engine raise `StorageError`.
 
     The schema is only checked: if it is missing, or older or newer than this program's, this raises `SchemaError`,
-    which says what to do. `Outbox.open` upgrades the schema first. An unsupported driver raises
-    `ConfigurationError`.
+    which says what to do. `Outbox.open` upgrades the schema first. This raises `ConfigurationError` for an invalid
+    URL, driver, route or setting, and `StorageError` if the database can't be read.
 
     `synchronous` applies to SQLite. With FULL, accepted events survive a power cut; with NORMAL, only a crash.
-
-    With `strict`, or the policy of the original, every event needs a registered type.
+    With `strict`, or `Policy.original()`, every event needs a registered type.
 
     `redact` gets each validated event before it is written, and returns the event to write instead, which is
     validated too. It gets an `Event` if the type is registered, without keys that are not fields of the type;
@@ -80,7 +80,7 @@ class Outbox(Operations):
         self._redact = redact
         self.policy = (policy or Policy()).on(is_shared=self.store.is_shared)
         self.store.wait_for_server(self.policy)
-        self._is_strict = strict or self.policy.is_original  # to the original, other events are undecodable
+        self._is_strict = strict or self.policy.is_original  # difflore can't read other events
         try:
             schema.check(self.engine)
             if self.policy.max_undelivered:
@@ -90,7 +90,7 @@ class Outbox(Operations):
             raise
 
     @classmethod
-    def open(  # noqa: PLR0913 - as above
+    def open(  # noqa: PLR0913 - each setting has a default
         cls,
         database: str | URL | Engine | None = None,
         *,
@@ -100,9 +100,9 @@ class Outbox(Operations):
         strict: bool = False,
         routes: Mapping[str, str | Sequence[str]] | None = None,
     ) -> Self:
-        """Create or upgrade the schema, then open the outbox. None means the default file of the user.
+        """Create or upgrade the schema, then open the outbox. None means `outbox.db` in the user's data folder.
 
-        Only its owner can read a new SQLite file.
+        Only its owner can read a new SQLite file. Raises what `Outbox` raises.
         """
         engine = engine_of(default_url() if database is None else database, synchronous=synchronous)
         try:
@@ -141,7 +141,7 @@ class Outbox(Operations):
         not_before: datetime | int | None = None,
     ) -> list[int]: ...
 
-    def enqueue(  # noqa: PLR0913 - as above
+    def enqueue(  # noqa: PLR0913 - each setting has a default
         self,
         event: AnyEvent,
         *,
@@ -158,8 +158,8 @@ class Outbox(Operations):
         destination, all in one transaction and with the same event id. With a list, this returns row ids in its
         order, none if capture is off. If a route has several destinations, it returns the row id of the first.
 
-        The event is durable when this returns. With `session`, this is one INSERT in the session's transaction
-        instead: the event commits and rolls back with it. Nothing in the session is flushed, expired or committed.
+        The event is durable when this returns. With `session`, it is inserted in the session's transaction
+        instead, and commits and rolls back with it. Nothing in the session is flushed, expired or committed.
         `connection` does the same on an SQLAlchemy `Connection`, or on a driver's connection (DBAPI) to this
         database, such as Django's `connection.connection`; on a driver's connection without an open transaction,
         this commits each row by itself. With an `AsyncSession`, call this in its `run_sync`.
@@ -167,18 +167,18 @@ class Outbox(Operations):
         The event is an `Event`, a mapping, a Pydantic model, a dataclass or an attrs object. `event_type` names
         its type if the event has no key or attribute of this name. The fields of a registered type are checked. In
         an event of another type, a field `occurred_at` is the time of the event if it is RFC 3339 with an offset.
+        An event has at most 256 KiB as JSON, and its type at most 191 characters.
 
         `event_id` is your own id of the event: 1 to 191 printable ASCII characters without blanks. If the
         destination already has an event with this id, nothing is recorded and that event's row id is returned. If
-        another transaction is recording the same id, this waits for that transaction.
+        another transaction is recording the same id, this waits for that transaction. `not_before` is the earliest
+        time to send the event: a datetime with a time zone, or epoch milliseconds.
 
-        `not_before` is the earliest time to send the event: a datetime with a time zone, or epoch milliseconds.
-
-        Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if the
-        session or connection can't be used, `QueueFull` if the policy rejects events at the cap, and
-        `StorageError`. Then nothing was recorded, except after `OutcomeUnknown`: a connection broke during a
-        commit. The result is also unknown after an exception from outside, such as `KeyboardInterrupt` or the time
-        limit of a task queue. With `event_id`, commits that broke are repeated, and you can call this again.
+        Raises `InvalidEvent` if the event or its id is invalid or `redact` failed, `ConfigurationError` if another
+        argument is invalid, `QueueFull` if the policy rejects events at a bound, and `StorageError`. Nothing was
+        recorded then, except perhaps after `OutcomeUnknown`: the connection broke during the commit. The result is
+        also unknown after an exception from outside, such as `KeyboardInterrupt` or a task queue's time limit.
+        With `event_id`, commits that broke are repeated, and you can call this again.
         """
         # Lazy: while capture is off, nothing is converted.
         events = [event] if event_type is None else map(with_type, [event], [event_type])
@@ -186,11 +186,11 @@ class Outbox(Operations):
         ids = self.enqueue_many(
             events, session=session, connection=connection, event_ids=event_ids, to=to, not_before=not_before
         )
-        if to is not None and isinstance(to, list | tuple):
+        if isinstance(to, list | tuple):
             return ids
         return ids[0] if ids else None
 
-    def enqueue_many(  # noqa: PLR0913 - as above
+    def enqueue_many(  # noqa: PLR0913 - each setting has a default
         self,
         events: Iterable[AnyEvent],
         *,
@@ -200,11 +200,10 @@ class Outbox(Operations):
         to: str | list[str] | tuple[str, ...] | None = None,
         not_before: datetime | int | None = None,
     ) -> list[int]:
-        """Record all events in one transaction, or none. Return their row ids in order.
+        """Record all events in one transaction, or none. Return their row ids in order. All are held in memory.
 
         An event for several destinations has a row for each. The list has their ids one after the other, in the
         order of `to` or of the route.
-
         `event_ids` holds an id for each event, or None for an event without your own id. Of events with equal
         ids the first one is recorded. Otherwise it works like `enqueue`. The list is empty if OUTBOX_CAPTURE=false
         is set in the environment.
@@ -254,8 +253,7 @@ class Outbox(Operations):
                 raise ConfigurationError(
                     f"events has the key {row_id!r}, expected a row id from 1 to {LARGEST_ID}"
                 )
-        now = self.store.now_ms()
-        created = created_at_ms or {}
+        now, created = self.store.now_ms(), created_at_ms or {}
         rows = self._new_rows(events.values(), now_ms=now)
         replacements = [
             Replacement(row_id, row, created.get(row_id)) for row_id, row in zip(events, rows, strict=True)
@@ -279,15 +277,17 @@ class Outbox(Operations):
     def flush(self, client: UploadClient, *, destination: str | None = None) -> FlushReport:
         """Send one batch of due events of a destination; None and `default` mean the default destination.
 
-        A failed upload is not raised; the report describes it. Each destination needs a client of its own.
+        Each destination needs a client of its own. A failed upload is not raised; the report describes it. If the
+        client is not logged in, or OUTBOX_CAPTURE=false is set in the environment, nothing is changed and the
+        report's `skipped` says why.
 
-        If the client is not logged in, or OUTBOX_CAPTURE=false is set in the environment, nothing is changed and
-        the report's `skipped` says why. Any other `Exception` of the client is a bug and is raised; the events are
-        retried as after a failure of the service, with `client error: …` as `last_error`. An interrupt releases
-        the events and is raised.
+        Raises `ConfigurationError` if the name is invalid or the client's `deadline_ms` is over three quarters of
+        the policy's `lease_ms`, and `StorageError`. Any other `Exception` of the client is a bug and is raised;
+        the events are retried as after a failure of the service, with `client error: …` as `last_error`. An
+        interrupt releases the events and is raised.
         """
-        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
-
+        with forks.held_back():  # a forked child would wait for ever for an import that a thread had begun
+            from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
         return flusher.flush(self.store, self.policy, client, destination=stored(destination), hooks=self.hooks)
 
     def flush_all(
@@ -297,17 +297,17 @@ class Outbox(Operations):
         destination: str | None = None,
         progress: Callable[[FlushReport], object] | None = None,
     ) -> FlushReport:
-        """Send batches of a destination until nothing is due or its service fails; return the sum of the reports.
+        """Send batches of a destination until nothing is due, its service fails, or it is paused or on hold.
 
-        `progress` is called with the report of each batch.
+        Return the sum of the reports. `progress` gets each report, in this thread. Raises what `flush` raises.
         """
-        from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
-
-        of = stored(destination)
-        return flusher.flush_all(self.store, self.policy, client, progress, destination=of, hooks=self.hooks)
+        with forks.held_back():  # a forked child would wait for ever for an import that a thread had begun
+            from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers
+        name = stored(destination)
+        return flusher.flush_all(self.store, self.policy, client, progress, destination=name, hooks=self.hooks)
 
     def close(self) -> None:
-        """Close the connections. An engine of the application is not changed."""
+        """Close the connections; a later call opens new ones. An engine of the application is not changed."""
         if self._owns_engine:
             self.engine.dispose()
 

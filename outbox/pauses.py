@@ -1,4 +1,7 @@
-"""The rules for pauses of a destination, and for the probes after them. Pure: no clock, no database."""
+"""The rules for pauses of a destination, and for the probes after them.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 

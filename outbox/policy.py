@@ -1,4 +1,7 @@
-"""The settings of an outbox, and what a failed upload means. No I/O, no clock."""
+"""The settings of an outbox, and what a failed upload means.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ _AUTHENTICATION = (401, 403)
 _MISSING_ROUTE = (404, 405, 410)
 _SHARED_4XX = (408, 425)
 _OFTEN = 4
-"""From this `retry_count` on, a row is suspected even if its destination accepted nothing recently."""
+"""From this `retry_count` on, one row may be the cause of a shared failure, even if its destination accepted
+nothing recently."""
 _TWICE = 2
-"""From this `retry_count` on, a row is suspected if its destination works."""
+"""From this `retry_count` on, one row may be the cause of a shared failure, if its destination works."""
 
 _DAY_MS = 24 * 60 * 60 * 1_000
 # A delay below this limit, doubled five times and added to the time, fits into 64 bits.
@@ -28,7 +32,7 @@ _LIMIT = 2**53
 
 
 class Verdict(Enum):
-    """The meaning of a failure. All but `PERMANENT` apply to every row of the claim."""
+    """The meaning of a failure. It applies to the rows of the request, or to a row that failed alone."""
 
     TRANSIENT = "transient"
     RATE_LIMITED = "rate limited"
@@ -44,7 +48,8 @@ class Policy:
     """
 
     batch_size: int = 64
-    """Number of rows in a claim and in its upload."""
+    """Maximum number of rows in a claim. A request holds at most these rows; a client's method `fit` can choose
+    fewer."""
     lease_ms: int = 60_000
     """How long a claim keeps other flushers away. An upload must end within three quarters of this time."""
     backoff_ms: int | tuple[int, ...] = 60_000
@@ -57,16 +62,19 @@ class Policy:
     """How long all flushers of the database pause a destination after a failure. Doubled for each further failure
     in a row, up to 20 seconds."""
     max_age_ms: int = 7 * _DAY_MS
-    """A row older than this is abandoned at its next transient failure or 429."""
+    """A row older than this is abandoned at its next failure; after 401 and 403 it is parked instead. Its age
+    counts from the latest of these times: its creation, its `not_before`, and its last return from parked or
+    abandoned."""
     max_sent: int | None = None
-    """Maximum number of delivered rows; 0: no bound. Flushers delete the oldest beyond it. Default: 10 000 on
-    SQLite, no bound on servers."""
+    """Maximum number of delivered rows of a destination; 0: no bound. Flushers delete the oldest beyond it.
+    Default: 10 000 on SQLite, no bound on servers."""
     max_undelivered: int | None = None
-    """Maximum number of pending, sending, parked and abandoned rows together; 0: no bound. Default: 1 000 000 on
-    SQLite, no bound on servers. Several processes that enqueue at once may exceed it by 1 000 rows each."""
+    """Maximum number of pending, sending, parked and abandoned rows of a destination together; 0: no bound.
+    Default: 1 000 000 on SQLite, no bound on servers. Several processes that enqueue at once may exceed it by
+    1 000 rows each."""
     max_rows: int | None = None
-    """Maximum number of rows in all; 0: no bound, which is the default. Beyond it, the oldest delivered rows are
-    deleted first."""
+    """Maximum number of rows of a destination; 0: no bound, which is the default. Beyond it, the oldest delivered
+    rows are deleted first."""
     when_full: Literal["reject", "trim"] = "reject"
     """What happens at `max_undelivered`, and at `max_rows` once no delivered row is left: "reject" lets `enqueue`
     raise `QueueFull`. "trim" deletes abandoned rows, then the oldest, but none in flight."""
@@ -75,25 +83,28 @@ class Policy:
     proof_ms: int = 600_000
     """The shortest time between the first rejection of a row and its abandonment."""
     revive_limit: int = 256
-    """Number of waiting rows of each kind that become due after each success."""
+    """When the service accepts a row, waiting rows of its destination become due: at most this many for each claim
+    and each value of `waits_for`."""
     unpark_limit: int = 256
-    """Number of parked rows that return to the queue after each success."""
+    """When the service accepts a row, parked rows of its destination return to the queue: at most this many for
+    each claim."""
     unpark_spread_ms: int = 5_000
-    """The due times of these rows are spread over this time, so that they do not all become due at once."""
+    """The due times of these parked rows are spread over this time, so that they do not all become due at once."""
     enqueue_patience_ms: int = 5_000
     """How long an `enqueue` or an operator's command is retried while the database server can't be reached."""
     flush_patience_ms: int = 30_000
-    """The same for the claims and outcomes of flushers and workers."""
+    """How long flushers and workers retry a claim or the write of an outcome while the database server can't be
+    reached."""
     verdicts: Mapping[int, Verdict] = field(default_factory=dict, hash=False)
     """What an answer with one of these HTTP statuses (100 to 599) means, instead of the default, such as
     `{409: Verdict.TRANSIENT}`."""
 
     is_original: ClassVar[bool] = False
-    """Whether the rules of the original uploader apply."""
+    """Whether the rules of difflore apply."""
 
     @staticmethod
     def original(**changes: Any) -> OriginalPolicy:
-        """Return the policy of the original uploader, with `changes`.
+        """Return the policy of difflore's uploader, with `changes`.
 
         It abandons a rejected row at once if another row of its claim was accepted. It claims the oldest rows
         first, never pauses, and never revives. Beyond 10 000 rows it deletes the oldest.
@@ -138,7 +149,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class OriginalPolicy(Policy):
-    """What `Policy.original()` returns: the settings and the rules of the original uploader."""
+    """What `Policy.original()` returns: the settings and the rules of difflore's uploader."""
 
     is_original: ClassVar[bool] = True
 
@@ -165,7 +176,7 @@ def verdict(failure: UploadFailure, policy: Policy) -> Verdict:
     """Return the verdict on a failure by its HTTP status; a failure without a status is transient.
 
     `policy.verdicts` decides first. 404, 405 and 410 are transient: at a fixed URL they mean that the route is
-    missing. Under the original policy they are permanent.
+    missing. Under `Policy.original()` they are permanent.
     """
     if not isinstance(failure, HttpFailure):
         return Verdict.TRANSIENT
@@ -183,7 +194,8 @@ def verdict(failure: UploadFailure, policy: Policy) -> Verdict:
 def named_delay_ms(failure: UploadFailure, policy: Policy) -> int | None:
     """Return the delay in ms that an answer names, clamped to 1 000 … 300 000, or None.
 
-    Answers name one with status 429 or 503, for which HTTP defines Retry-After, or with the verdict rate limited.
+    Only an answer with status 429 or 503, for which HTTP defines Retry-After, or with the verdict `RATE_LIMITED`
+    can name a delay.
     """
     if not isinstance(failure, HttpFailure):
         return None
@@ -227,7 +239,7 @@ def may_be_one_rows(failure: UploadFailure, *, rows: int, retry_count: int, work
       `retry_count` >= 4.
     - Transient with a 4xx (404, 405, 410, 408 and 425) or 5xx, and no answer before the deadline: with
       `retry_count` >= 2 if the destination works, else for claims of several rows with `retry_count` >= 4.
-    - Any other failure, and any failure under the original policy: never.
+    - Any other failure, and any failure under `Policy.original()`: never.
     """
     if policy.is_original or asked_delay_ms(failure, policy) is not None:
         return False

@@ -35,7 +35,7 @@ def cancelled(reason: str) -> str:
 
 def client_error(kind: str, message: str) -> str:
     """Return the text for an exception of the upload client that is not an `UploadFailure`."""
-    return f"{_CLIENT_ERROR}{kind}: {message}".rstrip(": ")
+    return f"{_CLIENT_ERROR}{kind}: {message}" if message else f"{_CLIENT_ERROR}{kind}"
 
 
 def without_answer(failure: str | None) -> str | None:
@@ -76,11 +76,11 @@ _WITHOUT_BODY = re.compile(
 # By what the row waits for, a value of `WaitsFor`.
 _MEANINGS_ALONE = {
     "proof": "the service rejected this event alone",
-    "row": "this event failed alone while the service accepted others",
+    "row": "this event failed alone while the service seemed to work",
 }
 # The first entry whose start matches the failure's text applies.
 _MEANINGS = (
-    (TRANSPORT, "the service can't be reached"),
+    (TRANSPORT, "the service gave no usable answer"),
     (_CLIENT_ERROR, "the upload client has a bug: it raised an exception that is not an UploadFailure"),
     (
         f"{_UNDECODABLE}event_type: invalid value ",
@@ -91,8 +91,8 @@ _MEANINGS = (
         "an integer column holds an invalid value, which another program wrote",
     ),
     (_UNDECODABLE, "the payload is not a JSON object"),
-    (f"{_PERMANENT}404", "the service accepts no events at this URL; check the URL"),
-    (f"{_PERMANENT}405", "the service accepts no events at this URL; check the URL"),
+    (f"{_PERMANENT}404", "the service accepts no events at this URL; check the URL and its path"),
+    (f"{_PERMANENT}405", "the service accepts no events at this URL; check the URL and its path"),
     (_PERMANENT, "the service rejected this event"),
     (_CANCELLED, "the event was cancelled"),
     (_AGED_OUT, "the event is too old for another try"),
@@ -102,6 +102,8 @@ _MEANINGS = (
     ("425", "the service was not ready"),
     ("429", "the service asks to slow down"),
     ("3", "the service redirects, and redirects are not followed; check the URL"),
-    ("4", "the service rejects every request; check the URL and what the service accepts"),
+    ("404", "the service accepts no events at this URL; check the URL and its path"),
+    ("405", "the service accepts no events at this URL; check the URL and its path"),
+    ("4", "the service rejected the request; check the URL and what the service accepts"),
     ("5", "the service is failing"),
 )

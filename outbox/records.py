@@ -19,7 +19,7 @@ from outbox.holds import Hold
 from outbox.pauses import SharedPause
 from outbox.policy import Verdict
 
-NOT_LOGGED_IN = "not logged in, the client has no token"
+NOT_LOGGED_IN = "not logged in, the client has no credentials"
 """Why a flush skips its events if the client is not logged in."""
 
 LOST_LEASES_ALONE = 2
@@ -27,37 +27,68 @@ LOST_LEASES_ALONE = 2
 
 
 class ClaimedRow(NamedTuple):
-    """What a flusher needs to know about a row that it holds."""
+    """The columns of a row that a flusher needs while it holds the row."""
 
     id: int
+    """The row id."""
     event_type: str
+    """The type of the event."""
     payload_json: str
+    """The event as it is stored: one JSON object."""
     retry_count: int
+    """The number of failed tries since the event was enqueued, or last requeued or unparked. A 429 does not
+    count."""
     created_at_ms: int
+    """When the event was enqueued."""
     revived_at_ms: int | None
     suspected_at_ms: int | None = None
     waits_for: str | None = None
     lost_leases: int = 0
     occurred_at_ms: int = 0
+    """When the event happened."""
     event_id: str = ""
-    """The caller's id, or an id that is derived when the row is claimed."""
+    """The id of the event, your own or one that the outbox makes. It never changes."""
     not_before_ms: int | None = None
+    """When the event may be sent at the earliest; None: at once."""
     trace_context: str | None = None
     """The context of the span in which the event was enqueued: W3C `traceparent` and `tracestate`, as JSON."""
 
 
+class BatchItem(ClaimedRow):
+    """One event of an upload. Times are Unix epoch milliseconds."""
+
+    @cached_property
+    def event(self) -> Event | Mapping[str, Any]:
+        """The event.
+
+        The first access decodes the payload to the class of the event's type. If the class is not imported or has
+        changed, the event is a mapping. Raises `ConfigurationError` if the definition of a registered class is
+        wrong.
+        """
+        try:
+            return decode(self.payload_json)
+        except InvalidEvent:
+            document: dict[str, Any] = json.loads(self.payload_json)
+            return document
+
+
 class Pause(NamedTuple):
-    """The pause of a service that failed."""
+    """A destination that failed and has accepted nothing since. Times are Unix epoch milliseconds."""
 
     destination: str
+    """The name of the destination."""
     failures: int
+    """The number of failures in a row. Only an acceptance or a retry by an operator resets it."""
     paused_until_ms: int
+    """When the pause ends. Nothing is sent before."""
     probe_until_ms: int
+    """When the lease of the current probe ends; 0 or a past time if no probe is under way."""
     last_error: str
+    """The text of the last failure."""
 
     @property
     def until_ms(self) -> int:
-        """When a flusher may send a probe."""
+        """When flushers may send again: after the pause, and after the lease of the probe."""
         return max(self.paused_until_ms, self.probe_until_ms)
 
 
@@ -68,7 +99,7 @@ class Claim(NamedTuple):
     value; such a row is abandoned. `due_at_ms` is, by row id, when each valid row was due before the claim.
     """
 
-    rows: list[ClaimedRow]
+    rows: list[BatchItem]
     pause: SharedPause = SharedPause()
     is_probe: bool = False
     invalid: Mapping[int, str] = MappingProxyType({})
@@ -79,33 +110,18 @@ class Claim(NamedTuple):
     @property
     def failed_before(self) -> bool:
         """Whether these rows failed before, or their senders died."""
-        return self.rows[0].waits_for is not None or self.rows[0].lost_leases >= LOST_LEASES_ALONE
-
-
-class BatchItem(ClaimedRow):
-    """One event of an upload. `payload_json` is sent as it is stored. `id` is the row id."""
-
-    @cached_property
-    def event(self) -> Event | Mapping[str, Any]:
-        """The event.
-
-        It is decoded when this is first read. It is a mapping if this process can't decode it to the class of its
-        type: the class is not imported, or has changed. Raises `ConfigurationError` if the definition of a
-        registered class is wrong.
-        """
-        try:
-            return decode(self.payload_json)
-        except InvalidEvent:
-            document: dict[str, Any] = json.loads(self.payload_json)
-            return document
+        first = self.rows[0]
+        has_lost = first.id not in self.invalid and first.lost_leases >= LOST_LEASES_ALONE
+        return first.waits_for is not None or has_lost
 
 
 class UploadClient(Protocol):
-    """Delivers events to a service.
+    """An object that delivers events to a service. Several threads of a worker may call it at the same time.
 
     A client may have these attributes, too:
 
-    - `deadline_ms` bounds an upload. At most three quarters of the lease are accepted.
+    - `deadline_ms` is the longest time that an upload takes, in ms. A flush raises `ConfigurationError` if it is
+      over three quarters of the policy's `lease_ms`.
     - `one_event_per_request`: if it is true, `upload` is called once for each event of a claim, in order. If the
       service fails, the flush stops and releases the events that were not sent yet.
     - `fit(batch)` returns how many of the first events fit in one request, at least 1. A flush sends these and
@@ -239,9 +255,9 @@ class Overview(NamedTuple):
     """The destinations that may have pending or sending rows."""
     parked: Trouble | None
     waiting: dict[str | None, list[Trouble]]
-    """The pending rows that failed, by what they wait for: for each destination, the one with the most rows first.
-    The time is when the first row is due. None stands for rows that failed under an older version, or were
-    parked."""
+    """The pending rows that failed, by `waits_for`: one `Trouble` for each destination, the largest first. Its
+    `next_attempt_at_ms` is the earliest due time. The key None stands for rows that an older version
+    rescheduled, or that were parked and retried."""
     deleted: list[Deleted]
     pauses: list[Pause]
     holds: list[Hold]

@@ -1,4 +1,7 @@
-"""When waiting rows become due because their destination accepted another row. Pure arithmetic."""
+"""When waiting rows become due because their destination accepted another row.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from outbox.storage.tables import VERSION_TABLE, Base
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISIONS = tuple(f"outbox_000{number}" for number in range(1, 10))
+REVISIONS = tuple(f"outbox_{number:04}" for number in range(1, 13))
 """The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
@@ -30,7 +30,10 @@ _alembic_lock = threading.Lock()
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaError` unless the database has exactly this program's schema. Changes nothing."""
+    """Raise `SchemaError` unless the database has exactly this program's schema. Changes nothing.
+
+    Raises `StorageError` if the database can't be read.
+    """
     where = shown_url(engine)
     missing = dialect_of(engine).missing_file(engine.url)
     if missing is not None:
@@ -109,7 +112,7 @@ def current_revision(connection: Connection) -> str | None:
 
 def alembic_config() -> Config:
     """Return the Alembic configuration of this package's migrations. It needs no file and has no URL."""
-    from alembic.config import Config  # noqa: PLC0415 - as above
+    from alembic.config import Config  # noqa: PLC0415 - slow to load, and only migrations need it
 
     here = Path(__file__).parent
     installed = here / "migrations"

@@ -1,4 +1,7 @@
-"""What every search for the rows that make a service fail has in common. Pure: no clock, no database, no HTTP."""
+"""What every search for the rows that make a service fail has in common.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,9 @@ class Search(ABC, Generic[Row]):
         """Record that the service accepted this part."""
         self._accepted += len(part)
         self._accepted_at_ms = now_ms
+        delivered = outcomes.deliver(sent_at_ms=now_ms)
         for row in part:
-            self._settle(row, outcomes.deliver(sent_at_ms=now_ms))
+            self._settle(row, delivered)
         if self._order is not None:
             self._order.accepted(part)
         self._learn_from_acceptance()
@@ -131,11 +135,12 @@ class Search(ABC, Generic[Row]):
         self._open.pop(row.id, None)
         self._outcomes.append((row.id, outcome))
 
-    def _settle_all(self, failure: UploadFailure, now_ms: int) -> None:
+    def _settle_all(self, failure: UploadFailure, now_ms: int, *, keeps_row: bool = False) -> None:
         """End the search with a failure that applies to every row without an outcome."""
         self.verdict = verdict(failure, self._policy)
         for row in tuple(self._open.values()):
-            self._settle(row, after_shared_failure(failure, row, now_ms=now_ms, policy=self._policy))
+            outcome = after_shared_failure(failure, row, now_ms=now_ms, policy=self._policy, keeps_row=keeps_row)
+            self._settle(row, outcome)
         self._end(now_ms)
 
     def _end_if_done(self, now_ms: int) -> None:

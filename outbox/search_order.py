@@ -1,4 +1,7 @@
-"""Which rows of a rejected claim go into the next request. Pure: no clock, no database, no HTTP."""
+"""Which rows of a rejected claim go into the next request.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ Row = TypeVar("Row", bound=_Identified)
 class SearchOrder(Generic[Row]):
     """Which rows of a rejected claim go into the next request.
 
-    Row by row until something is accepted. Then each request holds as many rows as were accepted per bad row so
-    far: about one of these rows is bad. A rejected part is halved until one bad row is found. If its first half is
-    accepted, the second half holds a bad row and is halved without being sent whole. Nothing is known then of the
-    rows behind a bad row.
+    The first requests hold one row each, until one is accepted. After that, a request holds `good // (bad + 1)`
+    rows, so that on average one of them is bad. A rejected part is halved until one bad row is found. If its first
+    half is accepted, the second half holds a bad row and is halved without being sent whole. Nothing is known then
+    of the rows behind a bad row. A claim of at most 8 rows is searched row by row.
 
     One bad row among 64 takes 14 requests on average and at most 16, the claim's first included; 16 bad rows take
     63 on average. Row by row all of these take 65.
@@ -35,7 +38,7 @@ class SearchOrder(Generic[Row]):
         self._group: list[Row] = []
         self._good = self._bad = 0
         self._is_small = len(rows) <= ONE_BY_ONE
-        # A part of this size was not too large, or was not tried.
+        # At most this many rows go into the next request, because of a 413. None: no such limit is known.
         self._limit: int | None = None
 
     @property

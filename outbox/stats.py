@@ -224,9 +224,9 @@ def _likely_cause(
     if WaitsFor.ROW in seen.waiting:
         row = seen.waiting[WaitsFor.ROW][0]
         causes.append(
-            f"{_of(row.destination)}{counted(row.events, 'event')} failed alone while the service accepted others"
+            f"{_of(row.destination)}{counted(row.events, 'event')} failed alone while the service seemed to work"
             f" ({row.last_error});"
-            " they are tried until they are too old; find out what the service can't handle in them"
+            " each is retried until it is too old; `outbox show ID` shows the answers, and when that is"
         )
     if WaitsFor.PROOF in seen.waiting:
         suspects = seen.waiting[WaitsFor.PROOF][0]
@@ -241,7 +241,7 @@ def _likely_cause(
     if abandoned:
         causes.append(
             f"{_are(abandoned)} abandoned; `outbox list --status abandoned` shows why,"
-            " and `outbox requeue --all` returns them to the queue"
+            f" and `outbox requeue --all` returns {'the event' if abandoned == 1 else 'the events'} to the queue"
         )
     paused = {shown(pause.destination) for pause in seen.pauses}
     unserved = [name for name in silent(seen.due, seen.holds, now_ms=now_ms) if shown(name) not in paused]

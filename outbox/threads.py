@@ -26,6 +26,8 @@ log = logging.getLogger("outbox")
 _RELEASE_SHARE = 0.2
 # A waiting worker gives a sign of life this often, and touches the heartbeat file no more often.
 _BEAT_S = 10.0
+# How long a thread waits for the turn of its lane. Another thread has it while it claims, or while delivery fails.
+_CLAIM_S = 0.1
 
 
 class _StoppedError(BaseException):
@@ -35,10 +37,10 @@ class _StoppedError(BaseException):
 class Threads:
     """The threads of a worker, from a start to a stop, and the only owner of what they share.
 
-    There is one lane for each destination. One thread, the holder of `_turn`, waits until it may look in a lane,
-    then passes `_turn` on. The thread that holds the turn of the lane looks for due events. On claiming a batch,
-    it passes this turn on as well, unless delivery is failing: then it tries alone. A thread stays in its lane
-    while there is work.
+    There is one lane for each destination. Two locks give turns. The holder of `_turn` waits for a lane in which
+    there may be work, takes the turn of this lane, and releases `_turn`. The holder of a lane's turn claims a
+    batch, then releases the turn so that another thread can claim. While delivery fails, it keeps the turn, so
+    only one thread tries. A thread stays in its lane while there is work.
 
     There are at least as many threads as lanes, and no lane gets a further thread that another lane may need. So
     however long the uploads to one destination take, each other one has a thread.
@@ -175,10 +177,18 @@ class Threads:
         while lane is not None:
             self._look(lane)
             # The other destinations have threads, so this one may go on.
-            goes_on = not self._stopping.is_set() and lane.left_s <= 0
-            if not (goes_on and lane.turn.acquire(blocking=False)):
+            if not self._stays_in(lane):
                 break
         self._give_up_lane()
+
+    def _stays_in(self, lane: Lane) -> bool:
+        """Take the turn of the lane again. Return False if there is no work, or if delivery is failing."""
+
+        def has_work() -> bool:
+            return not self._stopping.is_set() and lane.left_s <= 0
+
+        # Checked again, because the claim of the other thread may have found nothing.
+        return has_work() and lane.turn.acquire(timeout=_CLAIM_S) and has_work()
 
     def _wait(self) -> Lane | None:
         """Take the turn, and wait for a lane in which to look. Return None if the worker stops."""

@@ -78,7 +78,7 @@ def inject(headers: MutableMapping[str, str]) -> None:
     """Add the context of the current span to the headers of a request, if there is a span."""
     if _API in sys.modules:
         with _unbroken():
-            from outbox import spans  # noqa: PLC0415 - as above
+            from outbox import spans  # noqa: PLC0415 - it loads OpenTelemetry
 
             headers.update(spans.carrier())
 
@@ -87,7 +87,7 @@ def upload_span(part: Sequence[Traced], destination: str, client: object) -> Upl
     """Start the span of a request with these events. `destination` is the stored name."""
     if _API in sys.modules:
         with _unbroken():
-            from outbox import spans  # noqa: PLC0415 - as above
+            from outbox import spans  # noqa: PLC0415 - it loads OpenTelemetry
 
             if spans.has_tracer():
                 return UploadSpan(spans.ClientSpan(part, destination, client))

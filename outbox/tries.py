@@ -1,4 +1,7 @@
-"""The failed tries of an event, as they are kept. Pure: no clock, no database."""
+"""The failed tries of an event, as they are kept.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Try(NamedTuple):
     tried_at_ms: int
     """When it failed, in Unix epoch milliseconds."""
     duration_ms: int
-    """How long the upload took."""
+    """How long the upload took, in whole ms."""
     host: str
     """The name of the host that sent the event."""
     verdict: str

@@ -1,4 +1,7 @@
-"""How long a worker waits before it looks at the queue again. Pure: no clock, no database."""
+"""How long a worker waits before it looks at the queue again.
+
+This module does no I/O and reads no clock.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from outbox.delays import jitter
 
 _SHORTEST_POLL_MS = 100
 _LONGEST_WAIT_MS = 20_000
-_SHORTEST_BACKOFF_MS, _LONGEST_BACKOFF_MS = 1_000, 60_000
+# With the jitter, the longest backoff is the longest wait.
+_SHORTEST_BACKOFF_MS, _LONGEST_BACKOFF_MS = 1_000, 16_000
 
 
 class Look(NamedTuple):
@@ -31,7 +35,7 @@ def wait_ms(look: Look, *, rounds: int, poll_interval_ms: int, now_ms: int) -> i
 
     - `look.goes_on`: 0.
     - A hold or a pause: until its end, but at most the poll interval: an operator or another flusher may end it.
-    - A failure without a pause: 1 s, doubled up to a minute, plus a jitter of up to a quarter.
+    - A failure without a pause: 1 s, doubled up to 16 s, plus a jitter of up to a quarter.
     - Nothing due: until a row is due, but at most 100 ms, doubled up to the poll interval.
 
     An enqueue ends the wait. The poll interval counts as 20 s at most.

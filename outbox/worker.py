@@ -31,9 +31,9 @@ class Worker:
     clients. The events of other destinations are left to other flushers.
 
     It wakes at once when this `Outbox` enqueues, and on PostgreSQL when any process enqueues. In other cases it
-    polls, at least every `poll_interval_ms`. `concurrency` is the number of batches that are sent at once; each
-    uses a thread. There are at least as many threads as destinations, and each destination always has one, however
-    long the uploads to the others take.
+    polls, at least every `poll_interval_ms` while nothing fails; more than 20 000 counts as 20 000. `concurrency`
+    is the number of batches that are sent at once; each uses a thread. There are at least as many threads as
+    destinations, and each destination always has one, however long the uploads to the others take.
 
     The threads are daemons, so they do not delay the end of the program. Events that they held then are due again
     when their lease ends. `stop`, or the end of a `with` block, gives the events back at once. No exception ends a
@@ -112,7 +112,8 @@ class Worker:
         """Stop the threads. Return within `timeout` seconds.
 
         Batches that are being sent have four fifths of the time to finish. The events of unfinished batches are
-        then released: they are due at once, for another worker or a later start.
+        then released: they are due at once, for another worker or a later start. A thread that is still uploading
+        ends after its upload.
         """
         self._outbox.wakers.discard(self._wake)
         self._outbox.heartbeats.discard(self._silent_ms)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 FOREVER_S = 30
 
 
-def until(condition: Callable[[], object], within_s: float = 2 * FOREVER_S) -> None:
-    end = time.monotonic() + within_s
+def until(condition: Callable[[], object], within_s: float = 2 * FOREVER_S, *, pause_s: float = 0.001) -> None:
+    """Look again and again, after a pause that grows."""
+    end, wait_s = time.monotonic() + within_s, pause_s
     while not condition():
         assert time.monotonic() < end, "it never came about"
-        threading.Event().wait(0.002)
+        threading.Event().wait(wait_s)
+        wait_s = max(pause_s, min(1.5 * wait_s, 0.05))  # looking often would slow down what this waits for
 
 
 # A test before may have left a thread that still waits for an answer.

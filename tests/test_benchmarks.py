@@ -58,7 +58,7 @@ def test_a_target_is_for_the_median_ratio_or_for_every_figure(row: Row, met: boo
 @pytest.mark.slow
 def test_the_benchmarks_that_need_no_other_library_run() -> None:
     before = report.RESULTS.read_bytes()
-    topics = ["bulk", "end_to_end", "memory", "isolation"]
+    topics = ["bulk", "end_to_end", "worker", "memory", "isolation"]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", *topics],
         cwd=ROOT,

@@ -9,7 +9,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -40,6 +39,7 @@ from outbox.cli import config, main
 from outbox.registry import Registry
 from outbox.testing import Answer, ScriptedServer
 from test_schema import DIFFLORE_DDL, DIFFLORE_INSERT, execute
+from warm_python import WarmPython
 
 EXAMPLE_SERVER = "https://ingest.example.com"
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -148,7 +148,7 @@ def test_type_checkers_see_the_class_of_the_readme() -> None:
 def test_the_program_of_the_readme_says_that_it_has_no_token(server: ScriptedServer, folder: Path, capsys) -> None:
     code = blocks("README.md", "python")[0]
     run_code(code.replace(EXAMPLE_SERVER, server.url).replace('"my-token"', "None"), "README.md", {})
-    assert capsys.readouterr().out == "0 sent; not logged in, the client has no token\n"
+    assert capsys.readouterr().out == "0 sent; not logged in, the client has no credentials\n"
 
 
 @covers("docs/index.md", "python")
@@ -350,7 +350,7 @@ def test_a_table_of_ones_own_is_moved_over_once_and_in_order(folder: Path, capsy
 class Shell:
     """Runs what stands in the console blocks of pages, in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm_python: WarmPython) -> None:
         self.folder = folder
         programs = folder / "bin"
         programs.mkdir()
@@ -362,7 +362,7 @@ class Shell:
             ("alembic", f"-m alembic -c {shlex.quote(str(ROOT / 'alembic.ini'))}"),
         ):
             program = programs / name
-            program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+            program.write_text(f'#!/bin/sh\nexec {shlex.join(warm_python.command)} {arguments} "$@"\n')
             program.chmod(0o755)
         self._environment = os.environ | {
             "HOME": str(folder),
@@ -391,6 +391,8 @@ class Shell:
             port = re.search(r"outbox receive --port (\d+)", command)
             if port:
                 lines.append(f"until (: </dev/tcp/127.0.0.1/{port[1]}) 2>/dev/null; do sleep 0.02; done")
+                # A reader takes longer for the next command than the pause after a failure lasts.
+                lines.append("while outbox status 2>&1 | grep '^paused.*(in ' >/dev/null; do sleep 0.1; done")
             lines.append(f"printf '\\n--- {number}\\n'")
         with subprocess.Popen(
             ["bash", "-c", "\n".join(lines)],
@@ -433,8 +435,8 @@ def is_as_shown(printed: str, shown: str) -> bool:
 
 
 @pytest.fixture
-def shell(folder: Path) -> Shell:
-    return Shell(folder)
+def shell(folder: Path, warm_python: WarmPython) -> Shell:
+    return Shell(folder, warm_python)
 
 
 @pytest.fixture
@@ -477,7 +479,7 @@ def test_the_code_about_destinations_delivers_to_each(server: ScriptedServer, sh
     assert namespace["outbox"].stats().counts["pending"] == 1
     (shell.folder / "outbox.toml").write_text('database = "sqlite:///outbox.db"')
     hold, resume, dry, done = shell.run("docs/destinations.md")
-    assert hold.endswith("`outbox resume billing` ends the hold\n0 events wait\n")
+    assert hold.endswith("`outbox resume billing` ends the hold\n0 events are pending or being sent\n")
     assert resume == "billing is no longer on hold\n"
     assert (dry, done) == tuple(
         f"4 events {did} from billing to archive\n" for did in ("would be copied", "copied")
@@ -486,6 +488,7 @@ def test_the_code_about_destinations_delivers_to_each(server: ScriptedServer, sh
     namespace["outbox"].close()
 
 
+@pytest.mark.slow
 @covers("docs/recover.md", "console")
 def test_the_commands_to_recover_bring_everything_back(shell: Shell, server: ScriptedServer, monkeypatch) -> None:
     monkeypatch.setenv("OUTBOX_DATABASE_URL", "sqlite:///outbox.db")

@@ -49,6 +49,7 @@ def test_the_doctor_finds_a_sound_database_well(outbox: Outbox, url: str) -> Non
 
 
 @pytest.mark.contract
+@pytest.mark.traced
 def test_the_doctor_tells_the_id_of_the_outbox(outbox: Outbox) -> None:
     outbox_id = outbox.store.views.outbox_id()
     (found,) = [one for one in examine(outbox.engine, Policy()) if one.check == "identity"]
@@ -130,7 +131,7 @@ def test_the_doctor_finds_another_journal(outbox: Outbox, url: str, monkeypatch)
 def test_the_doctor_finds_no_schema_and_no_file(url: str) -> None:
     assert doctor(url) == (
         1,
-        f"WRONG  schema       there is no database {path_of(url)}; check the URL, or create it with `outbox upgrade` or Outbox.open()\n",
+        f"WRONG  schema        there is no database {path_of(url)}; check the URL, or create it with `outbox upgrade` or Outbox.open()\n",
     )
     sqlite3.connect(path_of(url)).close()
     code, words = doctor(url)
@@ -150,7 +151,7 @@ def test_the_doctor_tells_what_the_integrity_check_finds(outbox: Outbox, url: st
     outbox.close()
     code, words = doctor(url)
     assert code == 1
-    assert "WRONG  integrity    the file is damaged" in words
+    assert "WRONG  integrity     the file is damaged" in words
 
 
 @pytest.mark.servers
@@ -177,6 +178,7 @@ def test_a_database_in_memory_has_no_file_to_examine() -> None:
 
 @pytest.mark.contract
 @pytest.mark.usefixtures("noon")
+@pytest.mark.traced
 def test_the_doctor_names_destinations_that_nobody_delivers_to(outbox: Outbox) -> None:
     hour_ms = 3_600_000
 

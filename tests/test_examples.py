@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import requests
 
 from builders import ROOT, rule_fired
+from conditions import until
 from outbox import Outbox
 from outbox.testing import ScriptedServer
 
@@ -241,13 +243,15 @@ def test_what_celery_beat_starts_sends_the_events(
     worker = [sys.executable, "-m", "celery", "--app", "celery_app", "worker", "--concurrency", "1"]
     with (
         (tmp_path / "worker.log").open("w") as log,
-        subprocess.Popen(worker, env=environment, cwd=tmp_path, stdout=log, stderr=log) as process,
+        subprocess.Popen(
+            worker, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        ) as process,
     ):
         try:
-            while outbox.stats().counts["sent"] == 0:
-                assert process.poll() is None, (tmp_path / "worker.log").read_text()
+            until(lambda: outbox.stats().counts["sent"] or process.poll() is not None)
+            assert process.poll() is None, (tmp_path / "worker.log").read_text()
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # to end by itself takes it up to four seconds
     assert len(service.events) == 1
 
 
@@ -298,7 +302,8 @@ def test_the_tool_goes_on_without_an_outbox(run, prices: Path) -> None:
 def test_the_tool_goes_on_while_the_outbox_is_locked(run, outbox: Outbox, prices: Path) -> None:
     with closing(sqlite3.connect(outbox.engine.url.database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        done = run(EXAMPLES / "hook.py", prices, exit_code=1)
+        impatient = "import sys, hook; hook.PATIENCE_S = 2; sys.exit(hook.main(sys.argv[1:]))"
+        done = run("-c", impatient, prices, exit_code=1)
     assert done.stdout == f"{prices}: a price is no float\n"
     assert "timed out after" in done.stderr
     assert outbox.find() == []

@@ -77,7 +77,7 @@ def test_without_a_login_nothing_is_touched(outbox: Outbox) -> None:
     (row_id,) = enqueue(outbox, 1)
     before = columns_of(row(outbox, row_id))
     client = ScriptedClient(logged_in=False)
-    skipped = FlushReport(skipped="not logged in, the client has no token")
+    skipped = FlushReport(skipped="not logged in, the client has no credentials")
     assert outbox.flush(client) == outbox.flush_all(client) == skipped
     assert client.batches == []
     assert columns_of(row(outbox, row_id)) == before
@@ -430,6 +430,18 @@ def test_what_isolation_accepted_is_recorded_at_once(outbox: Outbox) -> None:
     assert seen == ["sent", "sending", "sending"]
 
 
+def test_a_row_whose_senders_died_is_sent_alone_even_if_another_program_rescheduled_it(
+    outbox: Outbox, noon
+) -> None:
+    older, killer, newer = (add_row(outbox, lost_leases=lost) for lost in (0, 2, 1))
+    client = ScriptedClient()
+    report = outbox.flush(client)
+    assert (report.claimed, report.sent, client.sizes) == (1, 1, [1])
+    assert [row(outbox, row_id).status for row_id in (older, killer, newer)] == ["pending", "sent", "pending"]
+    assert outbox.flush_all(client).sent == 2
+    assert client.sizes == [1, 2]
+
+
 # An answer for each event
 
 
@@ -479,6 +491,33 @@ def test_an_answer_of_credentials_for_single_events_parks_them(outbox: Outbox, n
     outbox.flush(AnsweringClient(lambda _: {ids[0]: REVOKED, ids[1]: DOWN}))
     assert statuses(outbox) == ["parked", "pending"]
     assert row(outbox, ids[1]).waits_for == "service"
+
+
+@pytest.mark.parametrize(("failure", "retry_count"), [(REVOKED, 0), (DOWN, 2)])
+def test_while_the_service_works_a_failure_of_a_single_event_is_its_own(
+    outbox: Outbox, noon, failure: HttpFailure, retry_count: int
+) -> None:
+    """However the client tells it: as an answer for the event, or as the failure of its request."""
+    for answer in (AnsweringClient(lambda batch: {batch[0].id: failure}), ScriptedClient(failure)):
+        enqueue(outbox, 1)
+        assert outbox.flush(ScriptedClient()).sent == 1
+        row_id = add_row(outbox, retry_count=retry_count)
+        outbox.flush(answer)
+        assert (row(outbox, row_id).status, row(outbox, row_id).waits_for) == ("pending", "row")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "waits_for"), [(REVOKED, "parked", None), (DOWN, "pending", "service")]
+)
+def test_an_answer_that_names_every_event_may_tell_of_the_service(
+    outbox: Outbox, noon, failure: HttpFailure, status: str, waits_for: str | None
+) -> None:
+    """Otherwise a service that fails for a minute would blame the whole backlog."""
+    enqueue(outbox, 1)
+    assert outbox.flush(ScriptedClient()).sent == 1
+    ids = [add_row(outbox, retry_count=4) for _ in range(2)]
+    outbox.flush(AnsweringClient(lambda batch: {item.id: failure for item in batch}))
+    assert [(row(outbox, one).status, row(outbox, one).waits_for) for one in ids] == [(status, waits_for)] * 2
 
 
 def test_an_answer_in_an_isolation_takes_its_rows_out_of_the_search(outbox: Outbox, noon) -> None:
@@ -890,6 +929,7 @@ def delayed_by_a_fraction() -> HttpFailure:
         (ValueError("two\n  lines\0"), "client error: ValueError: two lines\ufffd"),
         (OSError(5, "Input/output error"), "client error: OSError: [Errno 5] Input/output error"),
         (ConfigurationError("token: none"), "client error: ConfigurationError: token: none"),
+        (ValueError("it ends with:"), "client error: ValueError: it ends with:"),
         (ValueError(), "client error: ValueError"),
         (HostileError(), "client error: HostileError"),
         (
@@ -1087,6 +1127,21 @@ def test_maintenance_that_fails_does_not_fail_the_flush(outbox: Outbox, caplog, 
     assert statuses(outbox)[:2] == ["sent", "sent"]
 
 
+def test_a_pause_that_can_not_be_ended_does_not_fail_the_flush(outbox: Outbox, noon, caplog, monkeypatch) -> None:
+    enqueue(outbox, 1)
+    outbox.flush(ScriptedClient(DOWN))
+    noon.travel(minutes=10)
+
+    def fail(*_: object) -> None:
+        raise StorageError("locked")
+
+    monkeypatch.setattr(outbox.store.pauses, "change", fail)
+    with caplog.at_level(logging.WARNING, "outbox"):
+        assert outbox.flush(ScriptedClient()).sent == 1
+    assert "resuming the queue failed, the next flush tries again: locked" in caplog.text
+    assert statuses(outbox) == ["sent"]
+
+
 # Batch after batch
 
 
@@ -1145,6 +1200,7 @@ _TIMES = range(NOON_MS - 3, NOON_MS + 3)
 
 
 @pytest.mark.sqlite
+@pytest.mark.untraced
 def test_a_claim_takes_the_oldest_of_all_that_is_due() -> None:
     statuses_and_times = st.tuples(
         st.sampled_from(("pending", "sending", "parked")), st.sampled_from(_TIMES), st.sampled_from(_TIMES)

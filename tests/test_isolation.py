@@ -72,6 +72,7 @@ def test_a_claim_of_up_to_eight_rows_is_searched_row_by_row(policy) -> None:
 
 @any_policy
 @pytest.mark.parametrize("size", range(9, 65))
+@pytest.mark.untraced
 def test_one_bad_row_costs_at_most_16_requests(policy, size: int) -> None:
     counts = [requests({bad}, size, policy, failure=REJECTED) for bad in range(size)]
     assert max(counts) <= 16
@@ -80,6 +81,7 @@ def test_one_bad_row_costs_at_most_16_requests(policy, size: int) -> None:
 
 @any_policy
 @pytest.mark.parametrize(("bad", "at_most"), [(2, 20), (4, 29), (8, 44), (16, 64), (21, 71), (32, 67), (64, 65)])
+@pytest.mark.untraced
 def test_many_bad_rows_of_64_cost_hardly_more_than_one_by_one(policy, bad: int, at_most: int) -> None:
     counts = [requests(chosen, 64, policy, failure=REJECTED, suspected=True) for chosen in samples(64, bad, 100)]
     assert sum(counts) / len(counts) <= at_most
@@ -191,6 +193,15 @@ def test_whatever_is_answered_each_row_gets_one_outcome_and_no_blame_for_others(
     result = done.search.result
     assert (result.accepted, result.proven) == (len(accepted), len(done.ids("abandon")))
     assert result.failure is next((f for f in reversed(answers[: len(done.parts)]) if f is not None), None)
+
+
+@pytest.mark.parametrize(
+    ("last", "waits_for"), [(BROKEN, {2: "service", 3: "row"}), (SLOW_DOWN, {2: "delay", 3: "delay"})]
+)
+def test_a_shared_failure_that_stops_the_search_leaves_rows_that_wait_for_themselves(last, waits_for) -> None:
+    claimed = [Row(1), Row(2), Row(3, waits_for="row")]
+    done = run(claimed, [REJECTED, REJECTED, last])
+    assert done.waiting() == {1: "proof", **waits_for}
 
 
 # The original

@@ -40,7 +40,7 @@ def pause(outbox, **fields):
     [
         (
             {},
-            "it has been due since 2026-11-24 12:00:00 UTC; then the next flush sends it. A failure after 2026-12-01 12:00:00 UTC",
+            "it has been due since 2026-11-24 12:00:00 UTC; the next flush sends it. A failure after 2026-12-01 12:00:00 UTC",
         ),
         ({"revived_at_ms": NOON_MS + 60_000}, ". A failure after 2026-12-01 12:01:00 UTC abandons it"),
         (
@@ -155,7 +155,7 @@ def test_a_suspect_says_since_when_and_what_would_prove_it(run, outbox):
     assert told["suspected"] == "since 2026-11-24 12:00:00 UTC (1 minute ago), when it was first rejected alone"
     assert told["proof"] == (
         "the outbox abandons the event if the service rejects it alone again after 2026-11-24 12:10:00 UTC (in 9 minutes),"
-        " and accepted another event since the first rejection, at most 1 minute earlier"
+        " and accepted another event since the first rejection, at most 1 minute before the new rejection"
     )
     assert told["last error"] == "the service rejected this event alone (422 Bad)"
 
@@ -182,7 +182,7 @@ def test_a_suspicion_that_is_no_time_proves_nothing(run, outbox):
     [
         ("service", "service: the service probably failed, not this event; "),
         ("delay", "delay: the service asked for a delay"),
-        ("row", "row: this event failed alone while the service accepted others; "),
+        ("row", "row: this event failed alone while the service seemed to work; "),
         ("odd", "odd: this program does not know why"),
     ],
 )
@@ -195,7 +195,7 @@ def test_what_an_event_waits_for_is_put_in_words(run, outbox, waits_for, words):
 
 def test_a_row_that_failed_alone_says_nothing_about_the_service(run, outbox):
     add_row(outbox, waits_for="row", last_error="403 Forbidden")
-    expected = "this event failed alone while the service accepted others (403 Forbidden)"
+    expected = "this event failed alone while the service seemed to work (403 Forbidden)"
     assert facts(run)["last error"] == expected
 
 
@@ -232,7 +232,7 @@ def test_a_probe_comes_first_after_three_failures(run, outbox):
     add_row(outbox)
     pause(outbox, failures=3, until_ms=NOON_MS)
     assert facts(run)["next"].startswith(
-        "it has been due since 2026-11-24 12:00:00 UTC; then one event is sent as a probe,"
+        "it has been due since 2026-11-24 12:00:00 UTC; one event is sent as a probe,"
     )
 
 

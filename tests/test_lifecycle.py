@@ -45,8 +45,8 @@ FENCED = [trigger for trigger, declared in moves().items() if declared.sources =
 
 
 def settle(outcome):
-    return lambda store, row_id: store.claims.settle(
-        [(row_id, outcome)], lease_until_ms=LEASE, created_at_ms={row_id: NOON_MS}
+    return lambda store, row_id: (
+        store.claims.settle([(row_id, outcome)], lease_until_ms=LEASE, created_at_ms={row_id: NOON_MS}).landed
     )
 
 

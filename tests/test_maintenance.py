@@ -296,6 +296,7 @@ def test_neither_rows_in_flight_nor_the_new_row_are_trimmed(url: str) -> None:
         assert lease_run_out not in ids_of(outbox)
 
 
+@pytest.mark.traced
 def test_a_new_row_is_not_trimmed_after_the_clock_was_set_back(url: str) -> None:
     with Outbox.open(url, policy=Policy(max_rows=2, when_full="trim")) as outbox:
         old = [add_row(outbox, created_at_ms=NOON_MS + number) for number in (1, 2)]

@@ -103,7 +103,7 @@ def test_the_argument_names_the_type_of_a_model_that_has_none(outbox: Outbox) ->
     assert written.payload_json == (
         '{"event_type":"order_lost","order_id":"o-17","occurred_at":"2026-11-24T12:00:00Z"}'
     )
-    with pytest.raises(InvalidEvent, match="event_type is None, expected a printable text"):
+    with pytest.raises(InvalidEvent, match="the event has no event_type, expected a printable text"):
         outbox.enqueue(event)
 
 

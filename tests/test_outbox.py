@@ -404,6 +404,42 @@ def test_the_enqueue_and_its_cap_are_one_transaction(url: str) -> None:
         assert len(statuses(outbox)) == 1
 
 
+@pytest.mark.sqlite
+def test_at_the_cap_no_rows_are_counted_while_nobody_else_changes_any(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=5, when_full="trim")) as outbox:
+        seen: list[str] = []
+        on_statement(outbox, seen.append)
+        outbox.enqueue_many([rule_fired()] * 5)
+        outbox.enqueue(rule_fired())
+        seen.clear()
+        ids = [outbox.enqueue(rule_fired()) for _ in range(7)]
+        assert [found.id for found in outbox.find()] == ids[-5:]
+        assert not [statement for statement in seen if "count(" in statement]
+
+
+def test_rows_that_others_enqueue_and_delete_count_at_the_cap(url: str) -> None:
+    policy = Policy(max_rows=5, when_full="trim")
+    with Outbox.open(url, policy=policy) as outbox, Outbox(url) as another:
+        for _ in range(8):
+            outbox.enqueue(rule_fired())
+        for number, deleted in ((1, 0), (3, 0), (0, 2), (0, 2), (4, 1), (20, 0)):
+            another.enqueue_many([rule_fired()] * number)
+            with another.engine.begin() as connection:
+                for found in [*another.find()][:deleted]:
+                    connection.execute(text("DELETE FROM observation_events WHERE id = :id"), {"id": found.id})
+            before = len(statuses(outbox))
+            outbox.enqueue(rule_fired())
+            assert len(statuses(outbox)) == min(before + 1, 5)
+
+
+def test_rows_that_others_enqueue_below_the_cap_are_trimmed_before_the_enqueue_returns(url: str) -> None:
+    with Outbox.open(url, policy=Policy(max_rows=5, when_full="trim")) as outbox, Outbox(url) as another:
+        outbox.enqueue(rule_fired())
+        another.enqueue_many([rule_fired()] * 9)
+        outbox.enqueue(rule_fired())
+        assert len(statuses(outbox)) == 5
+
+
 def test_an_enqueue_far_over_the_cap_still_caps_all(url: str) -> None:
     with Outbox.open(url, policy=Policy(max_rows=10, when_full="trim")) as outbox:
         ids = outbox.enqueue_many([rule_fired()] * 3_500)

@@ -8,7 +8,7 @@ from outbox import reasons
 @pytest.mark.parametrize(
     ("error", "meaning"),
     [
-        ("transport: refused", "the service can't be reached"),
+        ("transport: refused", "the service gave no usable answer"),
         (
             "permanent: decode observation event: event_type: invalid value 'x'",
             "the flusher did not know the event type; after `outbox requeue`, the event is sent as it is",
@@ -18,8 +18,11 @@ from outbox import reasons
             "an integer column holds an invalid value, which another program wrote",
         ),
         ("permanent: decode observation event: x", "the payload is not a JSON object"),
-        ("permanent: 404 Not Found", "the service accepts no events at this URL; check the URL"),
-        ("permanent: 405 Method Not Allowed", "the service accepts no events at this URL; check the URL"),
+        ("permanent: 404 Not Found", "the service accepts no events at this URL; check the URL and its path"),
+        (
+            "permanent: 405 Method Not Allowed",
+            "the service accepts no events at this URL; check the URL and its path",
+        ),
         ("permanent: 422 no", "the service rejected this event"),
         ("aged-out (rate-limited): 429", "the event is too old for another try"),
         ("401 Unauthorized", "the service rejected the token"),
@@ -28,7 +31,8 @@ from outbox import reasons
         ("425 Too Early", "the service was not ready"),
         ("429 Too Many Requests", "the service asks to slow down"),
         ("302 Found", "the service redirects, and redirects are not followed; check the URL"),
-        ("404 Not Found", "the service rejects every request; check the URL and what the service accepts"),
+        ("404 Not Found", "the service accepts no events at this URL; check the URL and its path"),
+        ("409 Conflict", "the service rejected the request; check the URL and what the service accepts"),
         ("503 Service Unavailable", "the service is failing"),
         ("what?", "the upload failed"),
     ],
@@ -54,8 +58,8 @@ def test_the_log_shows_of_an_answer_the_status_alone(failure: str | None, logged
     ("waits_for", "meaning"),
     [
         ("proof", "the service rejected this event alone"),
-        ("row", "this event failed alone while the service accepted others"),
-        ("service", "the service rejects every request; check the URL and what the service accepts"),
+        ("row", "this event failed alone while the service seemed to work"),
+        ("service", "the service rejected the request; check the URL and what the service accepts"),
     ],
 )
 def test_a_row_that_failed_alone_says_nothing_about_the_service(waits_for, meaning):

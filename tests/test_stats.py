@@ -63,12 +63,12 @@ def test_what_events_wait_for_is_counted_and_each_has_its_cause(outbox):
     assert causes(outbox).split(". Also: ") == [
         "the service is failing (503); 1 event is waiting; the next try is due now",
         "the service asks to slow down (429); 2 events are waiting; the next try is due now",
-        "3 events failed alone while the service accepted others (403); they are tried until they are too old;"
-        " find out what the service can't handle in them",
+        "3 events failed alone while the service seemed to work (403); each is retried until it is too old;"
+        " `outbox show ID` shows the answers, and when that is",
         "the service rejected 1 event alone (422 Bad); an event is abandoned if it is rejected again later,"
         " while the service accepts others; `outbox show ID` says when",
         "1 event is abandoned; `outbox list --status abandoned` shows why,"
-        " and `outbox requeue --all` returns them to the queue",
+        " and `outbox requeue --all` returns the event to the queue",
     ]
 
 
@@ -104,7 +104,7 @@ def test_abandoned_events_are_named_with_the_command_that_brings_them_back(outbo
     add_row(outbox, status="abandoned")
     assert causes(outbox) == (
         "2 events are abandoned; `outbox list --status abandoned` shows why,"
-        " and `outbox requeue --all` returns them to the queue"
+        " and `outbox requeue --all` returns the events to the queue"
     )
 
 
@@ -129,12 +129,12 @@ def test_a_flush_without_credentials_is_a_cause_until_one_has_some(outbox: Outbo
     outbox.flush(logged_out)
     assert outbox.stats().likely_cause is None
     outbox.enqueue(rule_fired())
-    assert outbox.stats().likely_cause == "not logged in, the client has no token; 1 event is waiting"
+    assert outbox.stats().likely_cause == "not logged in, the client has no credentials; 1 event is waiting"
     outbox.flush_all(ScriptedClient(DOWN))
     assert outbox.stats().likely_cause.startswith("the service is failing")
     outbox.flush_all(logged_out)
     assert outbox.stats().likely_cause.startswith(
-        "not logged in, the client has no token; 1 event is waiting. Also: the"
+        "not logged in, the client has no credentials; 1 event is waiting. Also: the"
     )
 
 

@@ -404,7 +404,7 @@ def test_without_a_login_it_says_so_and_waits_for_it(outbox: Outbox, caplog) -> 
         assert statuses(outbox) == ["pending"]
         client.logged_in = True
         until(lambda: told(caplog)[1:])
-    assert told(caplog) == ["can't deliver: not logged in, the client has no token", "delivering again"]
+    assert told(caplog) == ["can't deliver: not logged in, the client has no credentials", "delivering again"]
     assert all_sent(outbox)
 
 

@@ -53,7 +53,11 @@ def _print_version(context: click.Context, _param: click.Parameter, value: bool)
         context.exit()
 
 
-@click.group(cls=_Main, epilog="Example: outbox --database sqlite:///outbox.db status")
+@click.group(
+    cls=_Main,
+    epilog="Example: outbox --database sqlite:///outbox.db status",
+    context_settings={"help_option_names": ["--help", "-h"]},  # of the subcommands, too
+)
 @config_option(envvar="OUTBOX_CONFIG")
 @database_option(envvar="OUTBOX_DATABASE_URL")
 @types_option(envvar="OUTBOX_TYPES")
@@ -73,7 +77,8 @@ def main(context: click.Context, /, **shared: Any) -> None:
     Put --config, --database, --types and --json before or after the command; if both are given, the later one
     applies.
 
-    Exit codes: 0 success, 1 failure, 2 wrong usage, settings or input, 3 not everything was delivered.
+    Exit codes: 0 success; 1 failure; 2 wrong usage, settings or input; 3 an event that was due was not delivered,
+    or the heartbeat is missing or too old; 130 Ctrl-C.
     """
     command = main.commands.get(context.invoked_subcommand or "")
     if command is not None and shared["in_json"] and "in_json" not in {param.name for param in command.params}:

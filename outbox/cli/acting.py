@@ -23,11 +23,10 @@ from outbox.words import escape
 @uses_database
 @json_option
 def retry(database: str, *, where: Where, dry_run: bool, in_json: bool) -> None:
-    """Retry events now: those that match and wait or are parked.
+    """Make matching events due now if they wait or are parked.
 
-    The pauses of their destinations end, and the events become due: the next flush, or a running worker, sends
-    them. Events scheduled for later stay as they are. Exit code 1: an event that you named is neither waiting nor
-    parked.
+    The pauses of their destinations end, and the next flush, or a running worker, sends the events. Events
+    scheduled for later stay as they are. Exit code 1: an event that you named is neither waiting nor parked.
     """
     with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.retry(where, dry_run=dry_run, progress=bar.advance)
@@ -60,8 +59,8 @@ def requeue(database: str, *, where: Where, dry_run: bool, in_json: bool) -> Non
 def abandon(database: str, *, where: Where, reason: str, dry_run: bool, in_json: bool) -> None:
     """Cancel pending and parked events: they are not sent, and stay in the database.
 
-    `outbox requeue` returns them to the queue. Events that are being sent are left alone. Exit code 1: some events
-    were being sent, or an event that you named is neither pending nor parked.
+    `outbox requeue` returns them to the queue. Events that are being sent are not changed. Exit code 1: some
+    events were being sent, or an event that you named is neither pending nor parked.
     """
     with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.abandon(where=where, reason=reason, dry_run=dry_run, progress=bar.advance)
@@ -78,8 +77,8 @@ def abandon(database: str, *, where: Where, reason: str, dry_run: bool, in_json:
 def purge(database: str, *, where: Where, dry_run: bool, in_json: bool) -> None:
     """Delete events of any status for good.
 
-    `outbox status` shows how many events were deleted. Events that are being sent are left alone. Exit code 1:
-    some events were being sent, or an event that you named does not exist.
+    `outbox status` shows how many events were deleted. Events that are being sent are not deleted.
+    Exit code 1: some events were being sent, or an event that you named does not exist.
     """
     with Outbox(database) as outbox, reading_bar() as bar:
         report = outbox.purge(where=where, dry_run=dry_run, progress=bar.advance)

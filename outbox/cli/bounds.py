@@ -18,6 +18,10 @@ _NUMBER = click.IntRange(0, 2**53 - 1)
 
 
 def _bound(name: str, rows: str, *more: str) -> Callable[[Decorated], Decorated]:
+    return _number(name, " ".join((f"Maximum number of {rows}; 0, the default, is no bound.", *more)))
+
+
+def _number(name: str, words: str) -> Callable[[Decorated], Decorated]:
     return click.option(
         f"--{name}",
         metavar="NUMBER",
@@ -25,11 +29,18 @@ def _bound(name: str, rows: str, *more: str) -> Callable[[Decorated], Decorated]
         default=0,
         envvar=f"OUTBOX_{name.replace('-', '_').upper()}",
         show_envvar=True,
-        help=" ".join((f"Maximum number of {rows}; 0, the default, is no bound.", *more)),
+        help=words,
     )
 
 
-max_undelivered_option = _bound("max-undelivered", "undelivered events")
+_max_undelivered_option = _bound("max-undelivered", "undelivered events of each destination")
+
+warn_undelivered_option = _number(
+    "max-undelivered",
+    "Warn when a destination has half or nine tenths of this number of undelivered events; 0, the default, is no"
+    " warning.",
+)
+"""The same setting for a command that only warns."""
 
 
 def bounds_options(command: Decorated) -> Decorated:
@@ -44,9 +55,11 @@ def bounds_options(command: Decorated) -> Decorated:
         return command(*args, policy=policy_of(**given), **options)
 
     decorators = (
-        _bound("max-rows", "events in all", "Beyond it, the oldest delivered events are deleted first."),
-        max_undelivered_option,
-        _bound("max-sent", "delivered events", "The oldest beyond it are deleted."),
+        _bound(
+            "max-rows", "events of each destination", "Beyond it, the oldest delivered events are deleted first."
+        ),
+        _max_undelivered_option,
+        _bound("max-sent", "delivered events of each destination", "The oldest beyond it are deleted."),
         click.option(
             "--when-full",
             type=click.Choice(("reject", "trim")),
@@ -59,7 +72,7 @@ def bounds_options(command: Decorated) -> Decorated:
         ),
         click.option(
             "--keep-sent",
-            metavar="AGE",
+            metavar="DURATION",
             callback=duration_ms,
             default="0s",
             envvar="OUTBOX_KEEP_SENT",

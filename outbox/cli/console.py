@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from outbox.cli.bounds import max_undelivered_option, policy_of
+from outbox.cli.bounds import policy_of, warn_undelivered_option
 from outbox.cli.display import say
 from outbox.cli.endings import sigterm_like_ctrl_c
 from outbox.cli.options import uses_database
@@ -73,7 +73,7 @@ def _address(_context: click.Context, _param: click.Parameter, value: str) -> Ad
     is_flag=True,
     help="Hide payloads, the fields that are taken from them, and the bodies of answers.",
 )
-@max_undelivered_option
+@warn_undelivered_option
 @uses_database
 def web(
     database: str,
@@ -110,7 +110,7 @@ def web(
             hide_payloads=hide_payloads,
         )
         server = Server(app, listen.host, listen.port)
-        with sigterm_like_ctrl_c(), suppress(KeyboardInterrupt):  # `run` ends by it, too
+        with sigterm_like_ctrl_c(), suppress(KeyboardInterrupt):  # Ctrl-C is the normal end
             say(f"http://{listen.in_url}:{server.port}/")
             if not listen.is_loopback:
                 say("outbox: this is plain HTTP; put a proxy with TLS in front of it", err=True)

@@ -22,7 +22,7 @@ from outbox.stats import counted
 @destination_option("--from", "source", required=True, words="Destination whose events are copied.")
 @destination_option("--to", "target", required=True, words="Destination that gets the events.")
 @click.option(
-    "--since", metavar="AGE", callback=moment_ms, help="Only events created after this time, such as 30d."
+    "--since", metavar="MOMENT", callback=moment_ms, help="Only events created at this time or later, such as 30d."
 )
 @dry_run_option
 @bounds_options

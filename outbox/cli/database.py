@@ -7,7 +7,7 @@ from contextlib import suppress
 import click
 
 from outbox import schema
-from outbox.cli.bounds import max_undelivered_option, policy_of
+from outbox.cli.bounds import policy_of, warn_undelivered_option
 from outbox.cli.display import as_json, say, status_as_dict, status_in_words
 from outbox.cli.endings import FAILED, sigterm_like_ctrl_c
 from outbox.cli.options import json_option, uses_database
@@ -52,7 +52,7 @@ def upgrade(database: str, *, in_json: bool) -> None:
     flag_value=2,
     help="Refresh every SECONDS (default 2) and show rates, until Ctrl-C.",
 )
-@max_undelivered_option
+@warn_undelivered_option
 @uses_database
 @json_option
 def status(database: str, *, watch_s: int | None, max_undelivered: int, in_json: bool) -> None:
@@ -74,7 +74,7 @@ def status(database: str, *, watch_s: int | None, max_undelivered: int, in_json:
 
 
 @click.command(epilog="Example: outbox doctor")
-@max_undelivered_option
+@warn_undelivered_option
 @uses_database
 @json_option
 @click.pass_context
@@ -94,7 +94,7 @@ def doctor(context: click.Context, database: str, *, max_undelivered: int, in_js
         say(as_json([finding._asdict() for finding in findings]))
     else:
         for finding in findings:
-            say(f"{'ok' if finding.is_well else 'WRONG':5}  {finding.check:11}  {escape(finding.words)}")
+            say(f"{'ok' if finding.is_well else 'WRONG':5}  {finding.check:12}  {escape(finding.words)}")
     if not all(finding.is_well for finding in findings):
         context.exit(FAILED)
 

@@ -115,7 +115,8 @@ def _good_day(play: _Play) -> None:
 def _outage(play: _Play) -> None:
     play.scene(
         "2. The service is down",
-        "Enqueue still works. The outbox pauses for a second, then for two, and tries again.",
+        f"Enqueue still works. The outbox pauses (here {POLICY.pause_ms / 1_000:g} s, by default"
+        f" {Policy().pause_ms / 1_000:g} s; doubled each time), and tries again.",
     )
     play.service.stop()
     play.enqueue(play.examples(110))

@@ -165,7 +165,7 @@ class Bar:
 
     def _start(self) -> Progress:
         from rich.console import Console  # noqa: PLC0415 - slow to load: only a drawn bar needs it
-        from rich.progress import Progress  # noqa: PLC0415 - as above
+        from rich.progress import Progress  # noqa: PLC0415 - slow to load: only a drawn bar needs it
 
         bar = Progress(console=Console(stderr=True), transient=True)
         bar.add_task(self._what, total=self._total)

@@ -12,12 +12,29 @@ import click
 from outbox.cli.options import destination_option, moment_ms
 from outbox.filters import LARGEST_ID, Where
 from outbox.lifecycle import Status
+from outbox.words import escape
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+
+class _RowId(click.IntRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(
+                f"{escape(str(value))!r}, expected a row id, a whole number from 1; `outbox list --event-id` finds"
+                " an event by its event id",
+                param,
+                ctx,
+            )
+
+
+ROW_ID = _RowId(1, LARGEST_ID)
+
 _CONDITIONS = tuple(field.name for field in fields(Where))
 _OPTIONS = (
-    click.argument("ids", metavar="[ID]...", nargs=-1, type=click.IntRange(1, LARGEST_ID)),
+    click.argument("ids", metavar="[ID]...", nargs=-1, type=ROW_ID),
     click.option(
         "--event-id",
         "event_ids",
@@ -41,16 +58,16 @@ _OPTIONS = (
     ),
     click.option(
         "--older-than",
-        metavar="AGE",
+        metavar="MOMENT",
         callback=moment_ms,
         help="Only events created before this time; 0s matches every event.",
     ),
     click.option(
-        "--newer-than", metavar="AGE", callback=moment_ms, help="Only events created at this time or later."
+        "--newer-than", metavar="MOMENT", callback=moment_ms, help="Only events created at this time or later."
     ),
     click.option(
         "--due-after",
-        metavar="TIME",
+        metavar="MOMENT",
         callback=moment_ms,
         help="Only pending events that are due later than this time, such as 2026-11-24T12:00:00Z; 0s means now.",
     ),

@@ -21,7 +21,7 @@ from outbox.words import escape
 @click.command(epilog="Example: outbox health --max-overdue 10m")
 @click.option(
     "--max-overdue",
-    metavar="AGE",
+    metavar="DURATION",
     default="10m",
     show_default=True,
     callback=duration_ms,
@@ -31,7 +31,7 @@ from outbox.words import escape
 @heartbeat_option
 @click.option(
     "--max-silence",
-    metavar="AGE",
+    metavar="DURATION",
     default="5m",
     show_default=True,
     callback=duration_ms,

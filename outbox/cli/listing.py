@@ -10,7 +10,7 @@ import click
 
 from outbox.cli.display import Bar, as_json, list_in_words, reading_bar, say
 from outbox.cli.endings import FAILED, fail
-from outbox.cli.filters import filter_options
+from outbox.cli.filters import ROW_ID, filter_options
 from outbox.cli.options import json_option, uses_database
 from outbox.events import check_payload
 from outbox.failures import InvalidEvent
@@ -135,7 +135,7 @@ class _Search:
 
 
 @click.command(epilog="Example: outbox show 17")
-@click.argument("row_id", metavar="ID", type=click.IntRange(1, LARGEST_ID))
+@click.argument("row_id", metavar="ID", type=ROW_ID)
 @uses_database
 @json_option
 def show(database: str, row_id: int, *, in_json: bool) -> None:

@@ -165,7 +165,7 @@ heartbeat_option = click.option(
     show_envvar=True,
     type=click.Path(dir_okay=False, path_type=Path),
     callback=_absolute,
-    is_eager=True,  # as the database
+    is_eager=True,  # before modules of types are imported, which may change the directory
     help="File that the worker touches while it is alive, for `outbox health`.",
 )
 

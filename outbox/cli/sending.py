@@ -74,7 +74,7 @@ def flush(
     With --all, but without --destination, all destinations in outbox.toml are served, up to 16 at the same time.
     After Ctrl-C, their current requests are finished. The token of the destination `default` comes from
     OUTBOX_TOKEN, or from the file that OUTBOX_TOKEN_FILE names; the file is read before each request. Other
-    credentials are named in outbox.toml. Exit code 3: not every event was delivered.
+    credentials are named in outbox.toml. Exit code 3: an event that was due was not delivered.
     """
     chosen = services.every if everything else [services.chosen]
     exit_codes = set()
@@ -177,7 +177,8 @@ def _nothing_due(done: _Flushed) -> str:
         return "nothing is due"
     if done.left_due:  # a parked event has just become due, to try the token
         return "nothing was sent, but an event is due now; run the command again"
-    return f"nothing is due until {when(done.next_due_ms, now_ms=done.ended_at_ms)}"
+    until = when(done.next_due_ms, now_ms=done.ended_at_ms)
+    return f"nothing is due until {until}; `outbox status` says what the events wait for"
 
 
 def _way_out(report: FlushReport, service: Service) -> str:

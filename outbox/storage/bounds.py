@@ -17,7 +17,7 @@ from outbox.storage.deletion import NOTHING, TRIM_SLICE, Bound, Deletion, Trimme
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import is_own
 from outbox.storage.row_counts import SENT_ROWS, undelivered_rows
-from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.transactions import Transaction, Writer, read
 
 log = logging.getLogger("outbox")
 
@@ -56,7 +56,7 @@ class Bounds:
         """Raise `QueueFull` if there is no room for `own` more rows, and the policy is to reject.
 
         `value_of` runs a query on the caller's connection. It refreshes a count that is too old if the engine is
-        the host's, whose pool may have no other connection left. It is not used for an engine of our own.
+        the application's, whose pool may have no other connection left. It is not used for an engine of our own.
         """
         at_most = policy.max_undelivered
         if not at_most:
@@ -68,6 +68,16 @@ class Bounds:
         if rows + own > at_most and policy.when_full == "reject":
             raise queue_full(destination, rows, own, "max_undelivered", at_most)
 
+    def has_room(self, policy: Policy, destination: str) -> bool:
+        """Return whether one more row exceeds no bound, as far as is known without a query."""
+        undelivered = self._counts[destination].undelivered
+        if policy.max_undelivered and (undelivered.rows >= policy.max_undelivered or undelivered.is_stale()):
+            return False
+        if not policy.max_rows:
+            return True
+        last_id = self._deletion.last_id + 1
+        return policy.when_full == "trim" and not self._deletion.may_be_over(policy, destination, last_id=last_id)
+
     def enqueued(self, policy: Policy, rows: int, destination: str = DEFAULT_DESTINATION) -> None:
         """Note that rows were inserted. Log a warning when half or nine tenths of the bound are reached."""
         if not policy.max_undelivered:
@@ -76,7 +86,7 @@ class Bounds:
         before = counts.undelivered.rows
         counts.undelivered.add(rows)
         undelivered = counts.undelivered.rows
-        if not counts.told_of and undelivered * 2 < policy.max_undelivered:  # mostly
+        if not counts.told_of and undelivered * 2 < policy.max_undelivered:  # fast path: most calls
             return
         # It is logged again only after a fifth of the rows has left.
         told_of = min(counts.told_of, filling(before * 5 // 4, policy.max_undelivered))
@@ -147,16 +157,16 @@ class Bounds:
         deleted = 0
         while sent.rows > at_most:
             excess = min(sent.rows - at_most, TRIM_SLICE)
-            trimmed = self._writer.run(
-                partial(self._deletion.delete_oldest, bound=bound, excess=excess, now_ms=now_ms)
-            )
+            delete = partial(self._deletion.delete_oldest, bound=bound, excess=excess, now_ms=now_ms)
+            # If a power cut undoes the deletion, the next flush repeats it.
+            trimmed = self._writer.run(delete, survives_power_cut=False)
             deleted += trimmed.rows
             if trimmed.rows < excess:  # other flushers delete, too
                 break
         return deleted
 
     def _look(self, query: Select[Any], **parameters: Any) -> Any:
-        return look(self._writer, lambda transaction: transaction.value(query, **parameters))
+        return read(self._writer, lambda transaction: transaction.value(query, **parameters))
 
 
 def queue_full(destination: str, undelivered: int, own: int, bound: str, at_most: int) -> QueueFull:

@@ -63,7 +63,7 @@ def connection_of(session: object, engine: Engine, statement: Insert) -> Connect
             _refuse("session", found, _A_SESSION)
         try:
             return found.connection(bind_arguments=this)
-        except UnboundExecutionError:  # the session is bound only for the host's own models
+        except UnboundExecutionError:  # the session is bound only for the application's models
             return found.connection(bind_arguments={"bind": engine})
     except AttributeError as error:
         raise ConfigurationError(f"session is bound to something that is no engine: {error}") from error

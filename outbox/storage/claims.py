@@ -6,21 +6,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, bindparam, update
+from sqlalchemy import ColumnElement, Engine, bindparam, update
 
 from outbox import outcomes
 from outbox.destinations import DEFAULT_DESTINATION
+from outbox.failures import OutcomeUnknown, StorageError
 from outbox.lifecycle import Status
 from outbox.outcomes import Outcome
 from outbox.pauses import SharedPause
 from outbox.records import Claim
-from outbox.storage.claimed import Kind, Wanted
+from outbox.storage.claimed import Delivery, Kind, OneRowQuery, Wanted
 from outbox.storage.counts import Counts
 from outbox.storage.dialects import dialect_of
 from outbox.storage.holds import hold_of
-from outbox.storage.identity import Identity, with_ids
+from outbox.storage.identity import Identity
 from outbox.storage.pauses import begin_probe, pause_and_hold, write_pause
 from outbox.storage.sql import (
     by_id,
@@ -31,7 +32,7 @@ from outbox.storage.sql import (
     this_row,
     unindexed_status,
 )
-from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.transactions import OutOfPatienceError, Transaction, Writer, read
 from outbox.storage.tries import record
 from outbox.tries import Failed
 
@@ -61,6 +62,15 @@ class _Turn:
 
     took_failed = True
     is_any_failed = True
+
+
+class SettleResult(NamedTuple):
+    """What a settlement did."""
+
+    landed: Counter[str]
+    """How many moves were made, by trigger."""
+    seen: tuple[Any, ...] | None = None
+    """The row of the query that was run with it, or None."""
 
 
 class Claims:
@@ -101,24 +111,28 @@ class Claims:
 
         While the destination is on hold or paused, the claim has no rows. After three failures in a row, one
         flusher gets one row as a probe. The other flushers get no rows until the outcome of the probe is known or
-        its lease ends. The original's claims ignore pauses, but not holds, and do not alternate.
+        its lease ends. Claims of `Policy.original()` ignore pauses, but not holds, and do not alternate.
         """
         # Before the claim: if this fails, no row waits for the end of a lease.
-        outbox_id = self._identity.outbox_id(lambda query: look(self._writer, lambda found: found.value(query)))
-        wanted = Wanted(destination, now_ms, lease_until_ms, batch_size)
+        outbox_id = self._identity.outbox_id(lambda query: read(self._writer, lambda found: found.value(query)))
+        wanted = Wanted(destination, now_ms, lease_until_ms, batch_size, outbox_id)
         claimed = Claim([])
         if is_original:
             claimed = self._run(lambda transaction: self._claim_any(transaction, wanted))
-        elif self._dialect.checks_pause:
+        elif (is_any_due := self._dialect.is_any_due) is not None:
             kind, unless_paused = self._kinds_in_turn(destination)[0], wanted._replace(unless_paused=True)
-            claimed = look(self._writer, lambda found: self._dialect.claim(found, kind, unless_paused))
+            claimed = self._run(lambda alone: self._dialect.claim(alone, kind, unless_paused), is_single=True)
+            if not claimed.rows:
+                empty = read(self._writer, lambda found: _empty_claim(found, wanted, is_any_due))
+                if empty is not None:
+                    return empty
         if not claimed.rows and not is_original:
             claimed = self._run(lambda transaction: self._claim_unless_paused(transaction, wanted))
         if not claimed.rows and claimed.hold is None and claimed.pause.holds_until_ms <= now_ms:
             claimed = self._run(lambda transaction: self._dialect.claim_never_due(transaction, wanted))
         if claimed.rows and not claimed.is_probe:
             self._turns[destination].took_failed = claimed.failed_before
-        return with_ids(claimed._replace(destination=destination), outbox_id)
+        return claimed._replace(destination=destination)
 
     def take_turns(self, destination: str = DEFAULT_DESTINATION, *, is_any_failed: bool) -> None:
         """Note whether there are rows that failed before. Without any, no claim looks for them first."""
@@ -141,7 +155,7 @@ class Claims:
 
         return self._writer.run(renew, survives_power_cut=False)
 
-    def settle(  # noqa: PLR0913 - each is one fact about the claim
+    def settle(  # noqa: PLR0913 - the outcomes, and what only the holder of the claim knows about its rows
         self,
         decided: Iterable[tuple[int, Outcome]],
         *,
@@ -150,14 +164,18 @@ class Claims:
         destination: str = DEFAULT_DESTINATION,
         failed: Mapping[int, Failed] = MappingProxyType({}),
         may_have_tries: bool = True,
-    ) -> Counter[str]:
-        """Make the move of each row, with one statement per trigger. Return how many were made, by trigger.
+        query: OneRowQuery | None = None,
+    ) -> SettleResult:
+        """Make the move of each row, with one statement per trigger.
 
         A fenced move is dropped if another flusher owns the row. `deliver` needs no lease. It is dropped if the
         row's creation time differs from that in `created_at_ms`, by id: then another event has the id.
 
         `failed` says, by row id, how rows failed, and these tries are kept. If the move of a row is dropped, no
         try of a row with the same trigger is kept. `may_have_tries` is false if no row of the claim failed before.
+
+        If all outcomes are deliveries at one time, `query` is run in their transaction, which saves one. If it
+        fails, the rows are delivered without it.
         """
         delivered: dict[int, list[int]] = defaultdict(list)
         by_trigger: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -169,9 +187,13 @@ class Claims:
                 values = {f"new_{name}": value for name, value in outcome.values.items()}
                 by_trigger[outcome.trigger].append({"row_id": row_id, "lease_until": lease_until_ms, **values})
         if not delivered and not by_trigger:
-            return Counter()
+            return SettleResult(Counter())
+        deliveries = [
+            Delivery(row_ids, [created_at_ms[row_id] for row_id in row_ids], sent_at_ms)
+            for sent_at_ms, row_ids in delivered.items()
+        ]
 
-        def settle(transaction: Transaction) -> Counter[str]:
+        def settle(transaction: Transaction) -> SettleResult:
             landed: Counter[str] = Counter()
             tried: dict[int, Failed] = {}
             for trigger, rows in by_trigger.items():
@@ -180,16 +202,35 @@ class Claims:
                     tried |= {row["row_id"]: failed[row["row_id"]] for row in rows if row["row_id"] in failed}
             if tried:
                 record(transaction, tried, may_have_tries=may_have_tries)
-            for sent_at_ms, row_ids in delivered.items():
-                created = [created_at_ms[row_id] for row_id in row_ids]
-                landed["deliver"] += self._dialect.deliver(transaction, row_ids, created, sent_at_ms=sent_at_ms)
-            return landed
+            for delivery in deliveries:
+                landed["deliver"] += self._dialect.deliver(transaction, delivery)
+            return SettleResult(landed)
 
-        is_single = self._dialect.delivers_at_once and not by_trigger and len(delivered) == 1
-        # Repeatable: the fence lets no outcome be written twice, and a delivery may be.
-        landed = self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
-        self._counts[destination].delivered(landed["deliver"])
-        return landed
+        is_one_delivery = not by_trigger and len(deliveries) == 1
+        settled = self._deliver_and_query(deliveries[0], query) if is_one_delivery else None
+        if settled is None:
+            settled = self._write(settle, is_single=is_one_delivery and self._dialect.delivers_at_once)
+        self._counts[destination].delivered(settled.landed["deliver"])
+        return settled
+
+    def _deliver_and_query(self, delivery: Delivery, query: OneRowQuery | None) -> SettleResult | None:
+        if query is None:
+            return None
+
+        def settle(transaction: Transaction) -> SettleResult:
+            moved, seen = self._dialect.deliver_and_query(transaction, delivery, query)
+            return SettleResult(Counter(deliver=moved), seen)
+
+        try:
+            return self._write(settle, is_single=self._dialect.delivers_at_once)
+        except (OutcomeUnknown, OutOfPatienceError):
+            raise
+        except StorageError:
+            return None
+
+    def _write(self, settle: Callable[[Transaction], SettleResult], *, is_single: bool) -> SettleResult:
+        # Repeatable: the fence stops a second write of an outcome, and a second delivery changes nothing.
+        return self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)
 
     def _kinds_in_turn(self, destination: str) -> tuple[Kind, Kind]:
         turn = self._turns[destination]
@@ -204,8 +245,7 @@ class Claims:
     def _claim_unless_paused(self, transaction: Transaction, wanted: Wanted) -> Claim:
         destination, now_ms, lease_until_ms = wanted.destination, wanted.now_ms, wanted.lease_until_ms
         while True:
-            found, hold = pause_and_hold(transaction, destination, now_ms=now_ms)
-            pause = found.trusted(now_ms)
+            pause, hold, _ = pause_and_hold(transaction, destination, now_ms=now_ms)
             if hold is not None:
                 return Claim([], pause, hold=hold)
             if pause.holds_until_ms > now_ms:
@@ -235,6 +275,15 @@ class Claims:
         write_pause(transaction, wanted.destination, pause)
         return Claim([], pause)
 
-    def _run(self, operation: Callable[[Transaction], Claim]) -> Claim:
+    def _run(self, operation: Callable[[Transaction], Claim], *, is_single: bool = False) -> Claim:
         # Repeatable: the rows of a claim that was committed unnoticed are due again when its lease has run out.
-        return self._writer.run(operation, repeatable=True, survives_power_cut=False)
+        return self._writer.run(operation, repeatable=True, is_single=is_single, survives_power_cut=False)
+
+
+def _empty_claim(transaction: Transaction, wanted: Wanted, is_any_due: ColumnElement[bool]) -> Claim | None:
+    """Return a claim without rows during a hold or a pause, or if nothing is due. Otherwise return None."""
+    destination, now_ms = wanted.destination, wanted.now_ms
+    pause, hold, is_true = pause_and_hold(transaction, destination, now_ms=now_ms, condition=is_any_due)
+    if hold is None and pause.holds_until_ms <= now_ms and is_true:
+        return None
+    return Claim([], pause, hold=hold, destination=destination)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from sqlalchemy import BigInteger, Text, TextClause
 
@@ -13,15 +14,27 @@ class Id(BigInteger):
     """A primary key to which the database gives a value that it never used before."""
 
 
-class Name(Text):
+class _StoredText(Text):
+    """A text. SQLite stores any value in any column. If it is a BLOB, its bytes are decoded."""
+
+    def result_processor(self, dialect: object, coltype: object) -> Callable[[Any], str | None]:  # noqa: ARG002 - the base's signature
+        return _as_text
+
+
+def _as_text(value: Any) -> str | None:
+    text: str | None = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+    return text
+
+
+class Name(_StoredText):
     """A text of at most `LONGEST_NAME` characters, which an index can hold."""
 
 
-class LongText(Text):
+class LongText(_StoredText):
     """A text as long as the largest payload."""
 
 
-class ShortText(Text):
+class ShortText(_StoredText):
     """A text of at most 16 characters."""
 
 

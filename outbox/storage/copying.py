@@ -14,7 +14,7 @@ from outbox.storage.column_types import INTEGERS, invalid_column
 from outbox.storage.identity import Identity
 from outbox.storage.inserts import known
 from outbox.storage.sql import LAST_ID, by_id, columns, without_index
-from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.transactions import Transaction, Writer, read
 
 _SLICE = 1_000
 _SLICE_CHARACTERS = 4 * 1024 * 1024
@@ -74,21 +74,21 @@ class Copying:
 
     def last_id(self) -> int:
         """Return the id of the newest row, 0 if there is none."""
-        return look(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
+        return read(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
 
     def slices(self, source: str, *, created_from_ms: int, last_id: int, now_ms: int) -> Iterator[Slice]:
         """Yield the events of a destination up to the row `last_id`, oldest row first, as rows that are due now.
 
         Each row gets a full new chance: it fails by its age only as if it had been created now.
         """
-        outbox_id = look(self._writer, lambda transaction: self._identity.outbox_id(transaction.value))
+        outbox_id = read(self._writer, lambda transaction: self._identity.outbox_id(transaction.value))
         seen = 0
         while seen < last_id:
             which = {"destination": source, "created_from": created_from_ms, "seen": seen, "last": last_id}
-            sizes = look(self._writer, partial(_read, SIZES, which))
+            sizes = read(self._writer, partial(_read, SIZES, which))
             number = _that_fit([size or 0 for _, size in sizes])
             up_to = sizes[number - 1][0] if number < len(sizes) or number == _SLICE else last_id
-            found = look(self._writer, partial(_read, TO_COPY, {**which, "last": up_to}))
+            found = read(self._writer, partial(_read, TO_COPY, {**which, "last": up_to}))
             rows = [row for values in found if (row := _new_row(values, outbox_id, now_ms=now_ms)) is not None]
             yield Slice(rows, len(found) - len(rows), up_to - seen)
             seen = up_to
@@ -96,7 +96,7 @@ class Copying:
     def missing(self, destination: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return those of the rows whose event ids the destination does not have."""
         event_ids = [row["event_id"] for row in rows]
-        there = look(self._writer, lambda transaction: known(transaction, destination, event_ids))
+        there = read(self._writer, lambda transaction: known(transaction, destination, event_ids))
         return [row for row in rows if row["event_id"] not in there]
 
 

@@ -29,11 +29,11 @@ class Count:
         return self._added >= self._most_added or monotonic_s() - self._counted_s >= _LONGEST_AGE_S
 
     def set(self, rows: int) -> None:
-        """Note that the rows were counted."""
+        """Replace the number by one that was counted now."""
         self.rows, self._added, self._counted_s = rows, 0, monotonic_s()
 
     def add(self, rows: int) -> None:
-        """Note that rows were added, or removed where the number is negative."""
+        """Change the number without a count. A negative number means removed rows."""
         self.rows += rows
         self._added += max(0, rows)
 
@@ -48,7 +48,7 @@ class Counts:
         """The part of `max_undelivered` that was logged last, in percent."""
 
     def delivered(self, rows: int) -> None:
-        """Note that undelivered rows were delivered."""
+        """Move rows from the undelivered ones to the delivered ones."""
         self.sent.add(rows)
         self.undelivered.add(-rows)
 

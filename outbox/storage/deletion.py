@@ -44,7 +44,7 @@ from outbox.storage.sql import (
     unindexed_status,
 )
 from outbox.storage.tables import VERSION_TABLE, destinations_ledger, ledger
-from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.transactions import Transaction, Writer, read
 from outbox.storage.tries import forget
 
 log = logging.getLogger("outbox")
@@ -87,13 +87,11 @@ class _Counted(NamedTuple):
 
     last_id: int
     rows: int
+    left: int = 0
+    """The number of rows after the trim."""
+    state: object = None
+    """The state of the database after the trim, as `Writer.state` returns it."""
 
-    def rows_at_most(self, last_id: int) -> float:
-        """Return the largest possible number of rows now: each new row has a larger id than all before it."""
-        return self.rows + last_id - self.last_id if last_id >= self.last_id else inf
-
-
-# What the cap deletes
 
 Steps: TypeAlias = Sequence[Sequence[Any]]
 
@@ -148,6 +146,8 @@ class Deletion:
         """The rows to delete while there are too many: those of the first queries, oldest first, and so on."""
         self._all_rows = all_rows(self._dialect)
         self._counted: defaultdict[str, _Counted] = defaultdict(lambda: _Counted(0, 0))
+        self.last_id: float = inf
+        """The id of the newest row that this process inserted; infinite before the first one."""
         # Undelivered events that were deleted since the last warning, and the earliest time of the next warning.
         self._untold = 0
         self._quiet_until_s = 0.0
@@ -157,14 +157,19 @@ class Deletion:
         steps: Steps = self.steps[:1] if policy.when_full == "reject" else self.steps
         return Bound(destination, self._all_rows, steps, policy.max_rows or 0, reason="cap")
 
-    def may_be_over(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, last_id: int) -> bool:
-        """Return whether there may be more rows than the cap allows, without counting them again."""
-        at_most = policy.max_rows or inf
-        return self._counted[destination].rows_at_most(last_id) > at_most
+    def may_be_over(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, last_id: float) -> bool:
+        """Return whether there may be more rows than the cap allows, without counting them again.
+
+        `last_id` is the newest id. Each new row has a larger id than all before it.
+        """
+        if not policy.max_rows:
+            return False
+        counted = self._counted[destination]
+        return last_id < counted.last_id or counted.rows + last_id - counted.last_id > policy.max_rows
 
     def trim(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> int:
         """Delete what is over the cap of a destination, never a row in flight, in slices; return how many."""
-        last_id = look(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
+        last_id = read(self._writer, lambda transaction: transaction.value(LAST_ID)) or 0
         trim_slice = partial(self.trim_slice, cap=self.cap(policy, destination), now_ms=now_ms, last_id=last_id)
         deleted = 0
         while True:
@@ -178,19 +183,30 @@ class Deletion:
         self, transaction: Transaction, cap: Bound, *, now_ms: int, last_id: int, own: Sequence[int] = ()
     ) -> Trimmed:
         """Delete a slice of what is over the cap. This transaction inserted the rows `own`."""
-        trimmed, rows = self.delete_excess(transaction, cap, own=own, now_ms=now_ms)
-        self._counted[cap.destination] = _Counted(last_id, rows + trimmed.rows)
+        counted = self._counted[cap.destination]
+        is_known = (
+            own
+            and own[0] == counted.last_id + 1  # else the latest trim was rolled back, and its ids are given again
+            and counted.state is not None
+            and counted.state == self._writer.state(transaction, changes=len(own))
+        )
+        rows = counted.left + len(own) if is_known else None
+        trimmed, left = self.delete_excess(transaction, cap, own=own, now_ms=now_ms, rows=rows)
+        # Without rows of its own, no id would show later that this trim was rolled back.
+        state = self._writer.state(transaction) if own else None
+        self._counted[cap.destination] = _Counted(last_id, left + trimmed.rows, left, state)
         return trimmed
 
     def delete_excess(
-        self, transaction: Transaction, bound: Bound, *, own: Sequence[int], now_ms: int
+        self, transaction: Transaction, bound: Bound, *, own: Sequence[int], now_ms: int, rows: int | None = None
     ) -> tuple[Trimmed, int]:
         """Delete a slice of the rows beyond a bound; return it, and how many rows are left.
 
         Rows that this transaction inserted stay, however many others are in flight, unless they are too many by
-        themselves.
+        themselves. `rows` is the number of rows, if it is known.
         """
-        rows = transaction.value(bound.counting, destination=bound.destination)
+        if rows is None:
+            rows = int(transaction.value(bound.counting, destination=bound.destination))
         if self._dialect.is_shared and rows - bound.at_most > len(own):
             # Otherwise several transactions might count the same excess, and each delete different rows.
             transaction.rows(TRIMMING)
@@ -242,7 +258,8 @@ class Deletion:
             found = transaction.rows(EXPIRED, **these)
             return self.delete(transaction, [Deletable(*row) for row in found], reason="retention")
 
-        return self._writer.run(expire)
+        # If a power cut undoes the deletion, the next flush repeats it.
+        return self._writer.run(expire, survives_power_cut=False)
 
     def delete(self, transaction: Transaction, rows: list[Deletable], *, reason: str) -> int:
         """Delete rows and their tries, and count the rows in a ledger; return how many."""

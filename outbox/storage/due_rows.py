@@ -63,8 +63,8 @@ class Rows(NamedTuple):
     in_order: str | None = None
     """The name of that index, if statements have to name it."""
     by_time: tuple[tuple[ColumnElement[bool], ...], ...] = ()
-    """Conditions that each have an index in the order of the due time. Together they match these
-    rows. Empty: nearly all of these rows are due."""
+    """Conditions that each have an index in the order of the due time. Together they match these rows. Empty:
+    nearly all of these rows are due."""
     time_index: str | None = None
 
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sqlalchemy import URL, Connection, Dialect, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -34,9 +34,8 @@ def open_engine(database: str | URL, *, synchronous: Synchronous = "FULL") -> En
     On SQLite: write-ahead log, writing transactions begin with BEGIN IMMEDIATE, and `synchronous` FULL keeps an
     event that enqueue accepted even through a power cut, NORMAL only through a crash of the program. The file
     itself is not created here. A relative path is made absolute here, so that it names the same file after the
-    program changes its directory. On servers transactions are READ COMMITTED. psycopg prepares no statement unless
-    the URL sets `prepare_threshold`, and then only without a pooler. Raises `ConfigurationError` for a URL that
-    can't be used.
+    program changes its directory. On servers transactions are READ COMMITTED. psycopg prepares nothing where a
+    pooler may stand in between. Raises `ConfigurationError` for a URL that can't be used.
     """
     url = parse_url(database)
     if synchronous not in ("FULL", "NORMAL"):
@@ -59,7 +58,7 @@ def is_own(engine: Engine) -> bool:
 
 
 def engine_of(database: str | URL | Engine, *, synchronous: Synchronous) -> Engine:
-    """Return the host's engine, or one of our own for a URL. Raises `ConfigurationError` like `open_engine`."""
+    """Return the application's engine, or one of our own for a URL. Raises what `open_engine` raises."""
     if not isinstance(database, Engine):
         return open_engine(database, synchronous=synchronous)
     _refuse_unsupported(database.dialect)
@@ -124,17 +123,24 @@ def reading(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+class Ending(NamedTuple):
+    """Which ends of a transaction need a statement, because the driver ignores the call."""
+
+    commit: bool = False
+    rollback: bool = False
+
+
 @contextmanager
 def begun(engine: Engine, connection: Connection, *, writes: bool) -> Iterator[None]:
     """Hold the last transaction of a connection; commit at the end, roll back on an exception.
 
     SQLAlchemy begins and ends it, except where the driver commits each statement by itself: some drivers then
     ignore `commit()` and `rollback()`. In that case, statements begin and end the transaction. The connection
-    keeps the host's settings.
+    keeps the application's settings.
     """
     dialect, is_ours = dialect_of(engine), is_own(engine)
-    hosts = nullcontext() if is_ours else dialect.unprepared(connection.connection.driver_connection)
-    with hosts, connection.begin():
+    unprepared = nullcontext() if is_ours else dialect.unprepared(connection.connection.driver_connection)
+    with unprepared, connection.begin():
         by_statement = dialect.begin(connection, writes=writes, is_own=is_ours)
         try:
             yield

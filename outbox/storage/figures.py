@@ -27,10 +27,10 @@ from outbox.storage.due_times import due
 from outbox.storage.engines import reading
 from outbox.storage.holds import lasting
 from outbox.storage.pauses import PAUSED
-from outbox.storage.sql import columns, failed_before, has_creation_time, has_due_time, is_one_of, literal, now
+from outbox.storage.sql import columns, failed_before, has_creation_time, has_due_time, has_status, literal, now
 from outbox.storage.tables import destinations_ledger, ledger
 
-_undelivered = is_one_of(columns.status, Status.PENDING, Status.SENDING)
+_queued = has_status(Status.PENDING, Status.SENDING)
 _kinds_of_rows = (columns.destination, columns.event_type, columns.status, failed_before)
 COUNTS = (
     select(*_kinds_of_rows, func.count())
@@ -40,10 +40,10 @@ COUNTS = (
 _age_begins = case(
     (columns.not_before_ms > columns.created_at_ms, columns.not_before_ms), else_=columns.created_at_ms
 )
-OLDEST_PENDING = select(cast(func.min(_age_begins), BigInteger)).where(_undelivered, has_creation_time)
+OLDEST_PENDING = select(cast(func.min(_age_begins), BigInteger)).where(_queued, has_creation_time)
 LAST_PARKED = (
     select(columns.last_error, cast(columns.next_attempt_at_ms, BigInteger), columns.destination)
-    .where(is_one_of(columns.status, Status.PARKED), has_due_time)
+    .where(has_status(Status.PARKED), has_due_time)
     .order_by(columns.next_attempt_at_ms.desc(), columns.id.desc())
     .limit(1)
 )
@@ -55,7 +55,7 @@ _by_error = (
         func.min(columns.next_attempt_at_ms).label("due"),
         func.count().label("events"),
     )
-    .where(is_one_of(columns.status, Status.PENDING), columns.last_error.is_not(None), has_due_time)
+    .where(has_status(Status.PENDING), columns.last_error.is_not(None), has_due_time)
     .group_by(columns.waits_for, columns.last_error, columns.destination)
     .subquery()
 )
@@ -98,8 +98,8 @@ _is_invalid = or_(
         for name, below in INTEGERS.items()
     )
 )
-_is_sending = is_one_of(columns.status, Status.SENDING)
-_is_pending = is_one_of(columns.status, Status.PENDING)
+_is_sending = has_status(Status.SENDING)
+_is_pending = has_status(Status.PENDING)
 ODDITIES = select(
     *(
         select(func.count()).where(condition).scalar_subquery()
@@ -108,7 +108,7 @@ ODDITIES = select(
             and_(_is_sending, columns.next_attempt_at_ms > bindparam("latest_lease_until"), has_due_time),
             and_(columns.created_at_ms > bindparam("soon"), has_creation_time),
             and_(_is_pending, columns.next_attempt_at_ms > bindparam("latest_due"), has_due_time),
-            and_(_undelivered, _is_invalid),
+            and_(_queued, _is_invalid),
         )
     )
 )

@@ -24,7 +24,7 @@ from outbox.filters import LARGEST_ID, Progress, Scan, Where
 from outbox.lifecycle import Status
 from outbox.storage.engines import reading
 from outbox.storage.identity import Identity, give_id
-from outbox.storage.sql import LAST_ID, columns, contains_text, is_one_of, without_index
+from outbox.storage.sql import LAST_ID, columns, contains_text, has_status, without_index
 from outbox.storage.tables import ObservationEvent
 
 # How many ids are read at once, and how many rows.
@@ -38,7 +38,7 @@ _NEXT_DESTINATION = select(func.min(columns.destination)).where(
 
 
 class Found(list[ObservationEvent]):
-    """A page of events that match. `Outbox.find` returns it."""
+    """One page of the events that `Outbox.find` found."""
 
     next: int | None = None
     """The `before` of the next call, or its `after` if the oldest events come first. None if there are no more
@@ -50,7 +50,7 @@ class Found(list[ObservationEvent]):
 
 
 class EventCount(int):
-    """The number of events that match. `Outbox.count` returns it."""
+    """The result of `Outbox.count`: the number of events that match."""
 
     rows_read: int = 0
     """The number of events that a search for text read; 0 without such a search."""
@@ -107,7 +107,7 @@ class Finding:
         return found
 
     def count(self, where: Where, scan: Scan) -> EventCount:
-        """Return how many rows match. A search for text reads the newest rows."""
+        """Return how many rows match. A search for text reads only the newest `scan.at_most` rows."""
         with reading(self._engine) as connection:
             conditions = self._conditions(connection, where)
             if where.has_text:
@@ -170,7 +170,7 @@ class Finding:
         if where.destination is not None:
             conditions.append(of(columns.destination) == where.stored_destination)
         if where.statuses is not None:
-            conditions.append(is_one_of(columns.status, *where.statuses) if where.statuses else false())
+            conditions.append(has_status(*where.statuses) if where.statuses else false())
         if where.event_type is not None:
             conditions.append(of(columns.event_type) == where.event_type)
         if where.older_than is not None:
@@ -178,7 +178,7 @@ class Finding:
         if where.newer_than is not None:
             conditions.append(columns.created_at_ms >= where.newer_than)
         if where.due_after is not None:
-            conditions += [is_one_of(columns.status, Status.PENDING), columns.next_attempt_at_ms > where.due_after]
+            conditions += [has_status(Status.PENDING), columns.next_attempt_at_ms > where.due_after]
         return conditions
 
     def _row_ids(self, connection: Connection, event_ids: Sequence[str]) -> list[int]:

@@ -57,7 +57,7 @@ def insert_one(notification: ColumnElement[Any] | None, names: tuple[str, ...]) 
     With a `notification`, it also notifies other processes when the transaction commits.
     """
     one = insert(events).values({name: bindparam(name) for name in names})
-    return one if notification is None else one.returning(columns.id, notification)
+    return one if notification is None else one.returning(notification)
 
 
 INSERT = insert_one(None, INSERTED)
@@ -65,9 +65,7 @@ INSERT = insert_one(None, INSERTED)
 
 def insert_each(transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None = None) -> list[int]:
     """Insert rows one by one; return their ids."""
-    names = names_of(rows)
-    single = INSERT if names is INSERTED and notification is None else insert_one(notification, names)
-    return transaction.insert(single, rows)
+    return transaction.insert(insert_one(notification, names_of(rows)), rows)
 
 
 def insert_several(transaction: Transaction, rows: Rows, notification: ColumnElement[Any] | None) -> list[int]:
@@ -83,7 +81,7 @@ def insert_several(transaction: Transaction, rows: Rows, notification: ColumnEle
             if len(returned) < len(several):
                 raise left_out(len(several))
             # The ids may be returned in any order, but they grow in the order of the rows.
-            ids += sorted(row_id for row_id, *_ in returned)
+            ids += sorted(row_id for (row_id,) in returned)
     return ids
 
 
@@ -106,9 +104,7 @@ def _insert_rows(
 ) -> Insert:
     """Return the statement that inserts several rows, and may return their ids. `named` gives its parameters."""
     inserted = insert(events).values(_values(number, names))
-    if returns:
-        inserted = inserted.returning(columns.id)
-    return inserted if notification is None else inserted.returning(notification)
+    return inserted.returning(columns.id if notification is None else notification) if returns else inserted
 
 
 @cache
@@ -119,8 +115,7 @@ def _insert_new(
     names: tuple[str, ...],
 ) -> Insert:
     inserted: Insert = insert(events).values(_values(number, names)).on_conflict_do_nothing()
-    returned = inserted.returning(columns.event_id, columns.id)
-    return returned if notification is None else returned.returning(notification)
+    return inserted.returning(columns.event_id, columns.id if notification is None else notification)
 
 
 def _values(number: int, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -158,7 +153,7 @@ def insert_new(
     for several in in_slices(rows):
         statement = _insert_new(insert, len(several), notification, names)
         found = transaction.run(statement, *named(several, names)).fetchall()
-        inserted |= {event_id: row_id for event_id, row_id, *_ in found}
+        inserted |= dict(found)
     return inserted
 
 

@@ -24,9 +24,9 @@ from outbox.storage.deletion import Deletion, Trimmed
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import translated
 from outbox.storage.identity import Identity
-from outbox.storage.inserts import INSERT, Rows, insert_each, known
+from outbox.storage.inserts import INSERT, Rows, insert_each, insert_one, known, names_of
 from outbox.storage.sql import columns
-from outbox.storage.transactions import Transaction, Writer, left_out, look, running_on
+from outbox.storage.transactions import Transaction, Writer, left_out, read, running_on
 
 log = logging.getLogger("outbox")
 
@@ -73,6 +73,20 @@ class Intake:
 
         On a file of SQLite, threads that insert at the same time share the commit.
         """
+        (destination, *_), has_ids, rows = events[0]
+        if has_ids or not _is_one_row(events) or not self._bounds.has_room(policy, destination):
+            return self._insert_many(events, policy, now_ms)
+        own = _for(destination, rows)
+        row_id = self._writer.insert(insert_one(self._dialect.notification, names_of(own)), own[0])
+        self._deletion.last_id = row_id
+        self._bounds.enqueued(policy, 1, destination)
+        # Another process may have inserted rows, too.
+        is_over = policy.max_rows and self._deletion.may_be_over(policy, destination, last_id=row_id)
+        return [row_id], [destination] if is_over else []
+
+    def _insert_many(
+        self, events: Sequence[Addressed], policy: Policy, now_ms: int
+    ) -> tuple[list[int], list[str]]:
         trims = bool(policy.max_rows) or policy.when_full == "trim"
         trimming = False
 
@@ -96,8 +110,11 @@ class Intake:
             _refuse_new(self._bounds.refuse, policy, events, self._known)
         # If all have ids, a second try writes nothing that the first one wrote.
         repeatable = events[0].has_ids and all(group.has_ids for group in events)
+        is_single = self._dialect.is_shared and not trims and not policy.max_rows and _is_one_row(events)
         try:
-            inserted, trimmed = self._writer.run(insert, repeatable=repeatable, shares_commit=True)
+            inserted, trimmed = self._writer.run(
+                insert, repeatable=repeatable, is_single=is_single, shares_commit=True
+            )
         except OutboxError as error:
             if not trimming:
                 raise
@@ -163,18 +180,16 @@ class Intake:
         return inserted.ids
 
     def _known(self, destination: str, event_ids: Sequence[str]) -> dict[str, int]:
-        return look(self._writer, lambda transaction: known(transaction, destination, event_ids))
+        return read(self._writer, lambda transaction: known(transaction, destination, event_ids))
 
     def _note(self, policy: Policy, inserted: Inserted) -> None:
-        if not policy.max_undelivered:
-            return
         for destination, new in inserted.new.items():
             self._bounds.enqueued(policy, len(new), destination)
 
     def _trim_slice(
         self, transaction: Transaction, policy: Policy, destination: str, new: list[int], *, now_ms: int
     ) -> Trimmed:
-        last_id = new[-1] if len(new) == 1 else max(new)
+        last_id = self._deletion.last_id = max(new)
         if self._deletion.may_be_over(policy, destination, last_id=last_id):
             cap = self._deletion.cap(policy, destination)
             trimmed = self._deletion.trim_slice(transaction, cap, now_ms=now_ms, last_id=last_id, own=new)
@@ -190,14 +205,14 @@ class Intake:
         notification = self._dialect.notification if notifies else None
         if len(events) == 1:
             destinations, has_ids, rows = events[0]
-            if destinations == (DEFAULT_DESTINATION,) and not has_ids:  # mostly
+            if destinations == (DEFAULT_DESTINATION,) and not has_ids:  # fast path: most calls
                 ids = self._insert_all(transaction, rows, notification)
                 return Inserted(ids, {DEFAULT_DESTINATION: ids})
         inserted = Inserted([], {})
         for destinations, has_ids, rows in events:
             found: list[list[int]] = []
             for destination in destinations:
-                own = rows if destination == DEFAULT_DESTINATION else _for(destination, rows)
+                own = _for(destination, rows)
                 if has_ids:
                     ids, new = self._insert_or_find(transaction, destination, own, notification)
                 else:
@@ -261,12 +276,18 @@ class Intake:
         _refuse_new(refuse, policy, events, partial(known, transaction))
 
 
+def _is_one_row(events: Sequence[Addressed]) -> bool:
+    """Return whether there is a single row to insert. If its event id exists already, only a query follows."""
+    destinations, _, rows = events[0]
+    return len(events) == len(destinations) == len(rows) == 1
+
+
 def _for(destination: str, rows: Rows) -> Rows:
-    return [{**row, "destination": destination} for row in rows]
+    return rows if destination == DEFAULT_DESTINATION else [{**row, "destination": destination} for row in rows]
 
 
 def _by_destination(events: Sequence[Addressed]) -> Iterable[tuple[str, Rows]]:
-    if len(events) == 1:  # mostly
+    if len(events) == 1:  # fast path: most calls
         destinations, _, rows = events[0]
         return [(destination, rows) for destination in destinations]
     rows_of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Select, and_, bindparam, exists, literal_column, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    literal_column,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from outbox.destinations import shown
 from outbox.holds import Hold
@@ -84,6 +97,9 @@ NEW: dict[str, Any] = {column.name: 0 for column in destinations.c} | {"last_err
 """The values for a destination that never failed."""
 
 
+_TRUE = true()
+
+
 class Changed(NamedTuple):
     """A pause before and after a change."""
 
@@ -123,15 +139,26 @@ def know(dialect: Dialect, transaction: Transaction, destination: str) -> None:
     dialect.insert_or_add(transaction, destinations, adds=None, **{**NEW, "destination": destination})
 
 
-def pause_and_hold(transaction: Transaction, destination: str, *, now_ms: int) -> tuple[SharedPause, Hold | None]:
-    """Return the pause of a destination, and its hold if one lasts."""
-    (found,) = transaction.rows(PAUSE_AND_HOLD, destination=destination, now=now_ms)
-    pause, hold = found[: len(_COLUMNS)], found[len(_COLUMNS) :]
+def pause_and_hold(
+    transaction: Transaction, destination: str, *, now_ms: int, condition: ColumnElement[bool] = _TRUE
+) -> tuple[SharedPause, Hold | None, bool]:
+    """Return the pause of a destination, its hold if one lasts, and whether a condition is true.
+
+    A pause that ends impossibly late is ignored: a wrong clock began it.
+    """
+    ((*found, is_true),) = transaction.rows(_pause_hold_and(condition), destination=destination, now=now_ms)
+    pause, hold = tuple(found[: len(_COLUMNS)]), found[len(_COLUMNS) :]
     is_known, is_held = pause[0] is not None, hold[0] is not None
     return (
-        _pause(pause) if is_known else SharedPause(),
+        _pause(pause).trusted(now_ms) if is_known else SharedPause(),
         Hold(shown(destination), *hold) if is_held else None,
+        bool(is_true),
     )
+
+
+@cache
+def _pause_hold_and(condition: ColumnElement[bool]) -> Select[Any]:
+    return PAUSE_AND_HOLD.add_columns(condition.label("is_true"))
 
 
 def write_pause(transaction: Transaction, destination: str, pause: SharedPause) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from outbox.records import Listener
 from outbox.storage import forks
 from outbox.storage.engines import translated
+from outbox.storage.postgresql_connections import is_behind_pooler
 
 log = logging.getLogger("outbox")
 
@@ -64,12 +65,3 @@ def listen(engine: Engine) -> Listener | None:
             connection.close()
             raise
     return _Listener(connection, engine.dialect.loaded_dbapi.Error)
-
-
-def is_behind_pooler(connection: Any) -> bool:
-    """Tell whether a pooler, such as PgBouncer, stands between psycopg's connection and PostgreSQL.
-
-    A pooler reports a process id of its own, because its clients share the server's processes.
-    """
-    ((process_id,),) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchall()
-    return bool(process_id != connection.info.backend_pid)

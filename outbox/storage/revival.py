@@ -6,7 +6,7 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from sqlalchemy import BigInteger, Engine, Select, and_, bindparam, case, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Engine, Select, and_, bindparam, case, or_, select, update
 
 from outbox import outcomes, revival
 from outbox.destinations import DEFAULT_DESTINATION
@@ -14,11 +14,12 @@ from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.policy import Policy
 from outbox.storage.dialects import dialect_of
-from outbox.storage.indexes import QUEUE_INDEX, WAITING_INDEX
+from outbox.storage.indexes import OLDEST_OF_STATUS, TIMES_INDEX, WAITING_INDEX
 from outbox.storage.pauses import RESUME_ALL, know
 from outbox.storage.sql import (
     by_id,
     columns,
+    has_status,
     in_order,
     is_one_of,
     literal,
@@ -31,20 +32,21 @@ from outbox.storage.sql import (
     this_destination,
     this_row,
     unindexed_status,
+    without_index,
 )
 from outbox.storage.tables import destinations
-from outbox.storage.transactions import Transaction, Writer, look
+from outbox.storage.transactions import Transaction, Writer, read
 
 _UNPARK_EVERY_MS = 60_000
 
 _is_parked = and_(of_destination, is_one_of(unindexed_status, Status.PARKED))
 PARKED = select(columns.id).where(_is_parked).order_by(*oldest_first).limit(bindparam("unpark_limit"))
-LOCK_PARKED = in_order(lock(PARKED), QUEUE_INDEX)
+LOCK_PARKED = in_order(lock(PARKED), OLDEST_OF_STATUS)
 _UNPARK = outcomes.unpark(row_id=columns.id, now_ms=now, spread_ms=bindparam("spread"))
 UNPARK_ROWS = by_id(move(_UNPARK).where(these_rows))
 # The one that was not tried for longest: mostly one that was never unparked, near the head of the first query.
 LONGEST_PARKED = (
-    in_order(PARKED.where(columns.revived_at_ms.is_(None)).limit(1), QUEUE_INDEX),
+    in_order(PARKED.where(columns.revived_at_ms.is_(None)).limit(1), OLDEST_OF_STATUS),
     select(columns.id).where(_is_parked).order_by(columns.revived_at_ms, *oldest_first).limit(1),
 )
 _may_unpark = or_(
@@ -55,45 +57,58 @@ LAST_UNPARKED = select(destinations.c.unparked_at_ms).where(this_destination, ~_
 BEGIN_UNPARK = update(destinations).where(this_destination, _may_unpark).values(unparked_at_ms=now)
 
 
-def _late(kind: WaitsFor, latest: Any) -> Select[Any]:
-    """Return the query for the oldest rows that wait for `kind` and are due later than `latest`."""
-    # On SQLite by an index in this order, so that the due time is not looked up.
-    waiting = select(columns.id, columns.suspected_at_ms).where(
+_soon = bindparam("soon", type_=BigInteger)
+_LATEST: dict[WaitsFor, ColumnElement[int]] = {
+    WaitsFor.SERVICE: _soon,
+    WaitsFor.PROOF: case(
+        (
+            columns.suspected_at_ms > bindparam("young_since", type_=BigInteger),
+            bindparam("late", type_=BigInteger),
+        ),
+        else_=_soon,
+    ),
+    WaitsFor.ROW: _soon,
+}
+
+
+def _late(kind: WaitsFor, due_at_ms: ColumnElement[int]) -> Select[Any]:
+    """Return the query for the rows that wait for `kind` and are due later than a success allows."""
+    return select(columns.id, columns.suspected_at_ms).where(
         of_destination,
         is_one_of(unindexed_status, Status.PENDING),
         columns.waits_for == literal(kind),
-        columns.next_attempt_at_ms > latest,
+        due_at_ms > _LATEST[kind],
     )
-    return waiting.order_by(*oldest_first).limit(bindparam("revive_limit"))
 
 
-_soon = bindparam("soon", type_=BigInteger)
-LATE = {
-    WaitsFor.SERVICE: _late(WaitsFor.SERVICE, _soon),
-    WaitsFor.PROOF: _late(
-        WaitsFor.PROOF,
-        case(
-            (
-                columns.suspected_at_ms > bindparam("young_since", type_=BigInteger),
-                bindparam("late", type_=BigInteger),
-            ),
-            else_=_soon,
-        ),
-    ),
-    WaitsFor.ROW: _late(WaitsFor.ROW, _soon),
+# To find out whether there is any such row. It reads from the latest due time, so nearly always one row decides.
+LAST_LATE = {
+    kind: in_order(
+        _late(kind, columns.next_attempt_at_ms).order_by(columns.next_attempt_at_ms.desc()).limit(1), TIMES_INDEX
+    )
+    for kind in _LATEST
 }
-LOCK_LATE = {kind: in_order(lock(late), WAITING_INDEX) for kind, late in LATE.items()}
+# With its index of the due time, SQLite would read and sort all waiting rows for each batch.
+LOCK_LATE = {
+    kind: in_order(
+        lock(
+            _late(kind, without_index(columns.next_attempt_at_ms))
+            .order_by(*oldest_first)
+            .limit(bindparam("revive_limit"))
+        ),
+        WAITING_INDEX,
+    )
+    for kind in _LATEST
+}
 _REVIVE = outcomes.revive(
     next_attempt_at_ms=bindparam("begin", type_=BigInteger) + columns.id % bindparam("spread")
 )
 REVIVE_ROWS = by_id(move(_REVIVE).where(these_rows))
 
 # Two statements: in one with a CASE on the status, MySQL would read the status that it has just set.
-RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=columns.status).where(
-    is_one_of(columns.status, Status.PARKED)
-)
-RETRY_WAITING = move(outcomes.retry_now(now_ms=now, is_parked=False), status=columns.status).where(
-    is_one_of(columns.status, Status.PENDING),
+RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True)).where(has_status(Status.PARKED))
+RETRY_WAITING = move(outcomes.retry_now(now_ms=now, is_parked=False)).where(
+    has_status(Status.PENDING),
     columns.next_attempt_at_ms > now,
     or_(columns.not_before_ms.is_(None), columns.not_before_ms <= now),
 )
@@ -118,16 +133,8 @@ CANCEL = by_id(move(outcomes.cancel(last_error=bindparam("reason"))).where(this_
 REQUEUE_ROWS = by_id(move(outcomes.requeue(now_ms=now)).where(these_rows))
 
 
-def _rows(query: Select[Any], transaction: Transaction, *, destination: str) -> list[tuple[Any, ...]]:
-    return transaction.rows(query, destination=destination)
-
-
-def _rows_late(
-    transaction: Transaction, *, kind: WaitsFor, limits: dict[str, Any], is_locking: bool = False
-) -> list[tuple[Any, ...]]:
-    statement = (LOCK_LATE if is_locking else LATE)[kind]
-    unused = () if kind is WaitsFor.PROOF else ("late", "young_since")
-    return transaction.rows(statement, **{name: limit for name, limit in limits.items() if name not in unused})
+def _rows(query: Select[Any], transaction: Transaction, **parameters: Any) -> list[tuple[Any, ...]]:
+    return transaction.rows(query, **parameters)
 
 
 class Revival:
@@ -155,13 +162,12 @@ class Revival:
             "revive_limit": policy.revive_limit,
         }
         # Usually there are none. Then nothing is locked.
-        first = {**limits, "revive_limit": 1}
-        waiting = [kind for kind in kinds if look(self._writer, partial(_rows_late, kind=kind, limits=first))]
+        waiting = [kind for kind in kinds if read(self._writer, partial(_rows, LAST_LATE[kind], **limits))]
 
         def revive(transaction: Transaction) -> int:
             changed = 0
             for kind in waiting:
-                rows = _rows_late(transaction, kind=kind, limits=limits, is_locking=True)
+                rows = transaction.rows(LOCK_LATE[kind], **limits)
                 young = {
                     row_id
                     for row_id, suspected_at_ms in rows
@@ -191,11 +197,11 @@ class Revival:
     def unpark_one(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int, spread_ms: int) -> int:
         """Bring back the row whose last try is the oldest, at most one a minute; return how many."""
         this = {"destination": destination, "now": now_ms}
-        if look(self._writer, lambda transaction: transaction.rows(LAST_UNPARKED, **this)):
+        if read(self._writer, lambda transaction: transaction.rows(LAST_UNPARKED, **this)):
             return 0
         found: list[tuple[Any, ...]] = []
         for query in LONGEST_PARKED:
-            found = found or look(self._writer, partial(_rows, query, destination=destination))
+            found = found or read(self._writer, partial(_rows, query, destination=destination))
 
         def unpark(transaction: Transaction) -> int:
             know(self._dialect, transaction, destination)

@@ -20,7 +20,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    func,
     literal_column,
     null,
     or_,
@@ -34,18 +33,18 @@ from sqlalchemy.sql.functions import FunctionElement
 from outbox.lifecycle import Status, moves
 from outbox.outcomes import Outcome, WaitsFor
 from outbox.storage.column_types import TIMES_BELOW
-from outbox.storage.indexes import QUEUE_INDEX
+from outbox.storage.indexes import OLDEST_OF_STATUS
 from outbox.storage.tables import ObservationEvent, destinations
 
 events: Table = ObservationEvent.__table__  # type: ignore[assignment]  # it is declared with a table, not a join
 columns = events.c
 
 
-class without_index(FunctionElement[Any]):  # noqa: N801 - it reads as a function, like SQLAlchemy's own
+class without_index(FunctionElement[Any]):
     """A column that the planner must not use to choose an index, where the dialect has a way to say so.
 
-    For a condition on the status, SQLite would walk the baseline's index through all rows of that status. It must
-    look up the few ids that are asked for, or take the partial index that has the wanted order.
+    In a file that difflore opened, SQLite would read all rows of a status by difflore's index, instead of looking
+    up the few ids that are asked for, or taking the partial index that has the wanted order.
     """
 
     type = Text()
@@ -60,7 +59,26 @@ def _plain(element: without_index, compiler: Any, **options: Any) -> str:
 unindexed_status = without_index(columns.status)
 
 
-class contains_text(FunctionElement[Any]):  # noqa: N801 - it reads as a function, like SQLAlchemy's own
+class is_delivered(FunctionElement[Any]):
+    """The condition that an event was delivered.
+
+    MySQL asks whether there is a time of the delivery, because its index by this time has no status.
+    """
+
+    type = Text()  # SQLAlchemy would compare a Boolean with 1, and SQLite would not find the index
+    inherit_cache = True
+
+    def __init__(self) -> None:
+        super().__init__(unindexed_status, columns.sent_at_ms)
+
+
+@compiles(is_delivered)
+def _was_sent(element: is_delivered, compiler: Any, **options: Any) -> str:
+    status, _ = element.clauses
+    return str(compiler.process(is_one_of(status, Status.SENT), **options))
+
+
+class contains_text(FunctionElement[Any]):
     """The condition that a column contains a text. It has no wildcards, and case counts on every database."""
 
     type = Boolean()
@@ -84,7 +102,26 @@ def is_one_of(status: ColumnElement[str], *statuses: Status) -> ColumnElement[bo
     return status.in_([literal(one) for one in statuses])
 
 
-class is_source(FunctionElement[Any]):  # noqa: N801 - as above
+class has_status(FunctionElement[Any]):
+    """The condition that a row of the table of events has one of these statuses, for a query in any order.
+
+    SQLite has no index of all statuses, so it finds the ids in the indexes of these statuses.
+    """
+
+    type = Text()  # with a Boolean, SQLAlchemy would compare it with 1, and SQLite would not find the index
+    inherit_cache = True
+
+    def __init__(self, *statuses: Status) -> None:
+        super().__init__(columns.status, *(literal(one) for one in statuses))
+
+
+@compiles(has_status)
+def _by_status(element: has_status, compiler: Any, **options: Any) -> str:
+    status, *values = element.clauses
+    return str(compiler.process(status == values[0] if len(values) == 1 else status.in_(values), **options))
+
+
+class is_source(FunctionElement[Any]):
     """The condition that a move starts from this status.
 
     The machine is asked when a statement is compiled, so a program that only enqueues never loads it.
@@ -103,15 +140,15 @@ def _sources(element: is_source, compiler: Any, **options: Any) -> str:
     return str(compiler.process(is_one_of(status, *moves()[str(trigger)].sources), **options))
 
 
-class _Destination(FunctionElement[Any]):
-    """The status to which a move leads. The machine is asked as above."""
+class _Target(FunctionElement[Any]):
+    """The status to which a move leads. The machine is asked when a statement is compiled, as by `is_source`."""
 
     type = Text()
     inherit_cache = True
 
 
-@compiles(_Destination)
-def _destination(element: _Destination, compiler: Any, **options: Any) -> str:
+@compiles(_Target)
+def _target(element: _Target, compiler: Any, **options: Any) -> str:
     (trigger,) = element.clauses
     return str(compiler.process(literal(moves()[str(trigger)].target), **options))
 
@@ -124,20 +161,17 @@ def _written(trigger: str, name: str, value: Any) -> Any:
     return case((columns.not_before_ms > value, columns.not_before_ms), else_=value)
 
 
-def move(outcome: Outcome, *, status: ColumnElement[str] = unindexed_status) -> Update:
-    """Return the UPDATE of one move: legal sources in its WHERE, destination and columns in its SET."""
+def move(outcome: Outcome) -> Update:
+    """Return the UPDATE of one move: legal sources in its WHERE, target status and columns in its SET."""
     values = [(name, _written(outcome.trigger, name, value)) for name, value in outcome.values.items()]
-    moved = update(events).where(is_source(outcome.trigger, status))
+    moved = update(events).where(is_source(outcome.trigger, unindexed_status))
     # The status last: MySQL sets one column after the other, and another one may be computed from the old status.
-    return moved.ordered_values(*values, ("status", _Destination(literal_column(outcome.trigger))))
+    return moved.ordered_values(*values, ("status", _Target(literal_column(outcome.trigger))))
 
 
 def move_held(outcome: Outcome) -> Update:
     """Return the UPDATE of a fenced move. Its parameters are the row `row_id` and its lease `lease_until`."""
     return by_id(move(outcome).where(this_row, held))
-
-
-# Locks and indexes
 
 
 def lock(statement: Select[Any]) -> Select[Any]:
@@ -156,10 +190,11 @@ def by_id(statement: _Statement) -> _Statement:
 
 
 def in_order(statement: Select[Any], index: str) -> Select[Any]:
-    """Name the index that has the order of a query with a limit.
+    """Tell MySQL which index to read for a query that has an order and a limit.
 
-    Otherwise MySQL would sort and lock all matching rows, and other flushers would find none. It reads such an
-    index in order only for one status at a time.
+    Otherwise MySQL would sort and lock all matching rows, and other flushers would find none. It can read an index
+    in this order for one status only. With `OLDEST_OF_STATUS` as the index, it reads one part of an index for each
+    reason to wait.
     """
     return statement.execution_options(outbox_index=index)
 
@@ -170,8 +205,6 @@ def oldest_of(*kinds: Select[Any], at_most: str) -> CompoundSelect[Any]:
     selected = union.selected_columns
     return union.order_by(selected.created_at_ms, selected.id).limit(bindparam(at_most))
 
-
-# Lists of ids
 
 CHUNK = 64
 """Number of rows that a statement for several rows names. It is fixed, so the statement is compiled only once."""
@@ -191,8 +224,6 @@ these_events = or_(
 """By id and creation time: after a failover that lost rows, a server gives their ids to other events."""
 
 
-# Conditions
-
 now = bindparam("now", type_=BigInteger)
 lease_until: BindParameter[Any] = bindparam("lease_until")
 this_row = columns.id == bindparam("row_id")
@@ -202,7 +233,7 @@ may_have_tries = or_(columns.last_error.is_not(None), columns.revived_at_ms.is_n
 """Whether a row may have failed tries: an event that was accepted at its first try has none."""
 is_due = columns.next_attempt_at_ms <= now
 never_tried = columns.next_attempt_at_ms <= columns.created_at_ms
-was_tried = columns.next_attempt_at_ms > columns.created_at_ms
+is_postponed = columns.next_attempt_at_ms > columns.created_at_ms
 # On SQLite, text and blobs are larger than every number.
 has_creation_time = columns.created_at_ms < literal_column(str(TIMES_BELOW), BigInteger)
 has_due_time = columns.next_attempt_at_ms < literal_column(str(TIMES_BELOW), BigInteger)
@@ -211,7 +242,7 @@ did_not_fail = columns.waits_for.is_(None)
 this_destination = destinations.c.destination == bindparam("destination")
 of_destination = columns.destination == bindparam("destination")
 
-LAST_ID = select(func.max(columns.id))
+LAST_ID = select(columns.id).order_by(columns.id.desc()).limit(1)
 
 # A row under an unexpired lease is in flight.
 is_in_flight = and_(columns.status == literal(Status.SENDING), columns.next_attempt_at_ms > now).label(
@@ -222,14 +253,13 @@ _not_in_flight = or_(columns.status != literal(Status.SENDING), columns.next_att
 
 def oldest(
     *statuses: Status,
-    status: ColumnElement[str] = unindexed_status,
     only: ColumnElement[bool] | None = None,
     by: ColumnElement[Any] = columns.created_at_ms,
-    index: str = QUEUE_INDEX,
+    index: str = OLDEST_OF_STATUS,
 ) -> Select[Any]:
     """Return the query for the oldest rows of a destination with these statuses, none in flight, to be deleted."""
     found = select(columns.id, columns.status, columns.event_type, columns.destination, by, may_have_tries)
-    found = found.where(is_one_of(status, *statuses), of_destination).order_by(by, columns.id)
+    found = found.where(is_one_of(unindexed_status, *statuses), of_destination).order_by(by, columns.id)
     if only is not None:
         found = found.where(only)
     if Status.SENDING in statuses:

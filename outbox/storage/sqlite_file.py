@@ -180,7 +180,7 @@ class OpenFile:
         return self._find_log() != self._log
 
     def is_closed(self) -> None:
-        """Note that the connection is closed."""
+        """Let forked processes open the file again, because its connection is closed."""
         _open_files.pop(id(self), None)
 
     def _find_log(self) -> object:
@@ -234,7 +234,7 @@ def _tolerant_text(raw: bytes) -> str:
 def tolerant_text(connection: Any) -> Iterator[None]:
     """Read a text that is not UTF-8: only its own row must fail, not the whole claim.
 
-    A connection of the host gets its own setting back.
+    A connection of the application gets its own setting back.
     """
     before = connection.text_factory
     connection.text_factory = _tolerant_text

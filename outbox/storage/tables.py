@@ -32,7 +32,7 @@ from outbox.storage.dialects import dialect_of
 from outbox.storage.indexes import event_indexes
 
 VERSION_TABLE = "outbox_alembic_version"
-"""A version table of our own: a host's Alembic history in the same database stays untouched."""
+"""A version table of our own: the application's Alembic history in the same database stays untouched."""
 
 
 class _KnownStatus(FunctionElement[Any]):
@@ -47,7 +47,7 @@ def _statuses_in_sql(_element: _KnownStatus, _compiler: object, **_: object) -> 
 
 
 class Base(DeclarativeBase):
-    """The declarative base of the outbox's own tables, apart from any of the host's."""
+    """The declarative base of the outbox's own tables, apart from those of the application."""
 
 
 class ObservationEvent(Base):
@@ -71,6 +71,7 @@ class ObservationEvent(Base):
     payload_json: Mapped[str] = mapped_column(LongText)
     status: Mapped[str] = mapped_column(Name, server_default=text("'pending'"))
     retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """How often the event failed since it was created, unparked or requeued. A 429 is not counted."""
     next_attempt_at_ms: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     """When the row is due; while it is `sending`, when its lease ends."""
     last_error: Mapped[str | None] = mapped_column(LongText)
@@ -83,7 +84,7 @@ class ObservationEvent(Base):
     waits_for: Mapped[str | None] = mapped_column(ShortText)
     """Why a pending row waits, a value of `WaitsFor`; NULL if it has not failed since its last full new chance."""
     lost_leases: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """How many leases ran out on the row: how often a sender died holding it."""
+    """How many leases in a row ran out: how often a flusher died, or was late, since the last outcome."""
     destination: Mapped[str] = mapped_column(Name, server_default=text("''"))
     """The service that the event goes to."""
     event_id: Mapped[str | None] = mapped_column(Name)
@@ -214,23 +215,20 @@ destinations = Table(
     "observation_destinations",
     Base.metadata,
     Column("destination", Name, primary_key=True),
-    # The number of failures in a row. Only an acceptance resets it.
     Column("failures", Integer, nullable=False),
-    # When the pause ends. Nothing is claimed before.
     Column("paused_until_ms", BigInteger, nullable=False),
-    # When the lease of the current probe ends. The other flushers wait until then.
     Column("probe_until_ms", BigInteger, nullable=False),
     Column("last_error", LongText, nullable=False),
-    # Pauses so far. A flusher that saw another number reports on a time before the current pause.
-    Column("pauses", Integer, nullable=False, server_default=text("0")),
-    # Whether an answer asked for the pause.
+    Column("pauses", Integer, nullable=False, server_default=text("0")),  # `SharedPause.number`
     Column("is_asked", Integer, nullable=False, server_default=text("0")),
-    # Whether the next probe is a row that failed before.
     Column("probe_failed_before", Integer, nullable=False, server_default=text("0")),
     # When a parked row was last tried because nothing else was due.
     Column("unparked_at_ms", BigInteger, nullable=False, server_default=text("0")),
 )
-"""The pauses of destinations that failed, which all flushers share. A row is never deleted."""
+"""The pauses of destinations that failed, which all flushers share. A row is never deleted.
+
+`SharedPause` explains the columns.
+"""
 
 destinations_ledger = Table(
     "observation_destinations_ledger",

@@ -9,7 +9,7 @@ from itertools import chain, repeat, takewhile
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import CompoundSelect, Dialect, Engine, Select, UpdateBase
+from sqlalchemy import CompoundSelect, Dialect, Engine, Insert, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 
 from outbox.clock import monotonic_s
@@ -22,7 +22,7 @@ from outbox.storage.sql import CHUNK, LISTED_TEXT
 Result = TypeVar("Result")
 Returning: TypeAlias = UpdateBase | Select[Any] | CompoundSelect[Any]
 
-# Between the tries, on average.
+# Average waits between tries; the last one repeats.
 _WAITS_S = (0.02, 0.05, 0.1, 0.5, 2.0)
 _LISTED_AT_ONCE = 500
 _ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
@@ -37,6 +37,10 @@ class _UnreachableError(StorageError):
     """No connection could be opened."""
 
 
+class OutOfPatienceError(StorageError):
+    """The database could not be reached, was locked, or aborted each try, until the patience was over."""
+
+
 class Transaction:
     """A transaction, which its owner begins and ends. Each statement is compiled only once.
 
@@ -46,7 +50,7 @@ class Transaction:
     usual way.
     """
 
-    def __init__(self, run: Callable[[str, Any], Any], dialect: Dialect, compiled: dict[Any, _Compiled]) -> None:
+    def __init__(self, run: Callable[[str, Any], Any], dialect: Dialect, compiled: dict[Any, Compiled]) -> None:
         self._run = run
         self._dialect = dialect
         self._compiled = compiled
@@ -58,12 +62,12 @@ class Transaction:
 
     def rows(self, statement: Returning, /, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement that returns rows."""
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         return list(self._run(compiled.text, compiled.arguments(parameters)).fetchall())
 
     def run(self, statement: Returning, names: list[str], values: list[Any], /) -> Any:
         """Run a statement with many parameters, and return the result of the driver. `names` are all different."""
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         return self._run(compiled.text, compiled.arguments_in_order(names, values))
 
     def value(self, statement: Select[Any], /, **parameters: Any) -> Any:
@@ -73,26 +77,28 @@ class Transaction:
 
     def change(self, statement: UpdateBase, /, **parameters: Any) -> int:
         """Run a statement and return how many rows it changed."""
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         return int(self._run(compiled.text, compiled.arguments(parameters)).rowcount)
 
     def change_listed(self, statement: UpdateBase, several: Sequence[str], /, **parameters: Any) -> int:
-        """Run a statement with integers in its text, where it has `LISTED`. Return how many rows it changed.
+        """Run a statement with integers, or pairs of them, in the place of `LISTED`. Return how many rows changed.
 
         The drivers of MySQL write each parameter into the text by Python functions, which takes longer.
         """
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         arguments = compiled.arguments(parameters)
         # MariaDB turns a list of a thousand into a subquery. Then it would read and lock every row.
         slices = (several[start : start + _LISTED_AT_ONCE] for start in range(0, len(several), _LISTED_AT_ONCE))
-        texts = (compiled.text.replace(LISTED_TEXT, ",".join(these)) for these in slices)
+        # MariaDB also reads every row for a list of one pair, so a single item is listed twice.
+        lists = (",".join(these if len(these) > 1 else [*these, *these]) for these in slices)
+        texts = (compiled.text.replace(LISTED_TEXT, this) for this in lists)
         return sum(self._run(text, arguments).rowcount for text in texts)
 
     def change_many(self, statement: UpdateBase, several: Sequence[dict[str, Any]], /) -> int:
         """Run a statement once for each set of parameters; return how many rows were changed in all."""
         if not self._dialect.supports_sane_multi_rowcount:  # it would tell how many the last ones changed
             return sum(self.change(statement, **parameters) for parameters in several)
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         return int(self._run(compiled.text, [compiled.arguments(parameters) for parameters in several]).rowcount)
 
     def rows_of(self, statement: Returning, row_ids: Sequence[Any], /, **parameters: Any) -> list[tuple[Any, ...]]:
@@ -112,27 +118,28 @@ class Transaction:
 
     def insert(self, statement: UpdateBase, rows: Iterable[dict[str, Any]], /) -> list[int]:
         """Insert rows one by one, and return their ids, as the driver tells them or the statement returns them."""
-        compiled = self._of(statement)
+        compiled = self.compiled(statement)
         ids = []
         for row in rows:
             done = self._run(compiled.text, compiled.arguments(row))
             if compiled.returns:
                 returned = done.fetchone()
-                if returned is None:
-                    raise left_out(1)
-                ids.append(returned[0])
             else:  # the driver mariadb forgets the id when its cursor is closed
-                ids.append(done.lastrowid or self._last_insert_id())
+                returned = done.rowcount and (done.lastrowid or self._last_insert_id(),)
+            if not returned:
+                raise left_out(1)
+            ids.append(returned[0])
         return ids
 
     def _last_insert_id(self) -> int:
         query = dialect_of(self._dialect).last_insert_id
         return 0 if query is None else int(self.value(query))
 
-    def _of(self, statement: Returning) -> _Compiled:
+    def compiled(self, statement: Returning) -> Compiled:
+        """Return the compiled statement: its text, and the order of its parameters."""
         compiled = self._compiled.get(statement)
         if compiled is None:
-            compiled = self._compiled[statement] = _Compiled(statement, self._dialect)
+            compiled = self._compiled[statement] = Compiled(statement, self._dialect)
         return compiled
 
 
@@ -150,11 +157,11 @@ def _chunks(values: Sequence[Any], names: Sequence[str] = _ID_NAMES) -> Iterator
     """Yield, for each chunk, the parameters of a statement for several rows: one per id or other value."""
     for start in range(0, len(values), CHUNK):
         chunk = values[start : start + CHUNK]
-        # Naming the last row several times is naming it once.
+        # A statement always has 64 ids. The last id fills the rest, which changes nothing.
         yield dict(zip(names, chain(chunk, repeat(chunk[-1])), strict=False))
 
 
-class _Compiled:
+class Compiled:
     """The text of a statement for one driver, and where its parameters go."""
 
     def __init__(self, statement: Returning, dialect: Dialect) -> None:
@@ -169,6 +176,7 @@ class _Compiled:
         self._stores_nul = database.stores_nul
 
     def arguments(self, parameters: dict[str, Any]) -> Any:
+        """Return the parameters as the driver expects them."""
         values = self._fixed | parameters if self._fixed else parameters
         if not self._stores_nul:
             values = without_nul(values)
@@ -177,7 +185,8 @@ class _Compiled:
         return values if self._positions is None else tuple([values[name] for name in self._positions])
 
     def arguments_in_order(self, names: list[str], values: list[Any]) -> Any:
-        if names == self._positions and self._stores_nul:  # mostly, on SQLite
+        """Return the same as `arguments`. This is faster if the names have the order of the statement."""
+        if names == self._positions and self._stores_nul:  # fast path, on SQLite only
             return tuple(values)
         return self.arguments(dict(zip(names, values, strict=True)))
 
@@ -211,12 +220,12 @@ class Writer:
     patience_ms = 5_000
     """How long an operation is retried while the server can't be reached."""
     flush_patience_ms = 30_000
-    """The same for operations of flushers."""
+    """How long an operation of a flusher is retried."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._database = dialect_of(engine)
-        self._compiled: dict[Any, _Compiled] = {}
+        self._compiled: dict[Any, Compiled] = {}
         self._refusals = refusals(engine)
 
     def run(
@@ -230,14 +239,12 @@ class Writer:
     ) -> Result:
         """Run an operation in a transaction of its own, and return its result.
 
-        An `is_single` operation runs one statement. If the driver commits each statement, no transaction is opened
-        around it. This saves two of three round trips on PostgreSQL.
+        An `is_single` operation runs one statement, without a transaction if the driver commits each statement.
 
         The operation is run again if the server aborted the transaction, for example to end a deadlock, if the
         connection broke before the commit, or if none can be opened. This ends after `patience_ms`, or after
         `flush_patience_ms` without `survives_power_cut`, because such operations are those of flushers. If the
-        connection breaks during the commit, the result is unknown. Then only a `repeatable` operation is run
-        again.
+        connection breaks during the commit, only a `repeatable` operation is run again: the result is unknown.
 
         Raises `StorageError`, and `OutcomeUnknown` if a commit may have succeeded.
         """
@@ -253,16 +260,23 @@ class Writer:
                     failure: StorageError = error
                     unknown = error
                 except (_UndoneError, _UnreachableError) as error:
-                    failure = unknown or StorageError(str(error))
+                    failure = unknown or OutOfPatienceError(str(error))
                     failure.__cause__ = failure.__cause__ or error.__cause__
                 wait_s = next(waits, None)
                 if wait_s is None:
                     raise failure
                 time.sleep(wait_s)
 
-    def on(self, cursor: Any) -> Transaction:
-        """Return a transaction on a driver's cursor; the owner of the cursor begins and ends it."""
-        return Transaction(running_on(cursor), self._engine.dialect, self._compiled)
+    def insert(self, statement: Insert, row: dict[str, Any]) -> int:
+        """Insert a row in a transaction of its own, and return its id."""
+        return self.run(lambda transaction: transaction.insert(statement, [row]), is_single=True)[0]
+
+    def state(self, transaction: Transaction, *, changes: int = 0) -> object:  # noqa: ARG002 - a server has no such value
+        """Return a value that differs after every change of a row, whoever made it. None: there is no such value.
+
+        It is the value before the latest `changes` of this transaction.
+        """
+        return None
 
     def _once(self, operation: Callable[[Transaction], Result], *, is_single: bool) -> Result:
         try:
@@ -286,7 +300,7 @@ class Writer:
             except DBAPIError as error:
                 words = in_words(self._engine, error)
                 codes = self._database.codes(error.orig)
-                if not codes.isdisjoint(self._database.read_only):
+                if not codes.isdisjoint(self._database.outdated):
                     connection.invalidate(error)
                     self._engine.dispose()  # the others of the pool lead to the same server
                     raise _UndoneError(words) from error.orig
@@ -301,6 +315,6 @@ class Writer:
         return result
 
 
-def look(writer: Writer, query: Callable[[Transaction], Result]) -> Result:
-    """Run a single query outside of any transaction."""
+def read(writer: Writer, query: Callable[[Transaction], Result]) -> Result:
+    """Read by a single query, outside of any transaction."""
     return writer.run(query, repeatable=True, is_single=True, survives_power_cut=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
@@ -10,14 +12,15 @@ from outbox.lifecycle import Status
 from outbox.policy import Policy
 from outbox.records import Chores, Due, Pause
 from outbox.storage.bounds import Bounds
+from outbox.storage.claimed import OneRowQuery
 from outbox.storage.deletion import Deletion, is_expired
 from outbox.storage.dialects import dialect_of
-from outbox.storage.due_times import LAST_ACCEPTED, NEXT_DUE, due
+from outbox.storage.due_times import LAST_ACCEPTED, due, next_due
 from outbox.storage.engines import reading
 from outbox.storage.identity import Identity, give_id
 from outbox.storage.pauses import IS_TROUBLED, PAUSED
 from outbox.storage.revival import PARKED
-from outbox.storage.row_counts import PENDING_EVERYWHERE, pending_rows
+from outbox.storage.row_counts import pending_everywhere, pending_rows
 from outbox.storage.sql import (
     LAST_ID,
     columns,
@@ -27,9 +30,9 @@ from outbox.storage.sql import (
     unindexed_status,
 )
 from outbox.storage.tables import ObservationEvent
-from outbox.storage.transactions import Writer, look
+from outbox.storage.transactions import Writer, read
 
-# Each has an order. Otherwise SQLite would scan the table until it finds a row.
+# The first two have an order. Without it, SQLite would scan the table until it finds a row.
 CHORES = select(
     PARKED.limit(1).scalar_subquery(),
     select(columns.id)
@@ -57,14 +60,31 @@ class Views:
         self._deletion = deletion
         self._bounds = bounds
         self._identity = identity
+        dialect = dialect_of(engine)
+        self._chores = CHORES if dialect.chores is None else dialect.chores
+        self._next_due = next_due(dialect)
 
-    def chores(self, policy: Policy, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> Chores:
-        """Return the maintenance that is due. Usually there is none, and this costs one query."""
+    def chores_query(self, policy: Policy, destination: str, *, now_ms: int) -> OneRowQuery:
+        """Return the query that finds out which maintenance is due."""
         sent_before_ms = now_ms - policy.keep_sent_ms if policy.keep_sent_ms else 0
-        parked, expired, failed, troubled, last_id = look(
-            self._writer,
-            lambda transaction: transaction.rows(CHORES, sent_before=sent_before_ms, destination=destination),
-        )[0]
+        return OneRowQuery(self._chores, {"destination": destination, "sent_before": sent_before_ms})
+
+    def chores(
+        self,
+        policy: Policy,
+        destination: str = DEFAULT_DESTINATION,
+        *,
+        now_ms: int,
+        seen: tuple[Any, ...] | None = None,
+    ) -> Chores:
+        """Return the maintenance that is due. Usually there is none.
+
+        `seen` is the row of `chores_query`. Without it, this runs that query.
+        """
+        if seen is None:
+            query, this = self.chores_query(policy, destination, now_ms=now_ms)
+            seen = read(self._writer, lambda transaction: transaction.rows(query, **this))[0]
+        parked, expired, failed, troubled, last_id = seen
         return Chores(
             destination,
             is_any_parked=parked is not None,
@@ -77,7 +97,7 @@ class Views:
 
     def last_accepted_ms(self, destination: str = DEFAULT_DESTINATION) -> int | None:
         """Return when a destination last accepted a row, as far as the rows tell."""
-        found: int | None = look(
+        found: int | None = read(
             self._writer, lambda transaction: transaction.value(LAST_ACCEPTED, destination=destination)
         )
         return found
@@ -85,15 +105,16 @@ class Views:
     def pending_count(self, destination: str | None = None) -> int:
         """Return how many rows of a destination, or of all, are pending or sending."""
         with reading(self._engine) as connection:
+            dialect = dialect_of(self._engine)
             if destination is None:
-                return connection.scalar(PENDING_EVERYWHERE) or 0
-            return connection.scalar(pending_rows(dialect_of(self._engine)), {"destination": destination}) or 0
+                return connection.scalar(pending_everywhere(dialect)) or 0
+            return connection.scalar(pending_rows(dialect), {"destination": destination}) or 0
 
     def next_due_ms(self, destination: str = DEFAULT_DESTINATION, *, now_ms: int) -> int | None:
         """Return when the next row is due: one that is pending, or one whose flusher let its lease run out."""
         # On the writer's connection, because a worker asks, and there may be no file descriptor for another one.
         this = {"destination": destination, "now": now_ms}
-        due_ms: int | None = look(self._writer, lambda transaction: transaction.value(NEXT_DUE, **this))
+        due_ms: int | None = read(self._writer, lambda transaction: transaction.value(self._next_due, **this))
         return due_ms
 
     def due(self, *, now_ms: int) -> dict[str, Due]:

@@ -10,8 +10,15 @@ from typing import Any, Literal
 import msgspec
 
 Mode = Literal["ok", "down", "overloaded", "revoked", "hang", "drop"]
-"""The answer to all requests, in order: 2xx; 503; 429; 401; none, but a wait until the server stops; none, at
-once."""
+"""The answer to all requests.
+
+- `ok`: 200.
+- `down`: 503.
+- `overloaded`: 429.
+- `revoked`: 401.
+- `hang`: no answer until the server stops.
+- `drop`: no answer; the connection is closed at once.
+"""
 
 _DEFINED_ERRORS = {400, 401, 403, 429}
 _CODES = {

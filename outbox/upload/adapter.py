@@ -36,7 +36,7 @@ class Adapter(HTTPAdapter):
         self,
         conn: Any,
         url: str,  # noqa: ARG002 - the base's signature
-        verify: bool | str | None,  # noqa: FBT001 - as above
+        verify: bool | str | None,  # noqa: FBT001 - the base's signature
         cert: Any,
     ) -> None:
         """Verify certificates whatever the scheme of the URL."""

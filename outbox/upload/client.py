@@ -54,9 +54,10 @@ class HttpClient:
     read.
 
     `deadline_ms` limits a whole upload, including the callables, whatever the service does. `connect_timeout_ms`
-    limits connecting to each address of the host, and `read_timeout_ms` each wait for data. The callables and DNS
-    lookup can't be interrupted; if they overrun the deadline, nothing is sent. If a kept-alive connection returns
-    no byte of an answer, the request is sent once more on a new connection.
+    limits connecting to each address of the service, and `read_timeout_ms` each wait for data. All three are whole
+    numbers from 1 to 2^31 - 1; a flush needs a `deadline_ms` of at most three quarters of the policy's `lease_ms`.
+    The callables and DNS lookup can't be interrupted; if they overrun the deadline, nothing is sent. If a
+    kept-alive connection returns no byte of an answer, the request is sent once more on a new connection.
 
     `proxies` maps schemes to proxy URLs, as in requests. With None, proxies come from the environment, except for
     URLs on this machine. `verify` is the path of a CA bundle or directory. With None it comes from the
@@ -161,7 +162,9 @@ class HttpClient:
         request.body = self._format.body(self._parts(batch))
 
     def upload(self, batch: Sequence[Item]) -> Outcomes | None:
-        """Deliver the batch in one request, or raise an `UploadFailure`.
+        """Deliver the batch in one request.
+
+        Raises `HttpFailure` for a status other than 2xx, and `TransportFailure` if no usable answer came in time.
 
         With `read_answer`, return the failures that the service names, by row id. A row that is not in the
         mapping, or has None there, is accepted.

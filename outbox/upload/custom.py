@@ -25,7 +25,7 @@ def requests_failure(error: Exception, client: object) -> UploadFailure | None:
     requests: Any = sys.modules.get("requests")
     if requests is None or not isinstance(error, requests.RequestException):
         return None
-    from outbox.upload.answer import MAX_ANSWER_BYTES, SNIPPET_LENGTH, one_line, phrase  # noqa: PLC0415 - as above
+    from outbox.upload.answer import MAX_ANSWER_BYTES, SNIPPET_LENGTH, one_line, phrase  # noqa: PLC0415 - it loads urllib3
 
     def shown(text: object) -> str:
         return one_line(without_credentials(text, client))[:SNIPPET_LENGTH]

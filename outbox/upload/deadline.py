@@ -90,29 +90,26 @@ class _Buffer(io.BufferedReader):
         return super().read(size)
 
 
-class _Reader(io.RawIOBase):
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._sock = sock
-        self._raw = raw
-
-    def readable(self) -> bool:
-        return True
+class _Reader(socket.SocketIO):
+    _sock: socket.socket
 
     def readinto(self, buffer: Any) -> int | None:
         self._sock.settimeout(progress().timeout())
-        count = self._raw.readinto(buffer)
+        count = super().readinto(buffer)
         progress().has_answer |= bool(count)
         return count
 
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
 
 class _Response(http.client.HTTPResponse):
+    # An interrupt may end the constructor at any line. The destructor reads this attribute.
+    fp: Any = None
+
     def __init__(self, sock: socket.socket, debuglevel: int = 0, method: str | None = None) -> None:
         super().__init__(sock, debuglevel, method)
-        self.fp = _Buffer(_Reader(sock, self.fp.detach()))
+        buffered, self.fp = self.fp, None
+        raw = buffered.detach()
+        raw.__class__ = _Reader
+        self.fp = _Buffer(raw)
 
     def begin(self) -> None:
         super().begin()

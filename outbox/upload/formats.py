@@ -92,6 +92,7 @@ class Single(Format):
 
 _NO_BLANKS = re.compile("[!-~]+")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class CloudEvents(Format):
@@ -146,8 +147,12 @@ def _rfc_3339(time_ms: int) -> str | None:
 
 
 def _text_in(payload: bytes, field: str) -> str | None:
-    found = msgspec.json.decode(payload).get(field)
-    return found if isinstance(found, str) and found else None
+    # The other fields are not decoded: one may hold a number that is too large.
+    found = _fields.decode(payload).get(field)
+    try:
+        return None if found is None else msgspec.json.decode(found, type=str) or None
+    except msgspec.ValidationError:  # no text
+        return None
 
 
 _BY_NAME: Mapping[str, Callable[[], Format]] = {

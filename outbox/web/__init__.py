@@ -39,7 +39,7 @@ def create_app(  # noqa: PLR0913 - each setting has a default
     read_only: bool = False,
     hide_payloads: bool = False,
 ) -> Flask:
-    """Return the console as a WSGI application. Mount it in a Flask or Django application, or serve it alone.
+    """Return the console, a Flask object. Mount it in a Flask or Django application, or serve it alone by WSGI.
 
     Give `may_enter`, `secret` or both, because everyone who enters can delete events.
 
@@ -47,10 +47,11 @@ def create_app(  # noqa: PLR0913 - each setting has a default
     - `secret` is asked for on a login page. It has at least 16 characters.
 
     `secret_key` signs the session cookie. Without it, the key is derived from `secret`, or else is random. If
-    several processes serve the console with `may_enter` alone, give them all the same key, such as the host's.
+    several processes serve the console with `may_enter` alone, give them all the same key, such as that of your
+    application.
 
-    `host_names` are the accepted names in the `Host` header, without port. None accepts any name: the host
-    application or its proxy checks them.
+    `host_names` are the accepted names in the `Host` header, without port. None accepts any name: your application
+    or its proxy checks them.
 
     With `read_only`, the console changes nothing. With `hide_payloads`, it shows no payloads, no field that is
     taken from them, and no bodies of answers, which may repeat them.
@@ -91,7 +92,7 @@ def create_app(  # noqa: PLR0913 - each setting has a default
 
 
 def _session_key(given: str | bytes | None) -> bytes:
-    """Return the key that signs the session cookie. It differs from the given key, which may sign host cookies."""
+    """Return the key that signs the session cookie. It differs from the given key, which may sign others."""
     if given is None:
         return secrets.token_bytes(32)
     key = given.encode() if isinstance(given, str) else given

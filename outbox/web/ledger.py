@@ -13,9 +13,9 @@ _REASONS = {
     "cap": "to make room: there were more events than max_rows allows",
     "max_undelivered": "to make room: there were more undelivered events than max_undelivered allows",
     "max_sent": "there were more delivered events than max_sent allows",
-    "retention": "they were delivered longer ago than keep_sent allows",
-    "purge": "an operator purged them",
-    "replaced": "an operator replaced them by edited events",
+    "retention": "they were delivered longer ago than keep_sent_ms allows",
+    "purge": "they were purged",
+    "replaced": "they were replaced by edited events",
 }
 
 

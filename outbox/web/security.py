@@ -39,10 +39,10 @@ class Sessions(SecureCookieSessionInterface):
     """Session cookies that are sent below the mount point only, and over TLS only where there is TLS."""
 
     def get_cookie_path(self, app: Flask) -> str:  # noqa: ARG002 - Flask's signature
-        """Return the mount point, so that no other part of the host's site gets the cookie."""
+        """Return the mount point, so that no other part of the application's site gets the cookie."""
         return request.script_root or "/"
 
-    def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - as above
+    def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - Flask's signature
         """Return whether the browser uses TLS.
 
         A browser that sends a false header harms only its own session.

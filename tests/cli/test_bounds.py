@@ -11,6 +11,7 @@ def deleted(outbox):
     return [(entry.status, entry.reason, entry.events) for entry in outbox.stats().deleted]
 
 
+@pytest.mark.untraced
 def test_without_bounds_no_command_deletes_or_rejects_an_event(run, outbox, logged_in, tmp_path):
     outbox.enqueue_many([rule_fired(session_id=str(n)) for n in range(20_000)])
     (tmp_path / "events").write_text(f"{GOOD}\n" * 100)

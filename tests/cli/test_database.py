@@ -131,10 +131,10 @@ def test_status_and_doctor_say_how_full_the_queue_is(run, outbox, monkeypatch):
     assert json.loads(run("status", "--json").stdout)["filling"] == words
     result = run("doctor")
     assert result.exit_code == 1
-    assert f"WRONG  bounds       the queue is filling up: {words}; `outbox status` shows why" in result.stdout
+    assert f"WRONG  bounds        the queue is filling up: {words}; `outbox status` shows why" in result.stdout
     result = run("doctor", "--max-undelivered", "11")
     assert result.exit_code == 0
-    assert "ok     bounds       5 undelivered events, less than half of max_undelivered\n" in result.stdout
+    assert "ok     bounds        5 undelivered events, less than half of max_undelivered\n" in result.stdout
     assert "bounds" not in run("doctor", "--max-undelivered", "0").stdout
     assert outbox.stats().filling is None
 
@@ -150,4 +150,4 @@ def test_doctor_says_that_capture_is_off_which_is_no_fault(run, outbox, opted_ou
     result = run("doctor")
     assert result.exit_code == 0
     words = "capture is off (OUTBOX_CAPTURE=false): no event is enqueued or sent"
-    assert result.stdout.startswith(f"ok     capture      {words}\n")
+    assert result.stdout.startswith(f"ok     capture       {words}\n")

@@ -103,6 +103,15 @@ def test_list_and_show_name_the_destination(run, outbox):
     assert json.loads(run("show", 1, "--json").stdout)["destination"] == "default"
 
 
+def test_show_shows_blobs_instead_of_texts(run, outbox):
+    add_row(outbox)
+    with outbox.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE observation_events SET payload_json = X'7bff', last_error = X'6fff'")
+    shown = run("show", 1).stdout
+    assert "(o\\xff)\n" in shown
+    assert shown.endswith("\n{\\xff\n")
+
+
 @pytest.mark.parametrize("command", [("status",), ("list",), ("show", "1")])
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_nothing_stored_steers_a_terminal(run, outbox, command, form):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from freezegun import freeze_time
@@ -24,7 +25,7 @@ def held(run, outbox):
 
 def test_hold_says_what_it_did_and_how_many_events_wait(held):
     assert (held.exit_code, held.stderr) == (0, "")
-    assert held.stdout == f"{SAID}; {WAY_OUT}\n1 event waits\n"
+    assert held.stdout == f"{SAID}; {WAY_OUT}\n1 event is pending or being sent\n"
 
 
 def test_hold_and_resume_print_json(run, outbox):
@@ -65,6 +66,25 @@ def test_a_hold_that_can_not_be_is_wrong_usage(run, arguments, words):
     result = run("hold", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+@pytest.mark.usefixtures("outbox")
+def test_a_destination_that_neither_the_file_nor_the_database_knows_is_not_held(
+    run, outbox, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("hold", "earlier", "--why", "x").exit_code == 0
+    add_row(outbox, destination="old", status="sent")
+    Path("outbox.toml").write_text("[destinations.billing]\nurl = 'https://billing.example.com'")
+    result = run("hold", "defalt", "--why", "x")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "outbox: DESTINATION is defalt, which is unknown; the nearest destination of the file is default\n"
+    )
+    for name in ("default", "billing", "old", "earlier"):
+        assert run("hold", name, "--why", "x").exit_code == 0
+    for name in ("default", "billing", "old", "earlier"):
+        assert run("resume", name).exit_code == 0
 
 
 @pytest.mark.usefixtures("held")

@@ -43,10 +43,17 @@ def test_the_help_of_every_command_says_what_it_does_and_has_an_example(command)
     assert main.commands[command].help
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_the_short_option_shows_the_same_help(command):
+    short, long = (runner().invoke(main, [*command, option]) for option in ("-h", "--help"))
+    assert (short.exit_code, short.stdout) == (0, long.stdout)
+
+
 def test_the_help_of_the_whole_has_an_example_and_the_exit_codes():
     text = runner().invoke(main, ["--help"]).stdout
     assert "Example: outbox" in text
-    assert "0 success, 1 failure, 2 wrong usage" in " ".join(text.split())
+    assert "0 success; 1 failure; 2 wrong usage" in " ".join(text.split())
+    assert "130 Ctrl-C" in " ".join(text.split())
 
 
 def test_every_command_that_prints_data_has_json():

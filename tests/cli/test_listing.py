@@ -69,9 +69,15 @@ def test_a_list_of_nothing_says_so(run, outbox):
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "outbox: no matching events\n")
 
 
-@pytest.mark.parametrize("row_id", ["0", "x", "9223372036854775808"])
-def test_what_is_no_id_is_misuse(run, outbox, row_id):
-    assert run("show", row_id).exit_code == 2
+@pytest.mark.parametrize("command", ["show", "list"])
+@pytest.mark.parametrize("row_id", ["0", "o-17", "9223372036854775808"])
+def test_what_is_no_id_is_misuse(run, outbox, command, row_id):
+    result = run(command, row_id)
+    assert result.exit_code == 2
+    assert (
+        f"'{row_id}', expected a row id, a whole number from 1; `outbox list --event-id` finds an event"
+        " by its event id"
+    ) in " ".join(result.stderr.split())
 
 
 def test_ndjson_has_an_event_in_each_line_with_its_payload_as_json(run, outbox):

@@ -128,7 +128,7 @@ def test_a_relative_token_file_without_a_current_directory_can_not_be_read(run, 
     assert "OUTBOX_TOKEN_FILE is 'token', expected a file that holds the token" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "receive", "demo"])
+@pytest.mark.parametrize("command", ["run", "receive", "demo", "web"])
 def test_a_command_without_json_refuses_it(command):
     result = runner().invoke(main, ["--json", command])
     assert (result.exit_code, result.stdout) == (2, "")

@@ -185,7 +185,7 @@ def test_a_flush_of_all_goes_on_after_a_destination_that_fails(
     assert result.exit_code == 3
     assert result.stdout == "billing: nothing is due\n"
     assert result.stderr.endswith(
-        "outbox: search: nothing was sent: not logged in, the client has no token; set what token_file names\n"
+        "outbox: search: nothing was sent: not logged in, the client has no credentials; set what token_file names\n"
     )
 
 
@@ -287,7 +287,7 @@ def test_without_a_token_nothing_is_touched(run, outbox, server, monkeypatch, to
     result = run("flush")
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr == (
-        "outbox: nothing was sent: not logged in, the client has no token; set OUTBOX_TOKEN or OUTBOX_TOKEN_FILE\n"
+        "outbox: nothing was sent: not logged in, the client has no credentials; set OUTBOX_TOKEN or OUTBOX_TOKEN_FILE\n"
     )
     assert row(outbox, 1).next_attempt_at_ms == before
     assert server.requests == []

@@ -47,7 +47,7 @@ TOKENS = [rf"\"{name}\":" for name in (*FIELDS, "retryAfterSec")] + [
     "GMT", "Mon, ", "sqlite:///",
 ]  # fmt: skip
 # These would wait for requests, or show a demonstration of a minute.
-ENDLESS = {"receive", "demo"}
+ENDLESS = {"demo", "receive", "web"}
 
 
 def events(data: bytes) -> None:

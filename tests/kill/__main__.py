@@ -203,9 +203,14 @@ class Arena:
         ):
             outbox.retry_now()
             while outbox.pending_count():
+                # Its acceptance proves that the service rejects an event that is left.
+                outbox.enqueue(event("the rest", "good"))
                 with outbox.engine.begin() as connection:
                     connection.execute(
-                        text("UPDATE observation_events SET next_attempt_at_ms = next_attempt_at_ms - :hour"),
+                        text(
+                            "UPDATE observation_events SET next_attempt_at_ms = next_attempt_at_ms - :hour,"
+                            " suspected_at_ms = suspected_at_ms - :hour"
+                        ),
                         {"hour": HOUR_MS},
                     )
                 outbox.flush_all(client)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import alembic.command  # noqa: F401 - loaded before the forks
+from outbox import Outbox
 
 from .programs import APPLICATION, OPEN, PROGRAMS, Job
 from .steps import Steps
@@ -79,6 +79,7 @@ def _be_killed(job: dict[str, str], kill_at: int, report: str) -> None:
 
 
 def _serve() -> None:
+    Outbox.open("sqlite://").close()  # what an upgrade loads and compiles takes longer than the rest of a kill
     gc.freeze()
     gc.disable()
     for line in sys.stdin:

@@ -6,11 +6,12 @@ import pytest
 
 from outbox import Policy
 from planted import Bug, run_with
+from warm import Warm
 
 from .check_worlds import broken
 from .worlds import BLAME, LOSS, NAMED, RECOVERY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("unmeasured")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PLANTED = {
     "what was accepted long ago is a proof": (
@@ -50,8 +51,8 @@ def test_the_original_blames_events_for_a_missing_route() -> None:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_bug_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_planted_bug_is_noticed(name: str, tmp_path: Path, warm: Warm) -> None:
     world, bug = PLANTED[name]
-    told = run_with(bug, tmp_path, Path(__file__).parent, "policy_model.check_worlds", world)
+    told = run_with(bug, warm, tmp_path, Path(__file__).parent, "policy_model.check_worlds", world)
     assert told.returncode == 1, told.stderr
     assert told.stdout.startswith(f"{world}: {bug.breaks[0]}"), told.stdout + told.stderr

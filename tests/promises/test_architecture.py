@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ LONGEST = 320
 LONG = {
     "cli/display.py",  # tables of words
 }
+
+pytestmark = pytest.mark.slow  # they read the source, which is the same on every Python
 
 PLACES = {
     "alembic": ("schema.py",),
@@ -134,6 +137,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (node.module, *(f"{node.module}.{name.name}" for name in node.names))
 
 
+@cache
+def imported_by(file: str) -> frozenset[str]:
+    return frozenset(imported(ast.parse(FILES[file].read_text())))
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -175,10 +183,7 @@ def test_no_file_is_too_long() -> None:
 @pytest.mark.parametrize("library", PLACES)
 def test_a_library_is_imported_in_its_place_only(library: str) -> None:
     found = {
-        file
-        for file, path in FILES.items()
-        for name in imported(ast.parse(path.read_text()))
-        if name == library or name.startswith(f"{library}.")
+        file for file in FILES for name in imported_by(file) if name == library or name.startswith(f"{library}.")
     }
     assert found
     assert [file for file in found if not file.startswith(PLACES[library])] == []

@@ -20,7 +20,7 @@ from outbox.storage.engines import open_engine
 VALID = {"event_type": "rule_fired", "rule_ids": ["r1"], "session_id": "s1", "fired_at": "2026-11-24T12:00:00Z"}
 FIELDS = sorted(VALID)
 # Each of these goes on until it is interrupted.
-ENDLESS = {"receive", "demo"}
+ENDLESS = {"demo", "receive", "web"}
 COMMANDS = sorted(main.commands.keys() - ENDLESS)
 OPTIONS = sorted({name for command in main.commands.values() for option in command.params for name in option.opts})
 
@@ -208,6 +208,7 @@ def test_any_database_url_is_opened_or_refused(url: str, tmp_path_factory) -> No
 @settings(deadline=None)
 @given(url=database_parts.filter(lambda url: "\0" not in url))
 @pytest.mark.filterwarnings("ignore:Query string argument:sqlalchemy.exc.SAWarning")
+@pytest.mark.traced
 def test_looking_at_any_database_url_creates_nothing(url: str, tmp_path_factory) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("database"))

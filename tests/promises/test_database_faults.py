@@ -289,6 +289,7 @@ def test_a_lock_that_begins_during_an_upload_costs_no_delivery(outbox: Outbox, u
         assert impatient.flush(ScriptedClient()).sent == 1
 
 
+@pytest.mark.traced
 def test_a_damaged_file_is_told(outbox: Outbox, url: str) -> None:
     outbox.enqueue_many([rule_fired(rule_ids=["x" * 500])] * 200)
     outbox.close()

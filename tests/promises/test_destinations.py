@@ -138,6 +138,7 @@ def test_a_row_whose_time_is_invalid_is_claimed_for_its_destination(outbox: Outb
         assert claim(outbox.store, destination) == [ids[destination]]
 
 
+@pytest.mark.traced
 def test_the_rows_of_each_destination_are_counted_apart(outbox: Outbox) -> None:
     for destination, number in ((BILLING, 3), (DEFAULT, 1)):
         for status in ("pending", "sending", "parked", "abandoned", "sent"):
@@ -386,7 +387,7 @@ def test_a_destination_that_is_not_logged_in_is_named_until_it_is(outbox: Outbox
     outbox.flush(ScriptedClient(logged_in=False), destination=BILLING)
     outbox.flush(ScriptedClient())
     assert str(outbox.stats().likely_cause).startswith(
-        "billing: not logged in, the client has no token; 1 event is"
+        "billing: not logged in, the client has no credentials; 1 event is"
     )
     outbox.flush(ScriptedClient(), destination=BILLING)
     assert outbox.stats().likely_cause is None
@@ -523,6 +524,7 @@ def test_a_worker_leaves_the_events_of_other_destinations_alone(outbox: Outbox) 
 
 
 @pytest.mark.parametrize("clients", [{}, {"with blank": ScriptedClient()}, {5: ScriptedClient()}])
+@pytest.mark.traced
 def test_a_worker_needs_clients_of_destinations(outbox: Outbox, clients: Any) -> None:
     with pytest.raises(ConfigurationError, match="expected a"):
         Worker(outbox, clients)

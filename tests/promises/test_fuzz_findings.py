@@ -7,6 +7,8 @@ from builders import ScriptedClient, rule_fired, statuses
 from outbox import ConfigurationError, Outbox, Policy, StorageError
 from outbox.cli import main
 
+pytestmark = pytest.mark.traced
+
 TOO_LARGE = 2**63
 
 

@@ -67,6 +67,7 @@ def test_many_events_that_do_not_all_have_room_are_rejected_as_a_whole(url: str)
 
 
 @pytest.mark.parametrize("in_session", [False, True])
+@pytest.mark.traced
 def test_delivered_rows_make_room_for_new_ones(url: str, in_session: bool) -> None:
     with rejecting(url, 3) as outbox:
         outbox.enqueue_many([rule_fired()] * 3)

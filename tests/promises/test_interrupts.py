@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import FrameType
 
@@ -90,11 +91,12 @@ def test_a_strike_at_any_instruction_of_a_lone_enqueue_hangs_nobody(outbox: Outb
         crowd.start(f"after {name}", enqueuing(outbox, f"after {name}"))
         returned |= crowd.join()
         assert isinstance(returned[f"after {name}"], int)
-    assert striker.strikes > 100
+    assert striker.strikes > 80
     check_rows(url, returned)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.traced
 def test_a_strike_at_any_instruction_of_an_enqueue_among_others_hangs_nobody(
     outbox: Outbox, url: str, place: int
 ) -> None:
@@ -111,7 +113,7 @@ def test_a_strike_at_any_instruction_of_an_enqueue_among_others_hangs_nobody(
         queue.start(f"after {struck}", enqueuing(outbox, f"after {struck}"))
         returned |= queue.join()
         assert all(isinstance(one, int) for name, one in queue.returned.items() if name != struck)
-    assert striker.strikes > 100
+    assert striker.strikes > 80
     check_rows(url, returned)
 
 
@@ -123,19 +125,19 @@ def test_a_second_interrupt_leaves_the_write_lock_free(outbox: Outbox, url: str)
         raise KeyboardInterrupt
 
     while not striker.is_done:
-        assert isinstance(striker.run(lambda: outbox.store._writer.run(write)), (Strike, KeyboardInterrupt))
+        # In a thread of its own: a strike can leave its exception behind, as the context of the thread's next ones.
+        with ThreadPoolExecutor(1) as pool:
+            raised = pool.submit(lambda: type(striker.run(lambda: outbox.store._writer.run(write)))).result()
+        assert raised in {Strike, KeyboardInterrupt}
         assert_unlocked(url)
-    assert striker.strikes > 100
+    assert striker.strikes > 80
     assert outbox.enqueue(rule_fired()) == 1
 
 
 # As they come in fact: between two instructions, when the interpreter looks
 
 
-@pytest.mark.skipif(
-    sys.gettrace() is not None,
-    reason="CPython 3.11 can crash when such exceptions strike traced threads; the runs without coverage have it",
-)
+@pytest.mark.untraced  # CPython 3.11 can crash when such exceptions strike traced threads
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the last ones may come late
 def test_exceptions_from_another_thread_hang_nobody(outbox: Outbox, url: str) -> None:
     draw = random.Random(1)  # noqa: S311 - of a test

@@ -39,6 +39,7 @@ def test_a_time_that_is_past_delays_nothing(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize("not_before", ["tomorrow", NOON.replace(tzinfo=None), 1.5, -1, 2**53])
+@pytest.mark.traced
 def test_other_times_are_refused(outbox: Outbox, not_before: Any) -> None:
     with pytest.raises(ConfigurationError, match="^not_before is .*, expected "):
         outbox.enqueue(EVENT, not_before=not_before)
@@ -137,6 +138,7 @@ def test_scheduled_events_are_found_by_their_due_time(outbox: Outbox) -> None:
 # --- cancel ---
 
 
+@pytest.mark.traced
 def test_what_is_scheduled_or_parked_can_be_cancelled(outbox: Outbox) -> None:
     ids = [outbox.enqueue(EVENT, not_before=LATER_MS), outbox.enqueue(EVENT), add_row(outbox, status="parked")]
     assert all(outbox.abandon(row_id, "order o-17 was cancelled") for row_id in ids)

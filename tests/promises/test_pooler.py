@@ -18,7 +18,7 @@ from outbox.storage.engines import open_engine
 from outbox.wakeup import Wakeup
 from servers import Servers
 
-pytestmark = pytest.mark.servers("postgresql")
+pytestmark = [pytest.mark.servers("postgresql"), pytest.mark.traced]
 
 CONNECTIONS = 3
 
@@ -115,9 +115,30 @@ def test_a_database_is_upgraded_through_a_pooler(servers: Servers) -> None:
         assert statuses(opened) == ["sent"] * 8
 
 
-def test_without_a_threshold_in_the_url_nothing_is_prepared(outbox: Outbox) -> None:
+def test_on_a_direct_connection_statements_that_stand_alone_are_prepared(outbox: Outbox) -> None:
     work(outbox)
-    assert prepared(outbox.engine) == []
+    outbox.stats()
+    found = [" ".join(statement.split()) for statement in prepared(outbox.engine)]
+    assert {"INSERT INTO observation_events", "WITH delivered AS", "WITH fresh AS"} <= {
+        " ".join(statement.split()[:3]) for statement in found
+    }
+    assert [statement for statement in found if "GROUP BY" in statement] == []
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_behind_a_pooler_nothing_is_prepared_and_no_setting_is_changed(
+    outbox: Outbox, servers: Servers, mode: str
+) -> None:
+    settings = "SELECT name FROM pg_settings WHERE setting <> reset_val AND name ~ 'enable_|jit|plan_'"
+    with (
+        servers.pgbouncer(connections=CONNECTIONS, mode=mode) as through,
+        Outbox(through.set(database=outbox.engine.url.database)) as pooled,
+    ):
+        work(pooled)
+        assert prepared(pooled.engine) == []
+        with pooled.engine.connect() as connection:
+            assert connection.exec_driver_sql(settings).all() == []
+    assert statuses(outbox) == ["sent"] * 8
 
 
 def test_on_a_hosts_engine_nothing_of_ours_is_prepared(outbox: Outbox, url: str) -> None:

@@ -175,7 +175,7 @@ def test_forks_beside_threads_that_enqueue_and_flush_lose_nothing(outbox: Outbox
     enqueued = Counter()
 
     def enqueue() -> None:
-        while not is_over.is_set():
+        while not is_over.is_set() and enqueued["thread"] < 5_000:  # above the cap, delivered events are deleted
             outbox.enqueue(rule_fired(session_id=f"thread {enqueued['thread']}"))
             enqueued["thread"] += 1
 
@@ -191,18 +191,60 @@ def test_forks_beside_threads_that_enqueue_and_flush_lose_nothing(outbox: Outbox
     threads = [threading.Thread(target=work) for work in (enqueue, flush, flush)]
     for thread in threads:
         thread.start()
-    children = [Child(enqueue_and_flush) for _ in range(8)]
-    for child in children:
-        child.act()
-        child.end()
-    is_over.set()
-    for thread in threads:
-        thread.join()
+    try:
+        children = [Child(enqueue_and_flush) for _ in range(8)]
+        for child in children:
+            child.act()
+            child.end()
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
     outbox.flush_all(client)
     count = enqueued["thread"] + 5 * len(children)
     assert statuses(outbox) == ["sent"] * count
     assert len(server.stored) == count
     assert server.duplicates == 0
+
+
+FORKS_DURING_THE_FIRST_FLUSH = """
+import os, signal, sys, threading, time
+from outbox import Outbox
+from outbox.storage import forks
+
+class Client:
+    logged_in = True
+    def upload(self, batch):
+        pass
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "outbox.flusher":
+            has_begun.set()
+            end = time.monotonic() + 5
+            while not forks._forking and time.monotonic() < end:
+                time.sleep(0.001)
+
+has_begun = threading.Event()
+sys.meta_path.insert(0, Slow())
+outbox = Outbox(sys.argv[1])
+thread = threading.Thread(target=outbox.flush, args=(Client(),))
+thread.start()
+has_begun.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    outbox.flush(Client())
+    os._exit(0)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@can_fork
+def test_a_child_that_was_forked_during_the_first_flush_can_flush(outbox: Outbox, url: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKS_DURING_THE_FIRST_FLUSH, url]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
 
 
 # --- workers and sudden ends ---

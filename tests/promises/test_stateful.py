@@ -243,7 +243,6 @@ def fresh_url(database: str, tmp_path: Path, servers: Servers) -> Callable[[], s
 
 
 @pytest.mark.contract
-@pytest.mark.usefixtures("unmeasured")
 def test_every_sequence_of_calls_does_what_the_model_says(database: str, fresh_url) -> None:
     examples, steps = (42, 40) if database == "sqlite" else (6, 25)
     run_state_machine_as_test(

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.servers
 
 
 class Cut:
-    """A way to a database server on loopback that ends once, when a COMMIT comes by: before or behind the server."""
+    """A way to a database server on loopback that ends once, when a commit comes by: before or behind the server.
+
+    PostgreSQL commits an INSERT that stands alone by itself. There, an INSERT has a notification.
+    """
 
     def __init__(self, host: str, port: int, *, before: bool) -> None:
         self._server = (host, port)
@@ -58,7 +61,7 @@ class Cut:
     def _to_server(self, client: socket.socket, server: socket.socket, is_lost: threading.Event) -> None:
         with suppress(OSError):
             while told := client.recv(65_536):
-                if self.is_armed and re.search(b"COMMIT(?!TED)", told):
+                if self.is_armed and re.search(b"COMMIT(?!TED)|pg_notify", told):
                     self.is_armed = False
                     self.cuts += 1
                     is_lost.set()

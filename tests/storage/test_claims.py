@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete
+from sqlalchemy import delete, event, literal_column, select
 
 from builders import NOON_MS, OK, ScriptedClient, add_row, row, rule_fired, statuses
 from outbox import Outbox, Policy
 from outbox.outcomes import WaitsFor
+from outbox.storage.dialects import dialect_of
 from outbox.storage.tables import ObservationEvent
 
 pytestmark = [pytest.mark.contract, pytest.mark.usefixtures("noon")]
@@ -47,6 +49,13 @@ def test_the_other_kind_is_taken_if_there_is_none_of_the_one(outbox: Outbox) -> 
     assert claim(outbox) == []
     fresh = add(outbox, None)
     assert claim(outbox) == fresh
+
+
+def test_a_claim_knows_when_rows_were_due_that_were_due_before_they_were_created(outbox: Outbox) -> None:
+    due = {add(outbox, None, next_attempt_at_ms=at)[0]: at for at in (0, 5)}
+    due |= dict.fromkeys(add(outbox, None, next_attempt_at_ms=NOON_MS - 1_000 + 2), NOON_MS - 1_000 + 2)
+    claimed = outbox.store.claims.claim(now_ms=NOON_MS, lease_until_ms=NOON_MS + MINUTE_MS, batch_size=3)
+    assert claimed.due_at_ms == due
 
 
 @pytest.mark.parametrize("waits_for", [None, *(kind.value for kind in WaitsFor)])
@@ -104,6 +113,7 @@ def test_a_row_whose_senders_died_twice_is_claimed_alone(outbox: Outbox) -> None
     assert [row(outbox, row_id).lost_leases for row_id in ids] == [2] * 3
 
 
+@pytest.mark.traced
 def test_a_row_whose_senders_died_twice_holds_up_no_other(outbox: Outbox) -> None:
     (first,) = add(outbox, None)
     (dangerous,) = add(outbox, None, status="sending", lost_leases=1)
@@ -145,6 +155,7 @@ def crowded() -> Iterator[Outbox]:
     ),
     batch_size=st.integers(1, 4),
 )
+@pytest.mark.untraced
 def test_a_claim_takes_the_first_of_its_kind_that_are_due(crowded: Outbox, rows, batch_size: int) -> None:
     with crowded.engine.begin() as connection:
         connection.execute(delete(ObservationEvent))
@@ -274,3 +285,79 @@ def test_a_good_row_waits_for_no_row_that_failed_before(outbox: Outbox) -> None:
     assert client.ids == [[good]]
     outbox.flush(client)
     assert client.ids[1] == failed[:128:2]
+
+
+def statements(outbox: Outbox) -> list[str]:
+    found: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        found.append(statement)
+
+    event.listen(outbox.engine, "before_cursor_execute", note)
+    return found
+
+
+@pytest.mark.servers("postgresql", "mariadb")
+def test_a_flush_that_finds_nothing_takes_three_statements(outbox: Outbox) -> None:
+    add(outbox, None, *WaitsFor, next_attempt_at_ms=LATER_MS)
+    outbox.flush(ScriptedClient())
+    run = statements(outbox)
+    assert outbox.flush(ScriptedClient()).claimed == 0
+    assert len(run) == 3  # the claim, the query whether a row is due, and the query for chores
+
+
+@pytest.mark.servers("postgresql", "mariadb")
+def test_a_flush_of_one_event_takes_few_statements(outbox: Outbox) -> None:
+    outbox.flush(ScriptedClient())
+    outbox.enqueue(rule_fired())
+    run = statements(outbox)
+    assert outbox.flush(ScriptedClient()).sent == 1
+    by_claim_and_delivery = {"postgresql": 2, "mysql": 5}
+    assert len(run) == by_claim_and_delivery[outbox.engine.dialect.name]
+
+
+ROWS = [
+    {"status": status, "lost_leases": lost_leases, "waits_for": waits_for, **times}
+    for (status, lost_leases), waits_for, times in product(
+        (("pending", 0), ("sending", 0), ("sending", 1), ("parked", 0), ("sent", 0), ("abandoned", 0)),
+        (None, *WaitsFor, "a", "later", "z"),
+        (
+            {"next_attempt_at_ms": NOON_MS},
+            {"next_attempt_at_ms": NOON_MS, "created_at_ms": NOON_MS + 9},
+            {"next_attempt_at_ms": LATER_MS},
+            {"next_attempt_at_ms": 2**53},
+            {"next_attempt_at_ms": 2**53, "created_at_ms": 2**53},
+            {"next_attempt_at_ms": NOON_MS, "created_at_ms": 2**53},
+            {"next_attempt_at_ms": LATER_MS, "created_at_ms": 2**53},
+        ),
+    )
+]
+
+
+@pytest.mark.servers("postgresql", "mariadb")
+def test_whether_a_row_is_due_agrees_with_what_a_claim_finds(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(row: dict[str, Any]) -> int:
+        with outbox.engine.begin() as connection:
+            connection.execute(delete(ObservationEvent))
+        add_row(outbox, **row)
+        outbox.store.claims.take_turns(is_any_failed=True)
+        return len(claim(outbox))
+
+    seen = [found(row) for row in ROWS]
+    monkeypatch.setattr(dialect_of(outbox.engine), "is_any_due", None)
+    assert seen == [found(row) for row in ROWS]
+    assert {0, 1} == set(seen)
+
+
+@pytest.mark.sqlite
+@pytest.mark.servers("postgresql", "mariadb")
+def test_a_delivery_is_recorded_even_if_the_query_for_chores_fails(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox.enqueue(rule_fired())
+    monkeypatch.setattr(outbox.store.views, "_chores", select(literal_column("no_such_column")))
+    assert outbox.flush(ScriptedClient()).sent == 1
+    assert statuses(outbox) == ["sent"]
+    assert "looking after the queue failed" in caplog.text

@@ -32,13 +32,14 @@ def fill(outbox: Outbox, rows: list[dict[str, Any]]) -> None:
 
 def claim(outbox: Outbox, kind: Kind, at_most: int = 3, *, is_newest: bool = False) -> list[int]:
     """Claim rows, and return their creation times."""
-    wanted = Wanted("", NOON_MS, NOON_MS + 60_000, at_most, is_newest=is_newest)
+    wanted = Wanted("", NOON_MS, NOON_MS + 60_000, at_most, "id", is_newest=is_newest)
     claims = outbox.store.claims
     claimed = claims._writer.run(lambda transaction: claims._dialect.claim(transaction, kind, wanted))
     return [found.created_at_ms for found in claimed.rows]
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.traced
 def test_a_claim_takes_the_first_rows_of_its_kind_that_are_due(outbox: Outbox, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - a test
     rarely = chance.choice([0.05, 0.3, 0.95])

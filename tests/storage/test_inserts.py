@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
 from builders import add_row, refuse, row, rule_fired, statuses
@@ -126,6 +126,17 @@ def test_rows_that_a_trigger_leaves_out_are_an_error(outbox: Outbox) -> None:
         outbox.enqueue(rule_fired(), event_id="a")
 
 
+@pytest.mark.sqlite
+def test_the_row_of_a_caller_that_a_trigger_leaves_out_is_an_error(outbox: Outbox) -> None:
+    outbox.enqueue(rule_fired())
+    with Session(outbox.engine) as session:
+        session.execute(
+            text("CREATE TRIGGER leave_out BEFORE INSERT ON observation_events BEGIN SELECT RAISE(IGNORE); END")
+        )
+        with pytest.raises(StorageError, match="^a trigger of the database left out some of 1 events$"):
+            outbox.enqueue(rule_fired(), session=session)
+
+
 @pytest.mark.servers("postgresql")
 def test_rows_that_a_trigger_of_a_server_leaves_out_are_an_error(outbox: Outbox) -> None:
     with outbox.engine.begin() as connection:
@@ -140,6 +151,7 @@ def test_rows_that_a_trigger_of_a_server_leaves_out_are_an_error(outbox: Outbox)
             outbox.enqueue_many([rule_fired()] * number)
 
 
+@pytest.mark.traced
 def test_another_error_than_a_duplicate_is_raised(outbox: Outbox) -> None:
     refuse(outbox, "INSERT", "observation_events", "no inserts today")
     with pytest.raises(StorageError, match="no inserts today"):
@@ -150,6 +162,7 @@ def test_another_error_than_a_duplicate_is_raised(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize("kind", ["session", "connection"])
+@pytest.mark.traced
 def test_a_duplicate_does_not_harm_the_callers_transaction(outbox: Outbox, host: Engine, kind: str) -> None:
     known = outbox.enqueue(rule_fired(), event_id="a")
     with Session(host) as session:

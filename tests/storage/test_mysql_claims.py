@@ -1,4 +1,4 @@
-"""A full batch of fresh rows is claimed by one query, if that finds the rows which any claim would take."""
+"""Fresh rows are claimed by one query, if it finds the same rows as an ordinary claim."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def test_a_full_batch_takes_two_statements(outbox: Outbox) -> None:
     assert claimed(outbox, 3) == ([first, second, third], 2)
 
 
+def test_a_batch_that_is_not_full_takes_three_statements(outbox: Outbox) -> None:
+    ids = [fresh(outbox, created) for created in (2, 3)]
+    fresh(outbox, 1, due_at_ms=LATER_MS)
+    assert claimed(outbox, 3) == (ids, 3)
+
+
 def test_rows_that_are_not_due_are_left_out(outbox: Outbox) -> None:
     first, _, second = (fresh(outbox, at, due_at_ms=due) for at, due in ((1, 1), (2, LATER_MS), (3, 3)))
     assert claimed(outbox) == ([first, second], 2)
@@ -52,6 +58,13 @@ def test_full_batches_behind_many_rows_that_wait_are_found(outbox: Outbox) -> No
     found, statements = claimed(outbox)
     assert found == ids
     assert statements > 2
+
+
+def test_due_rows_behind_the_oldest_rows_fill_a_batch(outbox: Outbox) -> None:
+    for _ in range(7):
+        fresh(outbox, 1, due_at_ms=LATER_MS)
+    ids = [fresh(outbox, created) for created in (2, 3)]
+    assert claimed(outbox)[0] == ids
 
 
 def test_a_row_whose_lease_ran_out_has_its_turn(outbox: Outbox) -> None:
@@ -88,3 +101,25 @@ def test_a_large_batch_is_claimed_and_delivered_by_lists_of_500(outbox: Outbox) 
     event.listen(outbox.engine, "before_cursor_execute", note)
     assert outbox.flush(ScriptedClient()).sent == len(ids)
     assert len(texts) == 2 * 3
+
+
+@pytest.mark.parametrize("number", [1, 2, 501])
+def test_a_claim_and_a_delivery_read_only_their_rows(outbox: Outbox, number: int) -> None:
+    changes: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if statement.startswith("UPDATE observation_events"):
+            changes.append((statement, values))
+
+    outbox.policy = Policy(batch_size=501)
+    outbox.enqueue_many([rule_fired()] * 600, not_before=2**52)
+    outbox.enqueue_many([rule_fired()] * number)
+    event.listen(outbox.engine, "before_cursor_execute", note)
+    assert outbox.flush(ScriptedClient()).sent == number
+    event.remove(outbox.engine, "before_cursor_execute", note)
+    with outbox.engine.connect() as connection:
+        read = [
+            connection.exec_driver_sql(f"EXPLAIN {statement}", values).mappings().one()["rows"]
+            for statement, values in changes
+        ]
+    assert sum(map(int, read)) <= 2 * number

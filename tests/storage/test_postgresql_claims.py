@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, text
 
 from builders import NOON_MS
-from outbox import Outbox, Policy
+from outbox import Outbox, Policy, outcomes
 from outbox.storage import postgresql_claims
 from outbox.storage.claimed import Part
 from outbox.storage.store import Store
@@ -46,6 +46,9 @@ def claim(store: Store, *, is_original: bool = False) -> object:
 OPERATIONS: dict[str, Callable[[Store], object]] = {
     "claim": claim,
     "claim in turn": lambda store: [claim(store) for _ in range(2)],
+    "claim of nothing": lambda store: store.claims.claim(
+        now_ms=0, lease_until_ms=1, batch_size=64, destination=HERE
+    ),
     "claim of the original": lambda store: claim(store, is_original=True),
     "revive": lambda store: store.revival.revive(HERE, now_ms=1, policy=POLICY, ended_failures=3),
     "unpark": lambda store: store.revival.unpark(HERE, now_ms=NOON_MS, limit=64, spread_ms=1),
@@ -80,6 +83,17 @@ def test_no_statement_for_one_destination_reads_the_rows_of_another(outbox: Outb
                 check(plan, name)
 
 
+ALL_FRESH = """
+    INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms, next_attempt_at_ms)
+    SELECT 'a', 1, repeat('x', 300), i, i FROM generate_series(1, {rows}) AS i
+"""
+# For the newest row id.
+WALKED = "Index Only Scan Backward using observation_events_pkey"
+
+WAITING_ALONE = """
+    INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms, waits_for, next_attempt_at_ms)
+    SELECT 'a', 1, '{}', i, 'row', i + 1 FROM generate_series(1, 20000) AS i
+"""
 WAITING = """
     INSERT INTO observation_events (event_type, occurred_at_ms, payload_json, created_at_ms, waits_for, next_attempt_at_ms)
     SELECT 'a', 1, '{}', i, CASE i % 2 WHEN 0 THEN 'service' END, 2000000000000 + (i * 7919) % 20000
@@ -105,7 +119,7 @@ def test_no_rows_that_wait_are_sorted_although_few_are_expected(outbox: Outbox, 
         transaction = Transaction(connection.exec_driver_sql, connection.dialect, {})
         postgresql_claims.read_in_order(transaction)
         for query in (search._oldest, search._first_due):
-            compiled = transaction._of(query)
+            compiled = transaction.compiled(query)
             values = compiled.arguments({"destination": "", "now": NOON_MS, "look_at": 256})
             plan = [step for (step,) in connection.exec_driver_sql(f"EXPLAIN ANALYZE {compiled.text}", values)]
             told = "\n".join(plan)
@@ -124,6 +138,53 @@ def test_no_query_is_compiled_for_a_sort_that_is_avoided(outbox: Outbox) -> None
             assert connection.execute(show).one() == ("off", "off")
         with connection.begin():
             assert connection.execute(show).one() == ("on", "on")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],
+        [ALL_FRESH.format(rows=640)],
+        # The index of rows that wait is tall now, so that another one looks cheaper.
+        [WAITING_ALONE, "DELETE FROM observation_events WHERE created_at_ms % 500 > 0"],
+    ],
+    ids=["empty", "small", "emptied"],
+)
+def test_a_plan_that_is_kept_from_a_small_table_serves_when_the_table_has_grown(
+    outbox: Outbox, before: list[str]
+) -> None:
+    with Outbox(outbox.engine.url) as own:
+        with own.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for statement in (*before, f"VACUUM {ANALYZE}"):
+                connection.execute(text(statement))
+        for _ in range(3):
+            claim(own.store)
+            own.store.views.chores(POLICY, HERE, now_ms=NOON_MS)
+            own.store.views.next_due_ms(HERE, now_ms=NOON_MS)
+            own.store.views.last_accepted_ms(HERE)
+            own.store.claims.settle(
+                [(1, outcomes.deliver(sent_at_ms=NOON_MS))],
+                lease_until_ms=1,
+                created_at_ms={1: 1},
+                destination=HERE,
+            )
+        with own.engine.begin() as connection:
+            connection.execute(text(ONE))
+            kept = connection.exec_driver_sql(
+                "SELECT name, cardinality(parameter_types) FROM pg_prepared_statements WHERE statement ~ 'observation_events'"
+            ).all()
+            assert len(kept) >= 5
+            for name, number in kept:
+                nothing = ", ".join(["NULL"] * number)
+                plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN EXECUTE {name}({nothing})").scalars())
+                assert re.search(r"\$\d", plan), plan
+                # The query for the pause and the hold has outer joins, because a destination may have neither.
+                assert not re.search(r"(Seq|Bitmap Heap) Scan on observation_events|Sort|(?<!Left )Join", plan), (
+                    plan
+                )
+                scans = re.findall(r"(\w[\w ]*Scan .*on observation_events\b.*)\n +(\w+ Cond)?", plan)
+                assert scans, plan
+                assert all(condition or WALKED in scan for scan, condition in scans), plan
 
 
 def check(plan: list[str], name: str) -> None:

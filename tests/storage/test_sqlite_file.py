@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import URL, create_engine, make_url
 
 from builders import REVOKED, ScriptedClient, on_statement, rule_fired, statuses
-from outbox import ConfigurationError, Outbox, StorageError
+from outbox import ConfigurationError, Outbox, Policy, StorageError
 from outbox.storage import sqlite_file
 from outbox.storage.engines import reading, writing
 from outbox.storage.sqlite_file import create_file, file_of
@@ -170,18 +170,39 @@ def test_a_file_in_another_journal_mode_that_is_being_read_is_waited_for_once(ur
     assert len(tries) <= 2
 
 
+def statements_and_levels(outbox: Outbox) -> list[str]:
+    """Return a list that gets the first word of each statement to come, and what PRAGMA synchronous is then."""
+    level = 2
+    seen: list[str] = []
+
+    def watch(statement: str) -> None:
+        nonlocal level
+        found = re.fullmatch(r"PRAGMA synchronous = (\d)", statement)
+        if found:
+            level = int(found[1])
+        seen.append(f"{statement.split(maxsplit=1)[0]} {level}")
+
+    on_statement(outbox, watch)
+    return seen
+
+
+@pytest.mark.parametrize("policy", [Policy(max_sent=1), Policy(max_sent=None, keep_sent_ms=1)])
+def test_what_a_flusher_deletes_does_not_wait_for_the_disk(url: str, outbox_time, policy: Policy) -> None:
+    with Outbox.open(url, policy=policy) as outbox:
+        outbox.enqueue_many([rule_fired(), rule_fired()])
+        outbox.flush(ScriptedClient())
+        outbox_time.travel(seconds=1)
+        outbox.enqueue(rule_fired())
+        seen = statements_and_levels(outbox)
+        outbox.flush(ScriptedClient())
+        assert outbox.stats().counts["sent"] == 1
+    assert "DELETE 1" in seen
+    assert {one for one in seen if one.startswith("COMMIT")} == {"COMMIT 1"}
+
+
 def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(url: str) -> None:
     with Outbox.open(url) as outbox:
-        synced = {"": 2}
-        seen: list[str] = []
-
-        def watch(statement: str) -> None:
-            found = re.fullmatch(r"PRAGMA synchronous = (\d)", statement)
-            if found:
-                synced[""] = int(found[1])
-            seen.append(f"{statement.split(maxsplit=1)[0]} {synced['']}")
-
-        on_statement(outbox, watch)
+        seen = statements_and_levels(outbox)
         outbox.enqueue(rule_fired())
         outbox.flush(ScriptedClient(REVOKED))
         outbox.enqueue(rule_fired())
@@ -189,7 +210,7 @@ def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(
         outbox.retry_now()
         outbox.requeue_abandoned(older_than=0)
     writing = [one for one in seen if one.startswith(("INSERT", "UPDATE", "COMMIT"))]
-    enqueued, claimed = ["INSERT 2", "COMMIT 2"], ["UPDATE 1", "COMMIT 1"]
+    enqueued, claimed = ["INSERT 2"], ["UPDATE 1", "COMMIT 1"]  # a lone row is committed by its INSERT
     parked_with_its_try = ["UPDATE 1", "INSERT 1", "COMMIT 1"]
     paused, looked_at_pause = ["INSERT 1", "UPDATE 1", "COMMIT 1"], ["COMMIT 1"]
     retried, requeued = [*["UPDATE 2"] * 3, "COMMIT 2"], ["COMMIT 2"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import os
@@ -9,18 +10,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, select
 
 from builders import OK, ScriptedClient, rule_fired, statuses
 from conditions import until
 from crowd import Crowd, Queue, check_rows, enqueuing
 from outbox import Outbox, Policy, QueueFull, StorageError
 from outbox.storage import engines, sqlite_calls, sqlite_file, sqlite_writer
+from outbox.storage.sql import columns
+from outbox.storage.transactions import read
 
 FULL, NORMAL = 2, 1
 
@@ -98,6 +102,20 @@ def test_of_threads_that_enqueue_at_once_only_those_without_room_are_refused(url
         assert statuses(full) == ["pending"] * 18
 
 
+def test_after_a_shared_transaction_failed_the_rows_are_counted_again_at_the_cap(url: str) -> None:
+    def fail(_: object) -> None:
+        raise QueueFull("bad")
+
+    with Outbox.open(url, policy=Policy(max_rows=5, when_full="trim")) as capped, Outbox(url) as another:
+        capped.enqueue_many([rule_fired()] * 6)
+        another.enqueue_many([rule_fired()] * 3)
+        queue = Queue(capped)
+        queue.wait("a", enqueuing(capped, "a"))
+        queue.wait("bad", lambda: writing(capped)(fail, shares_commit=True))
+        assert isinstance(queue.go_on()["bad"], QueueFull)
+        assert len(statuses(capped)) == 5
+
+
 def test_while_another_program_holds_the_write_lock_all_wait_and_are_then_told_together(
     outbox: Outbox, url: str, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +128,25 @@ def test_while_another_program_holds_the_write_lock_all_wait_and_are_then_told_t
     assert [str(one).partition(": ")[2] for one in returned.values()] == [
         "database is locked; another program holds the write lock; end it or wait for it, then try again"
     ] * 3
-    assert all(type(one) is StorageError for one in returned.values())
+    assert all(isinstance(one, StorageError) for one in returned.values())
     assert statuses(outbox) == []
+
+
+def test_a_delivery_that_waited_in_vain_is_not_tried_without_the_query_for_chores(
+    outbox: Outbox, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 250)
+    outbox.enqueue(rule_fired())
+    write, writes = outbox.store.claims._write, []
+    monkeypatch.setattr(
+        outbox.store.claims, "_write", lambda *call, **how: writes.append(call) or write(*call, **how)
+    )
+    with ExitStack() as stack:
+        client = ScriptedClient(lambda _: stack.enter_context(held_by_another_program(url)))
+        with pytest.raises(StorageError, match="database is locked"):
+            outbox.flush(client)
+    assert len(writes) == 2  # the delivery, and once more as the claim is given up
+    assert statuses(outbox) == ["sending"]
 
 
 def test_calls_that_waited_for_another_program_are_committed_when_it_is_done(outbox: Outbox, url: str) -> None:
@@ -178,7 +213,7 @@ def test_a_call_that_another_thread_is_about_to_commit_is_not_committed_twice(ou
     queue.wait("b", enqueuing(outbox, "b"))
     queue._goes_on.set()
     is_under_way.wait()
-    permit, writer._permit = writer._permit, sqlite_writer._Permit()  # as if the slow one were believed gone
+    permit, writer._permit = writer._permit, sqlite_calls.Permit()  # as if the slow one were believed gone
     until(lambda: writer._permit.attempt is not sqlite_calls.NO_ATTEMPT)  # the other one looked again
     goes_on.set()
     returned = queue.go_on()
@@ -217,7 +252,7 @@ def test_a_transaction_whose_connection_was_closed_by_a_thread_that_took_over_is
     def write(transaction) -> int:
         tries.append(transaction)
         if len(tries) == 1:
-            permit, writer._permit = writer._permit, sqlite_writer._Permit()
+            permit, writer._permit = writer._permit, sqlite_calls.Permit()
             permit.close()
         return transaction._run("SELECT 1", ()).fetchone()[0]
 
@@ -256,6 +291,28 @@ def test_a_signal_handler_that_enqueues_in_the_middle_of_an_insert_is_told(
     assert len(told) == 1
     assert "this thread itself holds the write lock" in told[0]
     assert statuses(outbox) == []
+
+
+def test_a_signal_handler_that_enqueues_during_a_query_is_not_hindered_by_what_another_program_wrote(
+    outbox: Outbox, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_MS", 250)
+    outbox.enqueue_many([rule_fired()] * 2)
+    connection = outbox.store._writer._permit.kept.connection
+    ids: list[int] = []
+
+    def enqueue() -> None:
+        connection.set_progress_handler(None, 0)
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as another, another:
+            another.execute("UPDATE observation_events SET session_id = 'another'")
+        ids.append(outbox.enqueue(rule_fired()))
+
+    with handling(enqueue):
+        # It is written in C, so Python calls the handler only when the query has returned, as for a real signal.
+        connection.set_progress_handler(partial(_thread.interrupt_main, signal.SIGUSR1), 1)
+        found = read(outbox.store._writer, lambda transaction: transaction.rows(select(columns.id)))
+    assert found == [(1,), (2,)]
+    assert ids == [3]
 
 
 class Handler:
@@ -308,15 +365,44 @@ def test_an_enqueue_is_synced_though_a_signal_handler_flushes_at_any_instruction
         assert number > 100
     gc.collect()  # connections that the handler opened while another one was being opened
     synchronous = NORMAL
+    is_in_transaction = False
     for statement in ran:
         if statement.startswith("PRAGMA synchronous"):
             synchronous = int(statement[-1])
         if statement.startswith("INSERT INTO observation_events"):
             is_enqueue = True
-        if statement.startswith("COMMIT"):
+            assert synchronous == FULL or is_in_transaction
+        if statement.startswith(("COMMIT", "ROLLBACK")):
             assert synchronous == FULL or not is_enqueue
+            is_in_transaction = False
         if statement.startswith("BEGIN"):
             is_enqueue = False
+            is_in_transaction = True
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_enqueue_returns_its_own_ids_though_a_signal_handler_enqueues_at_any_instruction_of_it(
+    outbox: Outbox, url: str, number: int
+) -> None:
+    returned: dict[str, object] = {}
+
+    def handle() -> None:
+        name = f"handler {len(returned)}"
+        returned[name] = outbox.enqueue(rule_fired(session_id=name))
+
+    handler = Handler(handle)
+    calls = 0
+    while not handler.is_done:
+        calls += 1
+        names = [f"call {calls} {place}" for place in range(number)]
+        ids = handler.run(lambda names=names: outbox.enqueue_many([rule_fired(session_id=name) for name in names]))
+        returned |= zip(names, ids, strict=True)
+    assert calls > 100
+    gc.collect()  # as above
+    sessions = {name: outbox.get(row_id).session_id for name, row_id in returned.items()}
+    assert sessions == {name: name for name in returned}
+    check_rows(url, returned)
 
 
 @contextmanager
@@ -414,6 +500,30 @@ def test_events_that_a_trigger_leaves_out_are_not_mixed_up_with_others(outbox: O
         )
     with pytest.raises(StorageError, match="a trigger of the database left out some of 4 events"):
         outbox.enqueue_many([rule_fired(session_id=name) for name in "abcd"])
+    assert statuses(outbox) == []
+
+
+def add_trigger(outbox: Outbox, trigger: str) -> None:
+    with engines.writing(outbox.engine) as connection:
+        connection.exec_driver_sql(f"CREATE TRIGGER interfering {trigger}")
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_lone_event_that_a_trigger_leaves_out_is_an_error(outbox: Outbox, *, is_later: bool) -> None:
+    outbox.enqueue(rule_fired())
+    add_trigger(outbox, "BEFORE INSERT ON observation_events BEGIN SELECT RAISE(IGNORE); END")
+    if not is_later:
+        outbox.close()
+    with pytest.raises(StorageError, match="^a trigger of the database left out some of 1 events$"):
+        outbox.enqueue(rule_fired())
+    assert statuses(outbox) == ["pending"]
+
+
+def test_a_lone_event_that_a_trigger_refuses_is_not_recorded(outbox: Outbox) -> None:
+    add_trigger(outbox, "AFTER INSERT ON Observation_Events BEGIN SELECT RAISE(FAIL, 'not this one'); END")
+    outbox.close()
+    with pytest.raises(StorageError, match="not this one"):
+        outbox.enqueue(rule_fired())
     assert statuses(outbox) == []
 
 

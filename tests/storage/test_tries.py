@@ -43,6 +43,7 @@ def minutes(outbox: Outbox, row_id: int) -> list[float]:
 @pytest.mark.parametrize(
     ("failure", "verdict"), [(DOWN, "transient"), (SLOW_DOWN, "rate limited"), (REVOKED, "auth blocked")]
 )
+@pytest.mark.traced
 def test_a_shared_failure_is_a_try_of_each_event(outbox: Outbox, failure: HttpFailure, verdict: str) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 3)
     outbox.flush(ScriptedClient(failure))
@@ -113,16 +114,17 @@ def test_a_failure_whose_lease_was_lost_leaves_no_try(outbox: Outbox) -> None:
     row_id = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 9)
     other = add_row(outbox, status="sending", next_attempt_at_ms=NOON_MS + 8)
     failures = {one: Failed(NOON_MS, 1, "auth blocked") for one in (row_id, other)}
-    landed = outbox.store.claims.settle(
+    settled = outbox.store.claims.settle(
         [(one, outcomes.park(last_error="401")) for one in (row_id, other)],
         lease_until_ms=NOON_MS + 9,
         created_at_ms={},
         failed=failures,
     )
-    assert landed.total() == 1
+    assert settled.landed.total() == 1
     assert kept(outbox) == 0
 
 
+@pytest.mark.traced
 def test_an_event_that_got_the_id_of_another_has_no_tries(outbox: Outbox) -> None:
     """After a failover that lost rows, a server gives their ids to other events."""
     row_id = add_row(outbox)
@@ -180,6 +182,7 @@ WAYS: dict[str, Callable[..., object]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.traced
 def test_the_tries_are_deleted_with_the_event(outbox: Outbox, noon, way: str) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 3)
     outbox.flush(ScriptedClient(SLOW_DOWN))

@@ -227,6 +227,7 @@ def test_nothing_is_accepted_before_the_whole_request_was_sent():
 
 
 @linux
+@pytest.mark.untraced
 def test_an_acceptance_on_a_fresh_connection_counts_after_a_request_that_broke_off():
     def breaks_off(connection, stopped):
         answers(ACCEPTED)(connection, stopped)

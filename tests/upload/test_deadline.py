@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 
@@ -297,3 +299,38 @@ def test_an_upload_during_another_one_leaves_its_time_alone():
 
     with Peer(serve) as peer, HttpClient(peer.url, token=token) as client:
         client.upload(BATCH)
+
+
+INTERRUPTS_EACH_LINE = """
+import http.client, itertools, socket, sys
+from outbox.upload import deadline
+
+def is_interrupted(sock, at):
+    lines = itertools.count(1)
+    def interrupt(frame, event, arg):
+        code = frame.f_code
+        # The constructor of Python's own SocketIO has the same weakness.
+        if code.co_name != "__init__" or code.co_filename not in (deadline.__file__, http.client.__file__):
+            return None
+        if next(lines) == at:
+            raise KeyboardInterrupt
+        return interrupt
+    sys.settrace(interrupt)
+    try:
+        deadline._Response(sock, 0, "POST")
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+
+with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+    print(next(at for at in itertools.count(1) if not is_interrupted(sock, at)))
+"""
+
+
+def test_an_interrupt_while_an_answer_is_prepared_prints_nothing():
+    # In development mode, each Python prints what a destructor raises.
+    command = [sys.executable, "-X", "dev", "-c", INTERRUPTS_EACH_LINE]
+    interrupted = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert interrupted.stderr == ""
+    assert int(interrupted.stdout) > 10

@@ -162,3 +162,14 @@ def test_an_event_offers_only_what_can_be_done_with_it(browser, outbox, status, 
 def test_an_event_that_is_not_there_is_a_page_too(browser):
     assert browser.get("/events/7").status_code == 404
     assert "there is no event 7" in browser.text
+
+
+def test_a_row_with_blobs_instead_of_texts_is_shown_on_every_page(browser, outbox):
+    row_id = add_row(outbox)
+    blobs = "event_type = X'6fff', payload_json = X'7bff', last_error = X'00', session_id = X'ff'"
+    with outbox.engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE observation_events SET {blobs}")
+    for page in ("/", "/events", "/events?payload=x", f"/events/{row_id}"):
+        assert browser.get(page).status_code == 200
+    assert "o\\xff" in browser.text
+    assert "{\\xff" in browser.text

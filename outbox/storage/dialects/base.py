@@ -10,29 +10,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from sqlalchemy import URL, ColumnElement, CompoundSelect, Connection, Engine, Index, Select, Table, create_engine
 from sqlalchemy import Dialect as SQLAlchemyDialect
 
 from outbox.lifecycle import Status
 from outbox.records import Claim, Listener
-from outbox.storage import forks
-from outbox.storage.claimed import CLAIM_ROWS, DELIVER, Kind, Part, Wanted, claim_of_due, due, lock_kind
-from outbox.storage.engines import Synchronous
+from outbox.storage import claimed, forks
+from outbox.storage.claimed import Delivery, Kind, OneRowQuery, Part, Wanted
+from outbox.storage.engines import Ending, Synchronous
 from outbox.storage.inserts import Rows, insert_or_add, insert_several, insert_unknown, known
 from outbox.storage.pings import ping_after_idling, roll_back_open_ones
 from outbox.storage.sql import columns, is_one_of, lock, oldest
 from outbox.storage.transactions import Transaction, Writer
 
-_LOCK = {part: lock(due(part)) for part in Part}
-
-
-class Ending(NamedTuple):
-    """Which ends of a transaction need a statement, because the driver ignores the call."""
-
-    commit: bool = False
-    rollback: bool = False
+_LOCK = {part: lock(claimed.due(part)) for part in Part}
 
 
 class Dialect:
@@ -43,10 +36,7 @@ class Dialect:
     names: ClassVar[tuple[str, ...]]
     """The names that URLs may begin with."""
     drivers: ClassVar[tuple[str, ...]]
-    """The drivers that the tests run on, as SQLAlchemy names them; others are refused.
-
-    Each driver ends transactions, counts rows and reports errors in its own way.
-    """
+    """The drivers that the tests run on, as SQLAlchemy names them. Others are refused: they may differ."""
     default_drivers: ClassVar[Mapping[str, str]] = {}
     """The driver of a URL without a driver, by the name of the database: the driver that our extras install."""
 
@@ -102,7 +92,7 @@ class Dialect:
         return Writer(engine)
 
     def unprepared(self, connection: Any) -> AbstractContextManager[None]:
-        """Keep a host's driver from preparing statements. By default drivers prepare none by themselves."""
+        """Keep the driver of the application from preparing statements. By default drivers prepare none."""
         return nullcontext()
 
     # Files
@@ -142,10 +132,10 @@ class Dialect:
     # Transactions
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
-        """Begin the transaction unless SQLAlchemy did. Return what `commit()` and `rollback()` will not do.
+        """Begin the transaction unless SQLAlchemy did. Return for which ends the driver needs a statement.
 
         A transaction that `writes` is READ COMMITTED; any other one reads a snapshot. The connection keeps the
-        host's settings.
+        application's settings.
         """
         if not (writes and is_own):  # our own engines are set up so
             connection.exec_driver_sql(f"SET TRANSACTION ISOLATION LEVEL {self.isolation_level(writes=writes)}")
@@ -181,8 +171,8 @@ class Dialect:
     """The error codes of a transaction that the database aborted, to end a deadlock or a conflict."""
     unknown: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a COMMIT that may have succeeded nevertheless."""
-    read_only: ClassVar[frozenset[object]] = frozenset()
-    """The error codes of a server that became read-only, as after a switchover."""
+    outdated: ClassVar[frozenset[object]] = frozenset()
+    """The error codes after which only a new connection helps, as when a switchover made the server read-only."""
     duplicate: ClassVar[frozenset[object]] = frozenset()
     """The error codes of an INSERT whose unique key another row already has."""
     advice: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -219,7 +209,7 @@ class Dialect:
     # Inserts
 
     notification: ClassVar[ColumnElement[Any] | None] = None
-    """A column for INSERT to return, which notifies other processes of new events at the commit."""
+    """A column for INSERT to return: the row id. At the commit, it also notifies other processes of new events."""
     last_insert_id: ClassVar[Select[Any] | None] = None
     """The query for the id that was inserted last, for drivers that forget it."""
 
@@ -261,20 +251,24 @@ class Dialect:
     # Claims and outcomes
 
     delivers_at_once: ClassVar[bool] = False
-    """Whether `deliver` is one statement for any number of rows."""
+    """Whether `deliver` and `deliver_and_query` are each one statement for any number of rows."""
 
-    checks_pause: ClassVar[bool] = False
-    """Whether `claim` looks for a hold and a pause of `wanted.destination` in the same statement."""
+    is_any_due: ClassVar[ColumnElement[bool] | None] = None
+    """The condition that a claim would find a row, also one with invalid times. None: a claim costs no more.
+
+    With it, `claim` is first called with `unless_paused`. If that takes no row, it is only called again if the
+    condition is true.
+    """
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
         """Move the first due rows of a kind to sending; leave out rows that another transaction has locked.
 
         By default the rows are locked first, and then moved.
         """
-        locked = lock_kind(partial(self.lock_part, transaction), kind, wanted)
+        locked = claimed.lock_kind(partial(self.lock_part, transaction), kind, wanted)
         row_ids = [row[0] for row in locked]
-        transaction.change_rows(CLAIM_ROWS, row_ids, lease_until=wanted.lease_until_ms)
-        return claim_of_due(locked, kind)
+        transaction.change_rows(claimed.CLAIM_ROWS, row_ids, lease_until=wanted.lease_until_ms)
+        return claimed.claim_of_due(locked, kind, wanted.outbox_id)
 
     def lock_part(self, transaction: Transaction, part: Part, wanted: Wanted) -> list[tuple[Any, ...]]:
         """Lock the first rows of a part that are due, or whose due time is invalid."""
@@ -284,11 +278,16 @@ class Dialect:
         """Claim rows whose times are invalid, to abandon them. By default `claim` finds them."""
         return Claim([])
 
-    def deliver(
-        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
-    ) -> int:
-        """Move rows to sent, by id and creation time; return how many were moved. By default in chunks."""
-        return transaction.change_events(DELIVER, row_ids, created_at_ms, new_sent_at_ms=sent_at_ms)
+    def deliver(self, transaction: Transaction, delivery: Delivery) -> int:
+        """Mark rows, by id and creation time, as sent. Return how many rows changed. By default in chunks."""
+        row_ids, created_at_ms, sent_at_ms = delivery
+        return transaction.change_events(claimed.DELIVER, row_ids, created_at_ms, new_sent_at_ms=sent_at_ms)
+
+    def deliver_and_query(
+        self, transaction: Transaction, delivery: Delivery, query: OneRowQuery
+    ) -> tuple[int, tuple[Any, ...]]:
+        """Do what `deliver` does, and run a query, by default as another statement. Return the results of both."""
+        return self.deliver(transaction, delivery), transaction.rows(query.statement, **query.parameters)[0]
 
     # Counts and deletion
 
@@ -300,10 +299,10 @@ class Dialect:
     undelivered_to_trim: ClassVar[tuple[Select[Any] | CompoundSelect[Any], ...]] = tuple(
         oldest(status) for status in (Status.PENDING, Status.SENDING, Status.PARKED)
     )
-    """The queries for the undelivered rows that the cap deletes, the oldest of all of them first.
+    """The queries for the undelivered rows that the cap deletes, each in the order of one index, oldest first."""
 
-    Each walks one index in order and stops at the limit.
-    """
+    chores: ClassVar[Select[Any] | None] = None
+    """A query with the columns of `views.CHORES` that costs this database less; None for `views.CHORES` itself."""
 
     # Monitoring
 

@@ -27,13 +27,15 @@ from sqlalchemy.ext.compiler import compiles
 
 from outbox.failures import StorageError
 from outbox.records import Claim
-from outbox.storage import galera, mysql_claims
-from outbox.storage.claimed import Kind, Part, Wanted
+from outbox.storage import galera, mysql_chores, mysql_claims
+from outbox.storage.claimed import Delivery, Kind, Part, Wanted
 from outbox.storage.column_types import LONGEST_NAME, LongText, Name, ShortText, TextDefault
-from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.engines import MIGRATION_LOCK, Synchronous, shown_url
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.engines import MIGRATION_LOCK, Ending, Synchronous, shown_url
+from outbox.storage.indexes import DELIVERED_INDEX, OLDEST_OF_STATUS
 from outbox.storage.inserts import KNOWN, in_slices, insert_each, insert_several, known
 from outbox.storage.inserts import Rows as NewRows
+from outbox.storage.sql import columns, is_delivered
 from outbox.storage.transactions import Transaction
 
 _NAMES = ("mysql", "mariadb")
@@ -55,7 +57,7 @@ def _varchar(_type: Name, _compiler: object, **_: object) -> str:
 
 @compiles(ShortText, *_NAMES)
 def _short_varchar(_type: ShortText, _compiler: object, **_: object) -> str:
-    return "VARCHAR(16)"  # as above
+    return "VARCHAR(16)"  # it can't index a TEXT
 
 
 @compiles(LongText, *_NAMES)
@@ -68,8 +70,14 @@ def _in_parentheses(default: TextDefault, _compiler: object, **_: object) -> str
     return f"({default.text})"  # the default of a long text has to be an expression
 
 
+@compiles(is_delivered, *_NAMES)
+def _has_time(element: is_delivered, compiler: Any, **options: Any) -> str:
+    _, sent_at_ms = element.clauses
+    return f"{compiler.process(sent_at_ms, **options)} IS NOT NULL"
+
+
 class MySQL(Dialect):
-    """MySQL and MariaDB."""
+    """MySQL and MariaDB, with one of four drivers."""
 
     names = _NAMES
     drivers = tuple(
@@ -89,11 +97,11 @@ class MySQL(Dialect):
     # From UTC: a time of the session's zone is ambiguous for an hour when summer ends.
     clock = select(literal_column("timestampdiff(MICROSECOND, '1970-01-01', utc_timestamp(6)) DIV 1000"))
     # Error numbers. `given_up`: lock timeout, deadlock. `unknown`: a server left the cluster during the COMMIT.
-    # `read_only`: the server takes no writes any more.
+    # `outdated`: the server takes no writes any more.
     code_attributes = ("errno",)
     given_up = frozenset({1205, 1213})
     unknown = frozenset({1180})
-    read_only = frozenset({1047, 1290, 1836})
+    outdated = frozenset({1047, 1290, 1836})
     duplicate = frozenset({1062})
     # There are no partial indexes: one for each order starts with the status.
     indexes = frozenset(
@@ -177,9 +185,15 @@ class MySQL(Dialect):
         return {f"{name}_{option}": value for name in _NAMES for option, value in options.items()}
 
     def adapted(self, statement: Any) -> Any:
-        """Force the index that a statement names."""
+        """Force the index that a statement names, or the indexes that have the order it names."""
         index = statement.get_execution_options().get("outbox_index")
-        return statement if index is None else mysql_claims.walk(statement, index)
+        if index is None:
+            return statement
+        if index == OLDEST_OF_STATUS:
+            return mysql_claims.oldest_of_each_reason(statement)
+        if index == DELIVERED_INDEX:  # it begins with the undelivered rows, which may be many
+            statement = statement.where(columns.sent_at_ms.is_not(None))
+        return mysql_claims.walk(statement, index)
 
     def insert_or_add(self, transaction: Transaction, table: Table, *, adds: str | None, **values: Any) -> None:
         """Insert or add in one statement, so that no other transaction comes in between."""
@@ -189,10 +203,10 @@ class MySQL(Dialect):
         """Read with a lock, to see what is committed now. A plain read may see older rows."""
         return known(transaction, destination, event_ids, _KNOWN_NOW)
 
-    checks_pause = True
+    is_any_due = mysql_claims.IS_ANY_DUE
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-        """Claim a full batch of fresh rows at once. `unless_paused`, any other claim has no rows."""
+        """With `unless_paused`, claim only fresh rows, by one query. Otherwise, claim as other servers do."""
         if wanted.unless_paused:
             return mysql_claims.take_at_once(transaction, kind, wanted)
         return super().claim(transaction, kind, wanted)
@@ -204,12 +218,11 @@ class MySQL(Dialect):
         """
         return mysql_claims.SEARCHES[part].lock(transaction, wanted)
 
-    def deliver(
-        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
-    ) -> int:
+    def deliver(self, transaction: Transaction, delivery: Delivery) -> int:
         """Move rows to sent by one statement."""
-        delivered = zip(row_ids, created_at_ms, strict=True)
-        return mysql_claims.deliver(transaction, delivered, sent_at_ms=sent_at_ms)
+        return mysql_claims.deliver(transaction, delivery)
+
+    chores = mysql_chores.CHORES
 
     def claim_never_due(self, transaction: Transaction, wanted: Wanted) -> Claim:
         """Find rows with huge times, at the end of the index by the due time."""

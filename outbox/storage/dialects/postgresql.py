@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
 
 from sqlalchemy import (
-    ARRAY,
     URL,
-    BigInteger,
     ColumnElement,
     Connection,
     Engine,
     Index,
     Table,
     and_,
-    bindparam,
-    event,
-    func,
     literal_column,
     select,
     text,
@@ -29,15 +22,14 @@ from sqlalchemy import (
 from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import ConnectionPoolEntry
 
-from outbox.failures import ConfigurationError
 from outbox.lifecycle import Status
 from outbox.records import Claim, Listener
-from outbox.storage import postgresql_claims, postgresql_listener
+from outbox.storage import postgresql_claims, postgresql_connections, postgresql_listener
 from outbox.storage.claimed import (
-    MOVE_TO_SENT,
+    Delivery,
     Kind,
+    OneRowQuery,
     Part,
     Wanted,
     is_pending,
@@ -45,30 +37,19 @@ from outbox.storage.claimed import (
     waits_for_other,
     waits_for_row,
 )
-from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.engines import MIGRATION_LOCK, Synchronous, shown_url
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.engines import MIGRATION_LOCK, Ending, Synchronous
 from outbox.storage.inserts import Rows, insert_new
 from outbox.storage.sql import (
-    columns,
     contains_text,
     did_not_fail,
     failed_before,
+    is_postponed,
     never_tried,
     oldest,
     upsert,
-    was_tried,
 )
 from outbox.storage.transactions import Transaction
-
-log = logging.getLogger("outbox")
-
-_uploaded = (
-    func.unnest(bindparam("ids", type_=ARRAY(BigInteger)), bindparam("created_at_ms", type_=ARRAY(BigInteger)))
-    .table_valued("id", "created_at_ms")
-    .render_derived(name="uploaded")
-)
-# Parsing a condition for each row takes PostgreSQL longer than the update does.
-DELIVER = MOVE_TO_SENT.where(columns.id == _uploaded.c.id, columns.created_at_ms == _uploaded.c.created_at_ms)
 
 HIDDEN_COMMANDS = text(
     """
@@ -89,7 +70,7 @@ def _by_strpos(element: contains_text, compiler: Any, **options: Any) -> str:
 
 
 class PostgreSQL(Dialect):
-    """PostgreSQL."""
+    """PostgreSQL, with one of three drivers."""
 
     names = ("postgresql", "postgres")
     drivers = tuple(f"postgresql+{driver}" for driver in ("psycopg", "psycopg2", "pg8000"))
@@ -103,10 +84,11 @@ class PostgreSQL(Dialect):
     libraries = ("psycopg", "psycopg2", "pg8000")
     begins_at_head = False
     clock = select(literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"))
-    # SQLSTATEs. `given_up`: serialization failure, deadlock. `read_only`: the server takes no writes any more.
+    # SQLSTATEs. `given_up`: serialization failure, deadlock. `outdated`: the server takes no writes any more; the
+    # type of a column was changed since a statement was prepared, or what was prepared was discarded.
     code_attributes = ("sqlstate", "pgcode")
     given_up = frozenset({"40001", "40P01"})
-    read_only = frozenset({"25006"})
+    outdated = frozenset({"25006", "0A000", "26000"})
     stores_nul = False
     indexes = frozenset(
         f"observation_events_{name}_idx"
@@ -123,21 +105,23 @@ class PostgreSQL(Dialect):
             "abandoned",
         )
     )
-    # Part of the INSERT, so it needs no extra round trip. PostgreSQL sends equal notifications of a transaction
-    # once.
-    notification = literal_column(f"pg_notify('{postgresql_listener.CHANNEL}', '')")
-    checks_pause = True
+    # Part of the INSERT, so it needs no extra round trip. It is the id, too, so the INSERT returns one column.
+    # A transaction that notifies several times sends one notification.
+    notification = literal_column(
+        f"CASE WHEN pg_notify('{postgresql_listener.CHANNEL}', '') IS NOT NULL THEN observation_events.id END"
+    )
+    is_any_due = postgresql_claims.IS_ANY_DUE
     delivers_at_once = True
     # One condition for each index.
     pending = (
         and_(is_pending, did_not_fail, never_tried),
-        and_(is_pending, did_not_fail, was_tried),
+        and_(is_pending, did_not_fail, is_postponed),
         and_(is_sending, did_not_fail),
         and_(*Dialect.pending, failed_before),
     )
     undelivered_to_trim = (
         oldest(Status.PENDING, only=and_(did_not_fail, never_tried)),
-        oldest(Status.PENDING, only=and_(did_not_fail, was_tried)),
+        oldest(Status.PENDING, only=and_(did_not_fail, is_postponed)),
         oldest(Status.SENDING, only=did_not_fail),
         *(oldest(Status.PENDING, Status.SENDING, only=waits) for waits in (waits_for_other, waits_for_row)),
         oldest(Status.PARKED),
@@ -157,18 +141,21 @@ class PostgreSQL(Dialect):
         return any(getattr(connection, name, None) is not None for name in ("_tpc", "_xid"))
 
     def create_engine(self, url: URL, *, synchronous: Synchronous) -> Engine:
-        """Return an engine on which psycopg prepares nothing.
+        """Return an engine on which psycopg prepares statements, but not where a pooler may stand in between.
 
-        It does so only if the URL asks for it and no pooler stands in between.
+        Without `prepare_threshold` in the URL, it prepares those that stand alone, such as those of `enqueue`.
         """
         engine = super().create_engine(url, synchronous=synchronous)
-        if self.driver_options(url)[1].get("prepare_threshold") is not None:
-            _prepare_nothing_behind_a_pooler(engine)
+        if engine.dialect.driver == "psycopg":
+            if "prepare_threshold" not in url.query:
+                postgresql_connections.look_for_direct_connections(engine)
+            elif self.driver_options(url)[1]["prepare_threshold"] is not None:
+                postgresql_connections.prepare_nothing_behind_a_pooler(engine)
         return engine
 
     def driver_options(self, url: URL) -> tuple[URL, dict[str, Any]]:
         """Convert `prepare_threshold`, because psycopg needs a number."""
-        return _psycopgs_options(url)
+        return postgresql_connections.psycopgs_options(url)
 
     def give_back(self, connection: Any) -> None:
         """Undo what `commits_each_statement` set."""
@@ -176,7 +163,7 @@ class PostgreSQL(Dialect):
 
     @contextmanager
     def unprepared(self, connection: Any) -> Iterator[None]:
-        """Let psycopg prepare nothing on a host's connection, because it may lead to a pooler."""
+        """Let psycopg prepare nothing on the application's connection, because it may lead to a pooler."""
         threshold = getattr(connection, "prepare_threshold", None)
         if threshold is None:
             yield
@@ -188,18 +175,31 @@ class PostgreSQL(Dialect):
             connection.prepare_threshold = threshold
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
-        """Begin by a statement where the driver commits each statement: it then ignores `commit()`."""
+        """Begin by a statement where the driver commits each statement: it then ignores `commit()`.
+
+        A transaction that only reads gets planner settings of its own.
+        """
         if not (writes and is_own) and connection.connection.dbapi_connection.autocommit:  # type: ignore[union-attr]  # every driver of PostgreSQL has it
             connection.exec_driver_sql(f"BEGIN ISOLATION LEVEL {self.isolation_level(writes=writes)}")
-            return Ending(commit=True, rollback=True)
-        return super().begin(connection, writes=writes, is_own=is_own)
+            ending = Ending(commit=True, rollback=True)
+        else:
+            ending = super().begin(connection, writes=writes, is_own=is_own)
+        if not writes:
+            postgresql_connections.plan_reads(connection)
+        return ending
 
     def commits_each_statement(self, connection: Connection, *, is_own: bool) -> bool:
-        """Save two of three round trips. A host's engine keeps its settings."""
-        if is_own:
-            driver: Any = connection.connection.dbapi_connection
-            driver.autocommit = True
-        return is_own
+        """Save two of three round trips. The application's engine keeps its settings.
+
+        Return False if the server may have closed the connection. The caller then opens a transaction, whose first
+        statement fails before anything is written.
+        """
+        driver: Any = connection.connection.dbapi_connection
+        if not is_own or postgresql_connections.may_be_closed(driver):
+            return False
+        driver.autocommit = True
+        postgresql_connections.prepare(connection)
+        return True
 
     @contextmanager
     def migration_lock(self, connection: Connection) -> Iterator[None]:
@@ -228,9 +228,9 @@ class PostgreSQL(Dialect):
         return insert_new(transaction, postgresql.insert, rows, notification)
 
     def claim(self, transaction: Transaction, kind: Kind, wanted: Wanted) -> Claim:
-        """Claim fresh rows by one statement, which also checks the hold and the pause.
+        """Claim fresh rows with one statement, if possible.
 
-        Other claims take several statements.
+        The statement also checks for a hold and a pause of the destination. Other claims take several statements.
         """
         claimed = postgresql_claims.take_at_once(transaction, kind, wanted)
         if claimed.rows or wanted.unless_paused:
@@ -246,13 +246,15 @@ class PostgreSQL(Dialect):
         """Find rows with huge times, which the other statements' index scans never reach."""
         return postgresql_claims.take_never_due(transaction, wanted)
 
-    def deliver(
-        self, transaction: Transaction, row_ids: Sequence[int], created_at_ms: Sequence[int], *, sent_at_ms: int
-    ) -> int:
-        """Move the rows by one statement, which gets the ids as an array."""
-        return transaction.change(
-            DELIVER, ids=list(row_ids), created_at_ms=list(created_at_ms), new_sent_at_ms=sent_at_ms
-        )
+    def deliver(self, transaction: Transaction, delivery: Delivery) -> int:
+        """Move any number of rows by one statement."""
+        return postgresql_claims.deliver(transaction, delivery)
+
+    def deliver_and_query(
+        self, transaction: Transaction, delivery: Delivery, query: OneRowQuery
+    ) -> tuple[int, tuple[Any, ...]]:
+        """Deliver and run the query in one statement. The query sees the rows as they were before the delivery."""
+        return postgresql_claims.deliver_and_query(transaction, delivery, query)
 
     def listen(self, engine: Engine) -> Listener | None:
         """Listen on a connection of its own. Only psycopg reports notifications, and only without a pooler."""
@@ -261,41 +263,6 @@ class PostgreSQL(Dialect):
     def hidden_commands(self, connection: Connection) -> list[str]:
         """Look for row-level security without a policy for this user."""
         return list(connection.scalars(HIDDEN_COMMANDS))
-
-
-def _prepare_nothing_behind_a_pooler(engine: Engine) -> None:
-    """Prepare no statement where a pooler shares connections between transactions.
-
-    Each client of the pooler gives its prepared statements the same names, so the server could run the statement
-    that another client prepared on the connection.
-    """
-
-    @event.listens_for(engine, "connect")
-    def _look(connection: Any, _record: ConnectionPoolEntry) -> None:
-        if postgresql_listener.is_behind_pooler(connection):
-            connection.prepare_threshold = None
-            log.warning(
-                "%s: prepare_threshold is ignored, because a pooler stands in between",
-                shown_url(engine),
-                extra={"event_name": "outbox.prepare_threshold_ignored"},
-            )
-        connection.rollback()
-
-
-def _psycopgs_options(url: URL) -> tuple[URL, dict[str, Any]]:
-    """Return the URL without the psycopg options that are not texts, and the values of these options."""
-    if url.get_driver_name() != "psycopg":
-        return url, {}
-    for name in ("autocommit", "context", "cursor_factory", "row_factory"):
-        if name in url.query:
-            raise ConfigurationError(f"the database URL sets {name}, which is not supported; leave it out")
-    given = str(url.query.get("prepare_threshold", "none"))
-    if given.lower() != "none" and not re.fullmatch("[0-9]{1,9}", given):
-        raise ConfigurationError(
-            f"the database URL's prepare_threshold is {given!r}, expected none or a whole number from 0"
-        )
-    threshold = None if given.lower() == "none" else int(given)
-    return url.difference_update_query(["prepare_threshold"]), {"prepare_threshold": threshold}
 
 
 DIALECT = PostgreSQL()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, Index, Table, and_, text
+from sqlalchemy import URL, ColumnElement, Connection, Engine, Index, Table, and_, select, text, union_all
 from sqlalchemy import Dialect as SQLAlchemyDialect
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
@@ -16,27 +16,40 @@ from outbox.lifecycle import Status
 from outbox.outcomes import WaitsFor
 from outbox.records import Claim
 from outbox.storage import sqlite_claims, sqlite_file
-from outbox.storage.claimed import Kind, Wanted
+from outbox.storage.claimed import Kind, Wanted, is_pending, is_sending
 from outbox.storage.column_types import Id
-from outbox.storage.dialects.base import Dialect, Ending
-from outbox.storage.engines import Synchronous, reading
+from outbox.storage.dialects.base import Dialect
+from outbox.storage.engines import Ending, Synchronous, reading
 from outbox.storage.inserts import Rows, insert_counted, insert_new
 from outbox.storage.sql import (
     columns,
     did_not_fail,
     failed_before,
+    has_status,
     is_one_of,
+    is_postponed,
     literal,
     never_tried,
     oldest,
     oldest_of,
     unindexed_status,
     upsert,
-    was_tried,
     without_index,
 )
 from outbox.storage.sqlite_writer import SQLiteWriter
 from outbox.storage.transactions import Transaction, Writer
+
+# For each index of pending rows, the condition of its rows.
+_PENDING = (
+    and_(is_pending, did_not_fail, never_tried),
+    and_(is_pending, did_not_fail, is_postponed),
+    and_(is_pending, failed_before),
+)
+# For each status, the conditions that together select its rows. Each condition is that of an index.
+_BY_STATUS = {
+    str(literal(status)): _PENDING if status is Status.PENDING else (is_one_of(unindexed_status, status),)
+    for status in Status
+}
 
 
 @compiles(Id, "sqlite")
@@ -47,6 +60,14 @@ def _integer(_type: Id, _compiler: object, **_: object) -> str:
 @compiles(without_index, "sqlite")
 def _with_plus(element: without_index, compiler: Any, **options: Any) -> str:
     return f"+{compiler.process(element.clauses, **options)}"
+
+
+@compiles(has_status, "sqlite")
+def _in_indexes(element: has_status, compiler: Any, **options: Any) -> str:
+    _, *values = element.clauses
+    kinds = [kind for value in values for kind in _BY_STATUS[str(value)]]
+    ids = union_all(*(select(columns.id).where(kind).correlate(None) for kind in kinds))
+    return str(compiler.process(columns.id.in_(ids), **options))
 
 
 class SQLite(Dialect):
@@ -78,31 +99,25 @@ class SQLite(Dialect):
         f"observation_events_{name}_idx"
         for name in (
             "event_id",
-            "pending",
             "fresh",
             "tried",
             "due",
             "failed",
             "retry",
+            "sending",
             "sent",
             "parked",
             "abandoned",
         )
     )
-    # For each index those in it.
-    pending = (
-        and_(is_one_of(unindexed_status, Status.PENDING), did_not_fail, never_tried),
-        and_(is_one_of(unindexed_status, Status.PENDING), did_not_fail, was_tried),
-        and_(is_one_of(unindexed_status, Status.PENDING), failed_before),
-        is_one_of(columns.status, Status.SENDING),
-    )
+    pending = (*_PENDING, is_sending)
     # In one query, for which SQLite sorts the few rows that are being sent.
     undelivered_to_trim = (
         oldest_of(
             oldest(Status.PENDING, only=and_(did_not_fail, never_tried)),
-            oldest(Status.PENDING, only=and_(did_not_fail, was_tried)),
+            oldest(Status.PENDING, only=and_(did_not_fail, is_postponed)),
             *(oldest(Status.PENDING, only=columns.waits_for == literal(one)) for one in WaitsFor),
-            oldest(Status.SENDING, status=columns.status),
+            oldest(Status.SENDING),
             oldest(Status.PARKED),
             at_most="excess",
         ),
@@ -124,7 +139,7 @@ class SQLite(Dialect):
         return cursor
 
     def file_of(self, url: URL) -> Path | None:
-        """Return the file, or None for a database in memory."""
+        """Return None for a database in memory."""
         return sqlite_file.file_of(url)
 
     def absolute(self, url: URL) -> URL:
@@ -148,7 +163,8 @@ class SQLite(Dialect):
         """Take the write lock at the start: a transaction that reads first fails if another writes meanwhile."""
         driver: Any = connection.connection.dbapi_connection
         run = connection.exec_driver_sql
-        autocommit = getattr(driver, "autocommit", None)  # True or False from Python 3.12 on, if the host says so
+        # True or False from Python 3.12 on, if the application says so.
+        autocommit = getattr(driver, "autocommit", None)
         if autocommit is False and writes:
             run("COMMIT")  # the driver began a transaction that takes the write lock too late
         by_statement = autocommit is True
@@ -168,7 +184,7 @@ class SQLite(Dialect):
     def index_options(self, index: Index) -> dict[str, Any]:
         """Return the condition of the rows in the index.
 
-        The plus keeps the planner from the baseline's status index, which it would otherwise always take.
+        The plus keeps the planner from difflore's index by status, which it would always take if it is there.
         """
         rows = index.info["rows"]
         return {} if rows is None else {"sqlite_where": text(rows.replace("status = ", "+status = "))}

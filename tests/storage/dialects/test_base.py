@@ -1,11 +1,14 @@
 """The contract of the dialects, on every database."""
 
+import re
+from pathlib import Path
+
 import pytest
-from sqlalchemy import make_url, select
+from sqlalchemy import BigInteger, bindparam, make_url, select
 
 from builders import NOON_MS, add_row, statuses
 from outbox import Outbox
-from outbox.storage.claimed import Kind, Wanted
+from outbox.storage.claimed import Delivery, Kind, OneRowQuery, Wanted
 from outbox.storage.dialects import dialect_of
 from outbox.storage.dialects.base import Dialect
 from outbox.storage.engines import reading
@@ -25,6 +28,7 @@ def insert_or_add(outbox: Outbox, table, *, adds: str | None, **values) -> list[
         return [dict(row) for row in connection.execute(select(table)).mappings()]
 
 
+@pytest.mark.traced
 def test_a_row_that_is_there_is_added_to(outbox: Outbox) -> None:
     assert insert_or_add(outbox, ledger, adds="events", **ENTRY, events=2) == [{**ENTRY, "events": 2}]
     assert insert_or_add(outbox, ledger, adds="events", **ENTRY, events=3) == [{**ENTRY, "events": 5}]
@@ -55,7 +59,9 @@ def test_the_oldest_due_rows_are_claimed_and_no_row_twice(outbox: Outbox) -> Non
     dialect = dialect_of(outbox.engine)
     claimed = [
         outbox.store._writer.run(
-            lambda transaction: dialect.claim(transaction, Kind.FRESH, Wanted("", NOON_MS, NOON_MS + 60_000, 3))
+            lambda transaction: dialect.claim(
+                transaction, Kind.FRESH, Wanted("", NOON_MS, NOON_MS + 60_000, 3, "id")
+            )
         )
         for _ in range(3)
     ]
@@ -68,6 +74,29 @@ def test_a_row_is_delivered_if_its_creation_time_fits(outbox: Outbox) -> None:
     dialect = dialect_of(outbox.engine)
     created = [NOON_MS + number for number in range(69)] + [NOON_MS]
     delivered = outbox.store._writer.run(
-        lambda transaction: dialect.deliver(transaction, ids, created, sent_at_ms=NOON_MS)
+        lambda transaction: dialect.deliver(transaction, Delivery(ids, created, NOON_MS))
     )
     assert (delivered, statuses(outbox)) == (69, ["sent"] * 69 + ["pending"])
+
+
+@pytest.mark.traced
+def test_a_query_is_run_with_a_delivery(outbox: Outbox) -> None:
+    ids = [add_row(outbox, created_at_ms=NOON_MS + number) for number in range(2)]
+    dialect = dialect_of(outbox.engine)
+    look = OneRowQuery(select(bindparam("first", type_=BigInteger), destinations.c.failures), {"first": 7})
+    insert_or_add(outbox, destinations, adds=None, **PAUSE)
+    seen = outbox.store._writer.run(
+        lambda transaction: dialect.deliver_and_query(
+            transaction, Delivery(ids, [NOON_MS, NOON_MS], NOON_MS), look
+        )
+    )
+    assert (seen, statuses(outbox)) == ((1, (7, 1)), ["sent", "pending"])
+
+
+@pytest.mark.sqlite
+def test_the_documentation_lists_the_whole_contract() -> None:
+    page = (Path(__file__).parents[3] / "docs/adding-a-database.md").read_text()
+    cells = re.findall(r"^\|[^|]*\|([^|]*)\|", page, re.MULTILINE)
+    listed = set(re.findall(r"`(\w+)`", " ".join(cells)))
+    contract = {name for name in {*vars(Dialect), *Dialect.__annotations__} if not name.startswith("_")}
+    assert listed == contract - {"is_shared"}  # computed from the clock
