@@ -7,13 +7,18 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
+import freezegun.api
 import pytest
 from hypothesis import settings
 from sqlalchemy import Dialect
 
+import outbox
 from builders import NOON
 from conditions import forget_earlier_threads
 from outbox import HttpClient, Outbox
@@ -22,28 +27,73 @@ from outbox.testing import ScriptedServer, TimeMachine
 from peers import certificate, forget_environment
 from servers import NOT_TESTED, Servers, folder_in_memory
 from storage import fourth_dialect  # noqa: F401 - registers it
+from warm import Warm
+from warm_python import WarmPython
 
 # The entry point has loaded it already, but for a source tree that is not installed.
 pytest_plugins = ["pytest_outbox"]
 
 SERVERS = ("postgresql", "mariadb")
 
+HERE = Path(__file__).parent
+# Not importable by this name: the program, and the pytest plugin.
+NOT_LOADED = {"outbox.__main__", "outbox.testing.pytest_outbox"}
+# Folders whose tests run without coverage: other tests reach the same lines.
+UNTRACED = {"policy_model", "promises", "simulation"}
+# Folders whose tests take seconds each.
+BEGINS = {"policy_model", "simulation"}
+
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("outbox", deadline=None)
 settings.load_profile("outbox")
 
 
-def pytest_configure() -> None:
-    """Put the files of the tests into memory if there is room."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the files of the tests into memory if there is room, and read no certificates."""
+    # Otherwise each program that a test starts would compile the package again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    if config.getoption("dist", "no") != "no":
+        sys.settrace(None)  # this process only hands out the tests, so there is nothing to measure in it
     memory = folder_in_memory()
     if memory is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", memory)
+    # Each connection of PyMySQL reads the system's certificates, which takes 20 ms. No test needs them.
+    os.environ["SSL_CERT_FILE"] = os.devnull
 
 
 def pytest_collection_finish() -> None:
     """Let no garbage collection walk what is loaded by now: that took a tenth of the time of the tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Import all modules under coverage: a test without coverage may be the first to import one. Then pause it."""
+    if sys.gettrace() is not None:
+        for found in walk_packages(outbox.__path__, f"{outbox.__name__}."):
+            if found.name not in NOT_LOADED:
+                import_module(found.name)
+    with _untraced():
+        return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take seconds each, so that all workers end at about the same time."""
+    items.sort(key=lambda item: BEGINS.isdisjoint(item.path.relative_to(HERE).parts))
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    here, in_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        yield
+    finally:
+        threading.settrace(in_threads)
+        sys.settrace(here)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,6 +111,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif marker("contract"):
         fourth = [] if marker("programs") else [pytest.param("fourth", marks=pytest.mark.slow)]
         metafunc.parametrize("database", ["sqlite", *fourth, *servers], indirect=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Pause coverage for tests that do not need it, because coverage doubles the time of a test."""
+    with nullcontext() if _is_traced(item) else _untraced():
+        return (yield)
+
+
+def _is_traced(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker
+    if marker("traced") or marker("untraced"):
+        return marker("traced") is not None
+    # On SQLite, a contract test already reaches every line that is not for another database.
+    case = None if marker("servers") else getattr(item, "callspec", None)
+    is_repeated = marker("contract") and case and case.params.get("database", "sqlite") != "sqlite"
+    return not is_repeated and UNTRACED.isdisjoint(item.path.relative_to(HERE).parts)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -110,7 +177,7 @@ def _own_threads() -> None:
 def _compiled_once() -> Iterator[None]:
     """All outboxes of a run share what they compile: to compile it for each of them took a fifth of the run's time."""
     compiled: dict[Any, Any] = {}
-    compile_one = transactions._Compiled
+    compile_one = transactions.Compiled
 
     def shared(statement: Any, dialect: Dialect) -> Any:
         can = (dialect.paramstyle, dialect.insert_returning, dialect.update_returning, dialect.server_version_info)
@@ -120,7 +187,26 @@ def _compiled_once() -> Iterator[None]:
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transactions, "_Compiled", shared)
+        patch.setattr(transactions, "Compiled", shared)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_quickly() -> Iterator[None]:
+    """freezegun lists the names of every module each time; to count them takes 2 ms instead of 10."""
+    look = freezegun.api._get_cached_module_attributes
+    known: dict[int, tuple[int, list[tuple[str, Any]]]] = {}
+
+    def clocks_of(module: Any) -> list[tuple[str, Any]]:
+        names = len(getattr(module, "__dict__", ()))
+        count, clocks = known.get(id(module), (-1, []))
+        if count != names:
+            clocks = look(module)
+            known[id(module)] = names, clocks
+        return clocks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(freezegun.api, "_get_cached_module_attributes", clocks_of)
         yield
 
 
@@ -140,22 +226,25 @@ def measured(_measuring: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COVERAGE_PROCESS_CONFIG", _measuring)
 
 
-@pytest.fixture
-def unmeasured() -> Iterator[None]:
-    """Coverage pauses, for a search through many worlds: other tests reach each line, and measuring doubles its time."""
-    here, in_threads = sys.gettrace(), threading.gettrace()
-    sys.settrace(None)
-    threading.settrace(None)
-    yield
-    threading.settrace(in_threads)
-    sys.settrace(here)
-
-
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     found = Servers()
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    started = Warm()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    started = WarmPython(HERE.parent, tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()
 
 
 @pytest.fixture

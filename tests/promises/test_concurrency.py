@@ -10,6 +10,7 @@ from freezegun import freeze_time
 from builders import REJECTED, ROOT, ScriptedClient, row, rule_fired, statuses
 from outbox import FlushReport, Outbox, Policy, flusher, held_claim
 from outbox.testing import TimeMachine
+from warm_python import WarmPython
 
 pytestmark = pytest.mark.contract
 
@@ -39,9 +40,9 @@ with Outbox(url) as outbox:
 """
 
 
-def start(program: str, *arguments: str) -> subprocess.Popen:
+def start(python: WarmPython, program: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [*python.command, "-c", program, *arguments],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -61,18 +62,22 @@ def run_at_once(processes: list[subprocess.Popen]) -> None:
 
 
 @pytest.mark.sqlite  # on servers: test_servers.py
-def test_processes_that_flush_one_file_at_once_send_each_row_once(outbox: Outbox, url: str, server) -> None:
+def test_processes_that_flush_one_file_at_once_send_each_row_once(
+    outbox: Outbox, url: str, server, warm_python: WarmPython
+) -> None:
     outbox.enqueue_many(rule_fired(session_id=f"s{number}") for number in range(2_000))
-    run_at_once([start(FLUSHER, url, server.url) for _ in range(4)])
+    run_at_once([start(warm_python, FLUSHER, url, server.url) for _ in range(4)])
     assert sum(request.events for request in server.requests) == len(server.stored) == 2_000
     assert Counter(statuses(outbox)) == {"sent": 2_000}
 
 
 @pytest.mark.programs
-def test_processes_that_enqueue_and_flush_at_once_lose_nothing(outbox: Outbox, url: str, server, client) -> None:
+def test_processes_that_enqueue_and_flush_at_once_lose_nothing(
+    outbox: Outbox, url: str, server, client, warm_python: WarmPython
+) -> None:
     outbox.enqueue(rule_fired())
-    flushers = [start(FLUSHER, url, server.url) for _ in range(2)]
-    enqueuers = [start(ENQUEUER, url, str(number)) for number in range(3)]
+    flushers = [start(warm_python, FLUSHER, url, server.url) for _ in range(2)]
+    enqueuers = [start(warm_python, ENQUEUER, url, str(number)) for number in range(3)]
     run_at_once([*enqueuers, *flushers])
     outbox.flush_all(client)
     assert len(server.stored) == 301
@@ -118,9 +123,11 @@ Outbox(sys.argv[1]).flush(Client())
 
 
 @pytest.mark.programs
-def test_what_a_killed_flusher_held_is_sent_by_the_next_after_the_lease(outbox: Outbox, url: str) -> None:
+def test_what_a_killed_flusher_held_is_sent_by_the_next_after_the_lease(
+    outbox: Outbox, url: str, warm_python: WarmPython
+) -> None:
     row_id = outbox.enqueue(rule_fired())
-    killed = start(KILLED, url)
+    killed = start(warm_python, KILLED, url)
     killed.communicate()
     assert killed.returncode == 9
     held = row(outbox, row_id)

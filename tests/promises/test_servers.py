@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from uuid import uuid4
 
 import psycopg
@@ -34,11 +34,13 @@ from builders import (
     rule_fired,
     statuses,
 )
+from conditions import until
 from outbox import ObservationEvent, Outbox, OutcomeUnknown, Policy, StorageError, schema
 from outbox.storage import engines, pings, transactions
 from outbox.storage.engines import open_engine
 from outbox.storage.tables import destinations
 from servers import PrivatePostgresql, Server, Servers
+from warm_python import WarmPython
 
 pytestmark = pytest.mark.servers
 
@@ -186,11 +188,11 @@ with Outbox(sys.argv[1]) as outbox:
 """
 
 
-def run_at_once(program: str, url: URL | str, processes: int) -> list[list[str]]:
+def run_at_once(python: WarmPython, program: str, url: URL | str, processes: int) -> list[list[str]]:
     """Run a program several times at once; return the lines that each printed after "ready"."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", program, shown(url)],
+            [*python.command, "-c", program, shown(url)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -217,9 +219,11 @@ def run_at_once(program: str, url: URL | str, processes: int) -> list[list[str]]
     return outputs
 
 
-def test_processes_that_drain_one_table_at_once_send_each_row_once(outbox: Outbox, url: str) -> None:
+def test_processes_that_drain_one_table_at_once_send_each_row_once(
+    outbox: Outbox, url: str, warm_python: WarmPython
+) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 5_000)
-    uploaded = run_at_once(DRAIN, url, 4)
+    uploaded = run_at_once(warm_python, DRAIN, url, 4)
     assert Counter(int(line) for lines in uploaded for line in lines) == Counter(ids)
     assert all(uploaded)
     assert Counter(statuses(outbox)) == {"sent": 5_000}
@@ -302,12 +306,16 @@ def test_a_claim_locks_only_the_rows_that_it_takes(watched: Outbox, server: Serv
         changed.extend([statement] * statement.startswith("UPDATE"))
         if statement == "COMMIT" and changed:
             transactions = "SELECT trx_rows_locked FROM information_schema.innodb_trx WHERE trx_mysql_thread_id ="
-            locked.append(server.run(f"{transactions} {connection.thread_id()}"))
+            # MariaDB repeats its last answer to whoever asks again within 0.1 s.
+            until(
+                lambda: locked.extend(server.run(f"{transactions} {connection.thread_id()}")) or locked,
+                pause_s=0.2,
+            )
 
     Watched.before = staticmethod(before)
     claimed = watched.store.claims.claim(now_ms=now, lease_until_ms=now + 60_000, batch_size=10).rows
     assert [found.id for found in claimed] == ids[:10]
-    assert locked == [[(10,)]]
+    assert locked == [(10,)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -342,6 +350,7 @@ def test_threads_on_a_hosts_engine_meet_no_conflict_at_any_isolation_level(
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.traced
 def test_on_a_hosts_engine_many_events_are_written_all_or_none(outbox: Outbox, host, level: str) -> None:
     refuse(outbox, "DELETE", "observation_events", "no")
     engine = host(isolation_level=level)
@@ -426,8 +435,8 @@ with Outbox.open(sys.argv[1]) as outbox:
 """
 
 
-def test_processes_that_open_one_empty_database_at_once_all_succeed(empty: URL) -> None:
-    opened = run_at_once(OPEN, empty, 4)
+def test_processes_that_open_one_empty_database_at_once_all_succeed(empty: URL, warm_python: WarmPython) -> None:
+    opened = run_at_once(warm_python, OPEN, empty, 4)
     assert sorted(int(line) for lines in opened for line in lines) == [1, 2, 3, 4]
 
 
@@ -455,6 +464,7 @@ def test_a_hosts_engines_that_upgrade_one_empty_database_at_once_all_succeed(emp
 
 
 @pytest.mark.servers("mariadb")  # PostgreSQL waits for ever
+@pytest.mark.traced
 def test_a_migration_that_waits_too_long_for_another_one_says_so(
     empty: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,6 +562,7 @@ def test_a_connection_that_is_killed_before_the_commit_costs_nothing(
     assert {statement for statement, done in results if not done} <= {"COMMIT"}
 
 
+@pytest.mark.traced
 def test_a_server_that_never_stops_to_conflict_is_told_in_its_own_words(
     watched: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,8 +613,8 @@ def test_a_commit_that_breaks_is_not_repeated_for_an_insert(
         losing_commits(server, url, done=done),
         pytest.raises(StorageError, match="broke during the commit, it is not known whether that was done"),
     ):
-        watched.enqueue(rule_fired())
-    assert statuses(outbox) == ["pending"] * done
+        watched.enqueue_many([rule_fired()] * 2)
+    assert statuses(outbox) == ["pending", "pending"] * done
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -625,6 +636,7 @@ def test_a_commit_that_breaks_is_repeated_for_a_settlement(
 
 
 @pytest.mark.servers("mariadb")
+@pytest.mark.traced
 def test_a_commit_is_unknown_if_its_server_left_the_cluster_meanwhile(watched: Outbox, outbox: Outbox) -> None:
     def leave(_connection) -> None:
         raise pymysql.OperationalError(1180, "Not connected to Primary Component")
@@ -677,6 +689,7 @@ def test_a_claim_whose_commit_breaks_is_repeated_and_costs_at_most_the_time_of_a
 
 
 @pytest.mark.servers("postgresql")
+@pytest.mark.traced
 def test_a_claim_whose_answer_is_lost_is_repeated_and_costs_the_time_of_a_lease(
     watched: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -699,6 +712,16 @@ def test_a_claim_whose_answer_is_lost_is_repeated_and_costs_the_time_of_a_lease(
         assert watched.flush(ScriptedClient()).sent == 64
 
 
+def test_a_connection_that_the_server_ended_costs_no_enqueue(
+    outbox: Outbox, server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pings, "_TRUSTED_S", inf)
+    outbox.enqueue(rule_fired())
+    assert server.kill_connections(make_url(url)) >= 1
+    outbox.enqueue(rule_fired())
+    assert statuses(outbox) == ["pending", "pending"]
+
+
 @pytest.mark.parametrize("settings", [{}, {"pool_pre_ping": True}])
 def test_idle_connections_of_a_hosts_that_were_killed_cost_no_event(
     outbox: Outbox, server: Server, url: str, host, settings: dict
@@ -711,7 +734,7 @@ def test_idle_connections_of_a_hosts_that_were_killed_cost_no_event(
         assert server.kill_connections(make_url(url)) >= 8
         row_id = hosted.enqueue(rule_fired())
         assert hosted.flush(ScriptedClient()).sent == 1
-    assert row(outbox, row_id).status == "sent"
+        assert row(hosted, row_id).status == "sent"
 
 
 def test_connections_that_are_killed_during_an_upload_cost_no_delivery(
@@ -810,6 +833,7 @@ def test_a_server_that_restarts_during_an_upload_costs_no_delivery(private: Priv
 
 
 @pytest.mark.slow
+@pytest.mark.traced
 def test_a_server_that_restarts_between_the_tries_is_waited_for(
     private: PrivatePostgresql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -949,6 +973,7 @@ def test_an_upgrade_that_failed_half_way_can_be_repeated(empty: URL) -> None:
     engine.dispose()
 
 
+@pytest.mark.traced
 def test_the_models_alone_create_the_table_that_the_migrations_do(empty: URL) -> None:
     from alembic import command  # noqa: PLC0415 - as the outbox does
 
@@ -999,6 +1024,7 @@ def run(outbox: Outbox, statement: str) -> None:
         ("FOR ALL USING (true)", None),
     ],
 )
+@pytest.mark.traced
 def test_row_level_security_without_a_policy_is_named_as_the_cause(
     outbox: Outbox, url: str, restricted: str, policy: str | None, missing: str | None
 ) -> None:

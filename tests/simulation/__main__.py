@@ -22,7 +22,7 @@ from .runs import report, run_chunk, run_seeds, theatre
 @click.option("--database", "server", help="The URL of a PostgreSQL server's administrator, instead of SQLite.")
 @click.option("--as-found", is_flag=True, help="One process, and the first world that fails is not shrunk.")
 @click.option("--seed", type=int, help="Run this one only, and show its trace.")
-@click.option("--kinds", help=f"The kinds of trouble of that one: {', '.join(KINDS)}; or none.")
+@click.option("--kinds", help=f"The kinds of trouble of --seed or --as-found: {', '.join(KINDS)}; or none.")
 @click.option("--exhaustive", is_flag=True, help="Every order of a small world, whose size follows.")
 @click.option("--answers", default=",".join(Scope.answers), help=f"Some of {', '.join(ANSWERS)}.")
 @click.option("--rows", default=Scope.rows)
@@ -45,13 +45,13 @@ def main(
     answers: str,
     **size: int,
 ) -> None:
+    chosen = None if kinds is None else frozenset(kinds.split(",")) & frozenset(KINDS)
     if exhaustive:
         _search(Scope(tuple(answers.split(",")), **size))
     elif seed is not None:
-        chosen = None if kinds is None else frozenset(kinds.split(",")) & frozenset(KINDS)
         _show(Case(seed, ticks, chosen), server)
     elif as_found:
-        _, _, failed = run_seeds(first, first + seeds, ticks, server=server, shorten=False)
+        _, _, failed = run_seeds(first, first + seeds, ticks, chosen, server=server, shorten=False)
         _exit_with(None if failed is None else report(failed))
     else:
         _run(range(first, first + seeds), ticks, jobs, server)

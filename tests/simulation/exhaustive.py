@@ -105,7 +105,7 @@ def search(scope: Scope, theatre: Theatre) -> Search:
     policy = build(batch_size=scope.batch_size).on(is_shared=False)
     with ExitStack() as stack:
         observer = stack.enter_context(theatre.empty_database())
-        stack.enter_context(mock.patch.object(maintenance, "look", return_value=None))
+        stack.enter_context(mock.patch.object(maintenance, "due_chores", return_value=None))
         names = [f"flusher{number}" for number in range(scope.flushers)]
         found = Search(scope, {name: Outbox(theatre.seat(name).engine, policy=policy) for name in names})
         while found.to_try:

@@ -389,9 +389,9 @@ class Model:
         operation, new = process.operation, self.pauses[old.destination]
         is_probe = False
         if new != old:
-            works = (
-                stage.now_ms - self._moves[old.destination].accepted_at_ms <= 2 * 60_000 or not self.equal_clocks
-            )
+            accepted_at_ms = self._moves[old.destination].accepted_at_ms
+            # The times that the flusher read count, because its commit may have waited long for the lock.
+            works = not self.equal_clocks or any(now - accepted_at_ms <= 60_000 for now in operation.readings)
             allowed = pauses.changes(operation, old, claimed, works=works, policy=self.policy)
             found = [] if self.policy.is_original else [name for name, leads in allowed if leads == new]
             if not found:

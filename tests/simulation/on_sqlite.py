@@ -56,6 +56,12 @@ class Connection(Stopping, sqlite3.Connection):
         if process is None:
             return call(sql, parameters)
         statement = " ".join(words[:2]) if words[0] == "BEGIN" else words[0]
+        is_alone = self.isolation_level is None and not self.in_transaction
+        if statement == "INSERT" and is_alone:  # in the steps in which SQLite commits it
+            self.perform("BEGIN IMMEDIATE", call, ())
+            inserted = self.perform(sql, call, parameters)
+            self.commit()
+            return inserted
         process.pause(f"before {statement}")
         self.fail_if_told(process, statement)
         if statement in _WRITING:

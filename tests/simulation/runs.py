@@ -32,13 +32,19 @@ def theatre(server: str | None = None) -> Iterator[Theatre]:
 
 
 def run_seeds(
-    first: int, last: int, ticks: int = TICKS, *, server: str | None = None, shorten: bool = True
+    first: int,
+    last: int,
+    ticks: int = TICKS,
+    kinds: frozenset[str] | None = None,
+    *,
+    server: str | None = None,
+    shorten: bool = True,
 ) -> tuple[int, int, Result | None]:
     """Run seeds until one fails; return the ticks, the commits and the failed world, shrunk."""
     all_ticks = commits = 0
     with theatre(server) as stage:
         for seed in range(first, last):
-            result = run(Case(seed, ticks), stage)
+            result = run(Case(seed, ticks, kinds), stage)
             all_ticks += result.ticks
             commits += result.commits
             if result.failure is not None:

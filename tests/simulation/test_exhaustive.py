@@ -6,14 +6,13 @@ import pytest
 from sqlalchemy import bindparam, update
 
 from outbox import outcomes
-from outbox.storage import claims, sql
-from outbox.storage.dialects import base
+from outbox.storage import claimed, claims, sql
 
 from .exhaustive import Scope, search
 from .facts import ACCEPTANCE, EXCLUSION, Violation
 from .runs import theatre
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("unmeasured")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 FAILOVER = Scope(answers=("ok",), crashes=0, expiries=0, failovers=1)
@@ -42,7 +41,7 @@ def test_every_order_of_a_small_world_keeps_what_is_promised(scope: Scope) -> No
 
 def test_the_search_finds_a_delivery_that_is_told_by_its_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     delivery = outcomes.deliver(sent_at_ms=bindparam("new_sent_at_ms"))
-    monkeypatch.setattr(base, "DELIVER", sql.move(delivery).where(sql.these_rows))
+    monkeypatch.setattr(claimed, "DELIVER", sql.move(delivery).where(sql.these_rows))
     with theatre() as stage, pytest.raises(Violation) as violation:
         search(FAILOVER, stage)
     assert violation.value.invariant == ACCEPTANCE

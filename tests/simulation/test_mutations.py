@@ -7,6 +7,7 @@ import pytest
 
 from planted import Bug, run_with
 from servers import Servers
+from warm import Warm
 
 from .facts import (
     ABANDONMENT,
@@ -34,28 +35,30 @@ _ALL = "columns.destination >= of_destination.right"
 _FENCE = "return by_id(move(outcome).where(this_row, held))"
 
 
-def _without_fence(trigger: str, first_seed: int = 0) -> Bug:
+def _without_fence(trigger: str, first_seed: int = 0, kinds: str = "") -> Bug:
     fence = f'held if outcome.trigger != "{trigger}" else lease_until > 0'
-    return Bug("storage/sql.py", _FENCE, _FENCE.replace("held)", f"{fence})"), (EXCLUSION,), first_seed)
+    return Bug("storage/sql.py", _FENCE, _FENCE.replace("held)", f"{fence})"), (EXCLUSION,), first_seed, kinds)
 
 
 MUTATIONS = {
-    "reschedule without its fence": _without_fence("reschedule", 22),
-    "park without its fence": _without_fence("park", 92),
-    "abandon without its fence": _without_fence("abandon"),
-    "release without its fence": _without_fence("release", 52),
+    "reschedule without its fence": _without_fence("reschedule", 7, "leap,jump,down,database"),
+    "park without its fence": _without_fence("park", 29, "leap,jump,auth,database,crash"),
+    "abandon without its fence": _without_fence("abandon", 2, "leap,jump,poison,database"),
+    "release without its fence": _without_fence("release", 31, "leap,jump,down,database"),
     "renew without its fence": Bug(
         "storage/claims.py",
         ".where(this_row, is_one_of(unindexed_status, Status.SENDING), held)",
         '.where(this_row, is_one_of(unindexed_status, Status.SENDING), bindparam("lease_until") > 0)',
         (MOVE, EXCLUSION),
+        first_seed=2,
     ),
     "deliver only what is still being sent": Bug(
         "storage/claimed.py",
         "MOVE_TO_SENT.where(these_events)",
         """MOVE_TO_SENT.where(these_events, columns.status == "sending")""",
         (ACCEPTANCE,),
-        first_seed=150,
+        first_seed=67,
+        kinds="leap,jump,lost-answer,database",
     ),
     "claim of no lease that ran out": Bug(
         "lifecycle.py",
@@ -65,10 +68,9 @@ MUTATIONS = {
     ),
     "retry now pulls rows from under a flusher": Bug(
         "storage/revival.py",
-        "RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True), status=columns.status).where(\n"
-        "    is_one_of(columns.status, Status.PARKED)\n",
+        "RETRY_PARKED = move(outcomes.retry_now(now_ms=now, is_parked=True)).where(has_status(Status.PARKED))",
         'RETRY_PARKED = columns.id.table.update().values(status="pending", next_attempt_at_ms=now, revived_at_ms=now).where(\n'
-        "    is_one_of(columns.status, Status.PARKED, Status.SENDING)\n",
+        "    has_status(Status.PARKED, Status.SENDING)\n)",
         (MOVE, EXCLUSION),
     ),
     "the cap deletes rows in flight": Bug(
@@ -100,13 +102,15 @@ MUTATIONS = {
         "return now_ms > age_out_ms(",
         "return now_ms >= age_out_ms(",
         (ABANDONMENT,),
-        first_seed=56,
+        first_seed=9,
+        kinds="leap,down",
     ),
     "no answer means sent": Bug(
         "held_claim.py",
         "                return failure\n        except",
-        "                if hasattr(failure, 'status'):\n                    return failure\n        except",
+        "                if hasattr(failure, 'status'):\n                    return failure\n                failures = {}\n        except",
         (ACCEPTANCE, MOVE),
+        first_seed=2,
     ),
     "a row is given up at its first rejection": Bug(
         "isolation.py",
@@ -119,24 +123,26 @@ MUTATIONS = {
         "        if self._undecided:\n            self.verdict = Verdict.TRANSIENT\n",
         "        self._prove_undecided()\n",
         (BLAME, ABANDONMENT),
-        first_seed=19,
+        first_seed=21,
+        kinds="drift",
     ),
     "the bound on delivered rows deletes others": Bug(
         "storage/bounds.py",
         "Bound(destination, SENT_ROWS, self._steps[:1]",
         "Bound(destination, SENT_ROWS, self._steps[2:]",
         (DELETION,),
+        first_seed=2,
     ),
     "a settlement in two transactions": Bug(
         "storage/claims.py",
-        "        landed = self._writer.run(settle, repeatable=True, is_single=is_single, survives_power_cut=False)\n",
-        """        everything, delivered = delivered, {}
-        landed = self._writer.run(settle, repeatable=True, survives_power_cut=False)
-        delivered, by_trigger = everything, {}
-        landed += self._writer.run(settle, repeatable=True, survives_power_cut=False)
+        "            settled = self._write(settle, is_single=is_one_delivery and self._dialect.delivers_at_once)\n",
+        """            everything, deliveries = deliveries, []
+            settled = self._write(settle, is_single=False)
+            deliveries, by_trigger = everything, {}
+            settled.landed.update(self._write(settle, is_single=False).landed)
 """,
         (ATOMICITY,),
-        first_seed=5,
+        first_seed=21,
     ),
     "the pause is ignored": Bug(
         "storage/claims.py",
@@ -149,16 +155,22 @@ MUTATIONS = {
         "            if hold is not None:\n                return Claim([], pause, hold=hold)\n",
         "",
         (HOLD,),
+        first_seed=8,
     ),
     "a probe as large as any batch": Bug(
         "storage/claims.py",
         "_replace(at_most=1, is_newest",
         "_replace(is_newest",
         (PAUSE, MOVE),
-        first_seed=82,
+        first_seed=34,
+        kinds="down,leap",
     ),
     "a failure from before the pause lengthens it": Bug(
-        "pauses.py", "claim.is_failure and seen == self.number", "claim.is_failure", (PAUSE,)
+        "pauses.py",
+        "claim.is_failure and seen == self.number",
+        "claim.is_failure",
+        (PAUSE,),
+        first_seed=2,
     ),
     "a failure does not pause": Bug(
         "pauses.py",
@@ -171,14 +183,16 @@ MUTATIONS = {
         "ROWS_REVIVED_AFTER = 3",
         "ROWS_REVIVED_AFTER = 0",
         (MOVE,),
-        first_seed=8,
+        first_seed=4,
+        kinds="drift,poison",
     ),
     "an insert that is tried again after a lost commit": Bug(
         "storage/intake.py",
-        "self._writer.run(insert, repeatable=repeatable, shares_commit=True)",
-        "self._writer.run(insert, repeatable=True, shares_commit=True)",
+        "insert, repeatable=repeatable, is_single=is_single",
+        "insert, repeatable=True, is_single=is_single",
         (LOSS,),
-        first_seed=97,
+        first_seed=8,
+        kinds="lost-commit,host",
     ),
     "a claim takes rows of other destinations": Bug(
         "storage/sqlite_claims.py",
@@ -191,18 +205,19 @@ MUTATIONS = {
         "_is_parked = and_(of_destination, ",
         f"_is_parked = and_({_ALL}, ",
         (ISOLATION,),
+        kinds="auth",
     ),
     "a success revives rows of other destinations": Bug(
         "storage/revival.py",
         "columns.suspected_at_ms).where(\n        of_destination,",
         f"columns.suspected_at_ms).where(\n        {_ALL},",
         (ISOLATION,),
-        first_seed=18,
+        first_seed=20,
     ),
     "the cap deletes rows of other destinations": Bug(
         "storage/sql.py",
-        "found.where(is_one_of(status, *statuses), of_destination)",
-        f"found.where(is_one_of(status, *statuses), {_ALL})",
+        "found.where(is_one_of(unindexed_status, *statuses), of_destination)",
+        f"found.where(is_one_of(unindexed_status, *statuses), {_ALL})",
         (ISOLATION, CONSERVATION),
     ),
     "a pause is written for other destinations": Bug(
@@ -210,15 +225,16 @@ MUTATIONS = {
         "update(destinations).where(this_destination).values({",
         'update(destinations).where(_known.destination >= bindparam("destination")).values({',
         (ISOLATION,),
-        first_seed=16,
+        first_seed=20,
     ),
     "a pause of the default destination holds up the others": Bug(
         "storage/claims.py",
-        "pause = found.trusted(now_ms)",
-        "pause = max((pause_and_hold(transaction, one, now_ms=now_ms)[0].trusted(now_ms) for one in (destination, '')),"
-        " key=lambda one: one.holds_until_ms)",
+        "            if hold is not None:\n                return Claim([], pause, hold=hold)\n",
+        "            if hold is not None:\n                return Claim([], pause, hold=hold)\n"
+        "            pause = max((pause_and_hold(transaction, one, now_ms=now_ms)[0] for one in (destination, '')),"
+        " key=lambda one: one.holds_until_ms)\n",
         (ISOLATION,),
-        first_seed=8,
+        first_seed=10,
     ),
     "what is deleted is counted for the default destination": Bug(
         "storage/deletion.py",
@@ -228,8 +244,8 @@ MUTATIONS = {
     ),
     "events are recorded for the default destination": Bug(
         "storage/intake.py",
-        "own = rows if destination == DEFAULT_DESTINATION else _for(destination, rows)",
-        "own = rows",
+        "return rows if destination == DEFAULT_DESTINATION else [{**row,",
+        "return rows if destination is not None else [{**row,",
         (ISOLATION, LOSS),
     ),
 }
@@ -237,9 +253,9 @@ MUTATIONS = {
 
 MUTATIONS_ON_SERVER = {
     "claim that waits for another claim and takes its rows too": Bug(
-        "storage/postgresql_claims.py",
-        "return lock(due.order_by(*order).limit(at_most)).cte",
-        "return due.order_by(*order).limit(at_most).cte",
+        "storage/due_rows.py",
+        "LOCK_ROWS_IF_DUE = by_id(\n    lock(",
+        "LOCK_ROWS_IF_DUE = by_id(\n    (",
         (MOVE, EXCLUSION),
     ),
     "a host's own clock": Bug(
@@ -253,26 +269,29 @@ MUTATIONS_ON_SERVER = {
         "due = due.where(of_destination, *conditions)",
         f"due = due.where({_ALL}, *conditions)",
         (ISOLATION,),
+        first_seed=12,
     ),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_bug_is_noticed(name: str, tmp_path: Path) -> None:
-    check_is_noticed(MUTATIONS[name], tmp_path, str(SEEDS))
+def test_a_bug_is_noticed(name: str, tmp_path: Path, warm: Warm) -> None:
+    check_is_noticed(MUTATIONS[name], warm, tmp_path, str(SEEDS))
 
 
 @pytest.mark.parametrize("name", MUTATIONS_ON_SERVER)
-def test_a_bug_that_only_a_server_has_is_noticed(name: str, tmp_path: Path, servers: Servers) -> None:
+def test_a_bug_that_only_a_server_has_is_noticed(name: str, tmp_path: Path, warm: Warm, servers: Servers) -> None:
     url = servers.get("postgresql").url.render_as_string(hide_password=False)
     check_is_noticed(
-        MUTATIONS_ON_SERVER[name], tmp_path, str(SEEDS_ON_SERVER), "--ticks", "700", "--database", url
+        MUTATIONS_ON_SERVER[name], warm, tmp_path, str(SEEDS_ON_SERVER), "--ticks", "700", "--database", url
     )
 
 
-def check_is_noticed(mutation: Bug, tmp_path: Path, *arguments: str) -> None:
-    first = ("--first", str(mutation.first_seed))
-    told = run_with(mutation, tmp_path, Path(__file__).parent, "simulation", *arguments, *first, "--as-found")
+def check_is_noticed(mutation: Bug, warm: Warm, tmp_path: Path, *arguments: str) -> None:
+    first = ("--first", str(mutation.first_seed), *(("--kinds", mutation.kinds) if mutation.kinds else ()))
+    told = run_with(
+        mutation, warm, tmp_path, Path(__file__).parent, "simulation", *arguments, *first, "--as-found"
+    )
     assert told.returncode == 1, f"no world fails\n{told.stderr}"
     found = re.search(r"^seed (\d+) breaks (\d+ [a-z ,]+):", told.stdout, re.MULTILINE)
     assert found is not None, told.stdout + told.stderr
