@@ -16,6 +16,7 @@ TOPICS = (
     "drain",
     "postgresql",
     "end_to_end",
+    "worker",
     "claim",
     "growth",
     "startup",

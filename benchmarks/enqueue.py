@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks.harness import Contestant, Table, compare, stopwatch
 from benchmarks.lab import INSERT_ON_SQLITE, ROOMY, Lab, events, payloads, raw_rows, raw_sqlite
-from benchmarks.peers import ON_SQLITE
+from benchmarks.peers import ON_SQLITE, PersistQueue
 from outbox import Outbox, Policy
 
 _CAP = 10_000
@@ -25,6 +25,13 @@ def measure(lab: Lab) -> list[Table]:
         ]
         rows = compare(contestants, rounds=lab.rounds(7))
         tables.append(Table(f"Enqueue on SQLite, synchronous={synchronous}", "events/s", rows))
+    number = lab.size(4_000)
+    contestants = [
+        Contestant(PersistQueue.name, partial(_peer, lab, PersistQueue, "NORMAL", number)),
+        Contestant("outbox.enqueue", partial(_ours, lab, "NORMAL", number), at_least=0.7),
+    ]
+    rows = compare(contestants, rounds=lab.rounds(7))
+    tables.append(Table("Enqueue and the fastest other library, synchronous=NORMAL", "events/s", rows))
     for synchronous, number in (("FULL", lab.size(1_000)), ("NORMAL", lab.size(2_000))):
         at_least = 0.9 if synchronous == "FULL" else None
         contestants = [
@@ -42,7 +49,7 @@ def measure(lab: Lab) -> list[Table]:
     contestants = [
         Contestant("raw sqlite3: INSERT, commit, one thread", partial(_raw, lab, "FULL", number)),
         Contestant("outbox.enqueue, one thread", partial(_ours, lab, "FULL", number)),
-        Contestant(f"outbox.enqueue, {_THREADS} threads", partial(_threads, lab, number * 2), at_least=3),
+        Contestant(f"outbox.enqueue, {_THREADS} threads", partial(_threads, lab, number * 2), at_least=2.5),
     ]
     rows = compare(contestants, rounds=lab.rounds(7))
     tables.append(Table("Enqueue by many threads at once, synchronous=FULL", "events/s", rows))

@@ -11,8 +11,8 @@ import psycopg
 NOW_MS = 1_900_000_000_000
 _LEASE_MS = NOW_MS + 60_000
 
-# As our indexes want to be asked: the plus keeps SQLite's planner from the status index. Nothing was tried before.
-_CLAIM_ON_SQLITE = """
+# The conditions are those of our index of fresh rows, with its plus. No row was tried before.
+CLAIM_ON_SQLITE = """
     UPDATE observation_events SET status = 'sending', next_attempt_at_ms = ?
     WHERE id IN (
         SELECT id FROM observation_events
@@ -21,6 +21,16 @@ _CLAIM_ON_SQLITE = """
     )
     RETURNING id, payload_json
 """
+CLAIM_ON_DIFFLORES = """
+    UPDATE observation_events SET status = 'sending', next_attempt_at_ms = ?
+    WHERE id IN (
+        SELECT id FROM observation_events
+        WHERE status IN ('pending', 'sending') AND next_attempt_at_ms <= ?
+        ORDER BY created_at_ms, id LIMIT 64
+    )
+    RETURNING id, payload_json
+"""
+"""The claim on difflore's table with its two indexes, as a program of a few lines has them, too."""
 _CLAIM_ON_POSTGRESQL = """
     WITH chosen AS MATERIALIZED (
         SELECT id FROM observation_events WHERE status IN ('pending', 'sending') AND next_attempt_at_ms <= %s
@@ -31,10 +41,14 @@ _CLAIM_ON_POSTGRESQL = """
 """
 
 
-def drain_on_sqlite(connection: sqlite3.Connection, upload: Callable[[list[str]], object] | None = None) -> int:
+def drain_on_sqlite(
+    connection: sqlite3.Connection,
+    claim: str = CLAIM_ON_SQLITE,
+    upload: Callable[[list[str]], object] | None = None,
+) -> int:
     """Claim 64, send their payloads and mark them sent, again and again; return how many there were."""
     drained = 0
-    while rows := connection.execute(_CLAIM_ON_SQLITE, (_LEASE_MS, NOW_MS)).fetchall():
+    while rows := connection.execute(claim, (_LEASE_MS, NOW_MS)).fetchall():
         connection.commit()
         if upload is not None:
             upload([row[1] for row in rows])

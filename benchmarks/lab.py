@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from tests.servers import Server, postgresql
 
 ROOMY = Policy(max_rows=10**9, when_full="trim")
 """A policy under which nothing is ever over the cap, and `enqueue` runs no query to find that out."""
+
+_DIFFLORE = Path(__file__).parents[1] / "tests/data/difflore/difflore-0.2.0.db"
 
 DATABASES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 """Those whose behaviour under a backlog is measured, and their names."""
@@ -72,6 +74,15 @@ class Lab:
         folder.mkdir()
         yield folder / "bench.db"
         shutil.rmtree(folder)
+
+    @contextmanager
+    def difflores_file(self) -> Iterator[Path]:
+        """A new file with the table and the indexes of difflore."""
+        with self.empty_file() as path, closing(sqlite3.connect(path)) as made:
+            with closing(sqlite3.connect(f"file:{_DIFFLORE}?immutable=1", uri=True)) as left:
+                for (sql,) in left.execute("SELECT sql FROM sqlite_master WHERE name LIKE 'observation%'"):
+                    made.execute(sql)
+            yield path
 
     @cached_property
     def _template(self) -> Path:
@@ -132,6 +143,16 @@ def raw_sqlite(path: Path, synchronous: str) -> Iterator[sqlite3.Connection]:
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     yield connection
     connection.close()
+
+
+@contextmanager
+def full_outbox(lab: Lab, synchronous: str, number: int) -> Iterator[Outbox]:
+    """Yield an outbox on an SQLite file with as many due events."""
+    with lab.sqlite_file() as path, Outbox(f"sqlite:///{path}", policy=ROOMY, synchronous=synchronous) as outbox:
+        with raw_sqlite(path, synchronous) as connection:
+            connection.executemany(INSERT_ON_SQLITE, raw_rows(number, now_ms=1_700_000_000_000))
+            connection.commit()
+        yield outbox
 
 
 @contextmanager

@@ -82,10 +82,13 @@ def filled(page: str, results: Any) -> str:
     }
     dates = sorted({found["date"] for found in results["topics"].values()})
     loads = [found["load"] for found in results["topics"].values()]
-    measured = ", ".join(f"{name} {value}" for name, value in results["facts"].items())
+    known = dict(results["facts"])
+    when = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
+    machine = f"{known.pop('cores')} cores, {known.pop('platform')}"
+    versions = ", ".join(f"{name} {value}" for name, value in known.items())
     sections["facts"] = (
-        f"Measured on {' and '.join(dates)} with {measured}. The load average from other work was {min(loads)} to"
-        f" {max(loads)}."
+        f"The figures were measured {when} on {machine}, with {versions}. The load average from other work was"
+        f" {min(loads)} to {max(loads)}."
     )
     for name, section in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"

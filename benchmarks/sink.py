@@ -1,4 +1,6 @@
-"""The least HTTP server that takes a POST: `python -m benchmarks.sink` prints its port, and ends with its input.
+"""The least HTTP server that takes a POST: `python -m benchmarks.sink SECONDS`.
+
+It answers each POST after so many seconds. It prints its port, and ends with its input.
 
 It is a process of its own, so that it takes no time from the client's.
 """
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from socket import create_server, socket
@@ -18,16 +21,19 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 @contextmanager
-def sink() -> Iterator[str]:
+def sink(takes_s: float = 0.0) -> Iterator[str]:
     """Run one; yield its URL."""
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.sink"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.sink", str(takes_s)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         process.stdin.close()
 
 
-def _serve(connection: socket) -> None:
+def _serve(connection: socket, takes_s: float) -> None:
     with connection:
         received = b""
         while True:
@@ -35,6 +41,7 @@ def _serve(connection: socket) -> None:
             length = _LENGTH.search(head)
             missing = (int(length[1]) if length else 0) - len(rest)
             if found and missing <= 0:
+                time.sleep(takes_s)
                 connection.sendall(_ANSWER)
                 received = rest[len(rest) + missing :]
                 continue
@@ -50,7 +57,7 @@ def _main() -> None:
 
     def accept() -> None:
         while True:
-            threading.Thread(target=_serve, args=(server.accept()[0],), daemon=True).start()
+            threading.Thread(target=_serve, args=(server.accept()[0], float(sys.argv[1])), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     sys.stdin.read()
