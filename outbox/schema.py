@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect
 
-from outbox.failures import SchemaError
+from outbox.failures import SchemaError, StorageError
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import migrating, reading, shown_url
 from outbox.storage.tables import VERSION_TABLE, Base
+from outbox.storage.transactions import Result, waits_s
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -23,6 +25,8 @@ REVISIONS = tuple(f"outbox_{number:04}" for number in range(1, 13))
 """The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
+
+_PATIENCE_MS = 10_000
 
 # Alembic uses module globals, so two upgrades in one process would interfere, even on different databases.
 # The lock is held only inside a transaction. No fork happens there, so no child inherits the lock in use.
@@ -40,8 +44,7 @@ def check(engine: Engine) -> None:
         raise SchemaError(
             f"there is no database {missing}; check the URL, or create it with `outbox upgrade` or Outbox.open()"
         )
-    with reading(engine) as connection:
-        revision = current_revision(connection)
+    revision = _repeated(engine, _read_revision)
     if revision is None:
         raise SchemaError(f"{where} has no outbox schema; `outbox upgrade` or Outbox.open() creates it")
     _refuse_newer(revision, where)
@@ -60,25 +63,50 @@ def upgrade(engine: Engine) -> str | None:
     Raises `SchemaError` if the schema is newer than this program, and `StorageError` if the database fails.
     """
     dialect_of(engine).create_file(engine.url)
-    with reading(engine) as connection:
-        revision = current_revision(connection)
+    revision = _repeated(engine, _read_revision)
     if revision == REVISIONS[-1]:
         return revision
     with _quiet_alembic():
-        from alembic import command  # noqa: PLC0415 - slow to load, and only an upgrade needs it
+        return _repeated(engine, _upgrade)
 
-        with migrating(engine) as connection, _alembic_lock:
-            revision = current_revision(connection)
-            if revision is not None:
-                _refuse_newer(revision, shown_url(engine))
-            config = alembic_config()
-            config.attributes["connection"] = connection
-            if revision is None and dialect_of(engine).begins_at_head:
-                Base.metadata.create_all(connection)
-                command.stamp(config, "head")
-            else:
-                command.upgrade(config, "head")
+
+def _upgrade(engine: Engine) -> str | None:
+    from alembic import command  # noqa: PLC0415 - slow to load, and only an upgrade needs it
+
+    with migrating(engine) as connection, _alembic_lock:
+        revision = current_revision(connection)
+        if revision is not None:
+            _refuse_newer(revision, shown_url(engine))
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        if revision is None and dialect_of(engine).begins_at_head:
+            Base.metadata.create_all(connection)
+            command.stamp(config, "head")
+        else:
+            command.upgrade(config, "head")
     return revision
+
+
+def _read_revision(engine: Engine) -> str | None:
+    with reading(engine) as connection:
+        return current_revision(connection)
+
+
+def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
+    """Run an operation, and again for `_PATIENCE_MS` if the database aborted it to end a deadlock or a conflict.
+
+    A Galera cluster aborts even the query of a table that another server creates.
+    """
+    dialect = dialect_of(engine)
+    waits = waits_s(_PATIENCE_MS)
+    while True:
+        try:
+            return operation(engine)
+        except StorageError as error:
+            wait_s = next(waits, None)
+            if wait_s is None or dialect.codes(error.__cause__ or error).isdisjoint(dialect.given_up):
+                raise
+        time.sleep(wait_s)
 
 
 @contextmanager

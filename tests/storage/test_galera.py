@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from sqlalchemy import URL, Engine, inspect
+from sqlalchemy import URL, Engine, event, inspect
 from sqlalchemy.exc import DBAPIError
 
 from conditions import until
@@ -26,10 +27,15 @@ def empty(database: str, servers: Servers) -> Iterator[URL]:
 
 
 @pytest.fixture
-def engine(empty: URL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """The database on a server that takes itself for one of a cluster."""
+def _clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each server takes itself for one of a cluster."""
     monkeypatch.setattr(galera, "_IS_CLUSTERED", "SELECT 'wsrep_on', 'ON'")
     monkeypatch.setattr(galera, "_LOOK_EVERY_S", 0.001)
+
+
+@pytest.fixture
+def engine(empty: URL, _clustered: None) -> Iterator[Engine]:
+    """The database on a server that takes itself for one of a cluster."""
     made = open_engine(empty)
     yield made
     made.dispose()
@@ -101,6 +107,38 @@ def test_a_conflict_with_another_server_is_no_error(engine: Engine, monkeypatch:
     monkeypatch.setattr(galera, "_runs", lambda *those: conflicts.pop() if conflicts else runs(*those))
     schema.upgrade(engine)
     assert_upgraded(engine)
+
+
+class Conflict:
+    """Lets the server abort one statement, as a server of a cluster does for a conflict with another server."""
+
+    def __init__(self, engine: Engine, number: int) -> None:
+        self.left = number
+        event.listen(engine, "before_cursor_execute", self._count, retval=True)
+
+    def _count(
+        self, _connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _is_many: bool
+    ) -> tuple[str, Any]:
+        if "_LOCK(" in statement:  # it reads no table
+            return statement, parameters
+        self.left -= 1
+        return (
+            ("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213", ()) if self.left == -1 else (statement, parameters)
+        )
+
+
+@pytest.mark.usefixtures("_clustered")
+def test_any_statement_of_an_upgrade_may_be_aborted_once(servers: Servers, database: str) -> None:
+    is_aborted, number = True, 0
+    while is_aborted:
+        with servers.get(database).database() as url:
+            engine = open_engine(url)
+            conflict = Conflict(engine, number)
+            schema.upgrade(engine)
+            schema.check(engine)
+            engine.dispose()
+        is_aborted, number = conflict.left < 0, number + 1
+    assert number > 20
 
 
 def test_an_upgrade_that_may_not_create_tables_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
