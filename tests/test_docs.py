@@ -6,7 +6,6 @@ import re
 import runpy
 import shlex
 import signal
-import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +37,7 @@ from outbox import (
 from outbox.cli import config, main
 from outbox.registry import Registry
 from outbox.testing import Answer, ScriptedServer
+from servers import free_port
 from test_schema import DIFFLORE_DDL, DIFFLORE_INSERT, execute
 from warm_python import WarmPython
 
@@ -439,19 +439,12 @@ def shell(folder: Path, warm_python: WarmPython) -> Shell:
     return Shell(folder, warm_python)
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 @pytest.mark.slow
 @covers("docs/tutorial.md", "console", "python")
-def test_the_tutorial_prints_what_it_shows(shell: Shell, free_port: int) -> None:
+def test_the_tutorial_prints_what_it_shows(shell: Shell) -> None:
     (program,) = blocks("docs/tutorial.md", "python")
     (shell.folder / "shop.py").write_text(program)
-    shell.run("docs/tutorial.md", {"8787": str(free_port)})
+    shell.run("docs/tutorial.md", {"8787": str(free_port())})
     received = (shell.folder / "received.ndjson").read_text()
     assert re.findall(r'"order_id":"([^"]+)"', received) == [f"o-{number}" for number in range(1, 8)]
 

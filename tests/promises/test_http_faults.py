@@ -33,6 +33,7 @@ from peers import (
     reset,
     tls_peer,
 )
+from servers import free_port
 
 DEADLINE_MS = 1_000
 # Of uploads that end before their deadline, however busy the machine is.
@@ -245,9 +246,7 @@ def test_a_fault_of_the_answer_has_its_verdict_and_the_queue_goes_on(outbox, fau
 
 def test_a_refused_connection_has_its_verdict_and_the_queue_goes_on(outbox):
     row_id = outbox.enqueue(rule_fired())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with HttpClient(f"http://127.0.0.1:{port}", token=TOKEN) as client:
+    with HttpClient(f"http://127.0.0.1:{free_port()}", token=TOKEN) as client:
         outbox.flush(client)
         check(outbox, row_id, delays(None, r"transport: ConnectionError: \[Errno \d+\] Connection refused"))
     with Peer(answers(ACCEPTED)) as peer, client_of(peer) as client:

@@ -18,6 +18,7 @@ from builders import row, rule_fired, statuses
 from conditions import until
 from outbox import NO_AUTH, ApiKey, Hooks, HttpClient, Policy, StandardWebhooks
 from peers import TOKEN, authority, forget_environment
+from servers import free_port
 
 flask = pytest.importorskip("flask")
 serving = pytest.importorskip("werkzeug.serving")
@@ -69,8 +70,7 @@ def nginx(server, tmp_path):
     """The URL of an nginx before the test server, which refuses bodies over 1 MiB."""
     if NGINX is None:
         pytest.skip("needs nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     configuration = tmp_path / "nginx.conf"
     configuration.write_text(CONFIGURATION.format(folder=tmp_path, port=port, target=server.url))
     process = subprocess.Popen([NGINX, "-c", configuration, "-e", tmp_path / "error.log"])
