@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from conditions import FOREVER_S
+
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 # Later Pythons say so of every fork beside threads; whether it goes well is what is tested.
 beside_threads = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -24,7 +26,7 @@ class Child:
             code = 1
             try:
                 os.close(self._orders)
-                signal.alarm(20)  # a child that hangs must not outlive its test
+                signal.alarm(4 * FOREVER_S)  # a child that hangs must not outlive its test
                 for action in actions:
                     os.read(orders, 1)
                     action()

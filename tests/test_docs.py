@@ -404,7 +404,7 @@ class Shell:
             start_new_session=True,
         ) as bash:
             try:
-                told, _ = bash.communicate(timeout=100)
+                told, _ = bash.communicate(timeout=240)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(bash.pid, signal.SIGKILL)  # what is left of it in the background

@@ -63,7 +63,7 @@ def scraped(registry: CollectorRegistry) -> Samples:
 
 
 @pytest.mark.contract
-@pytest.mark.usefixtures("exported")
+@pytest.mark.usefixtures("exported", "noon")  # what is overdue would grow between the two looks
 def test_the_metrics_are_those_of_prometheus(outbox: Outbox, reader: InMemoryMetricReader) -> None:
     registry = CollectorRegistry()
     OutboxMetrics(outbox, registry=registry)
@@ -74,10 +74,10 @@ def test_the_metrics_are_those_of_prometheus(outbox: Outbox, reader: InMemoryMet
     outbox.flush(ScriptedClient(), destination="billing")
     with Worker(outbox, ScriptedClient(logged_in=False)):
         ours, theirs = collected(reader), scraped(registry)
-    moving = {"outbox_worker_silent_seconds", "outbox_oldest_pending_age_seconds", "outbox_disk_free_bytes"}
+    moving = {"outbox_worker_silent_seconds", "outbox_disk_free_bytes"}
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
-        assert key[0] in moving or ours[key] == pytest.approx(value, abs=1), key
+        assert key[0] in moving or ours[key] == pytest.approx(value), key
     assert ours["outbox_outcomes_total", frozenset({("outcome", "sent"), ("destination", "billing")})] == 3
 
 

@@ -221,7 +221,11 @@ def test_others_deliver_while_one_is_held_up(url: str) -> None:
 
 @pytest.mark.usefixtures("no_waits")
 def test_one_alone_tries_while_nothing_can_be_delivered(url: str) -> None:
-    at_once, most = threading.Semaphore(1), []
+    together, at_once, most = threading.Barrier(4), threading.Semaphore(1), []
+
+    def fail_together(_batch):
+        together.wait(FOREVER_S)  # so that all have claimed before the first one fails
+        return DOWN
 
     def fail(_batch):
         most.append(at_once.acquire(blocking=False))
@@ -229,13 +233,12 @@ def test_one_alone_tries_while_nothing_can_be_delivered(url: str) -> None:
         at_once.release()
         return DOWN
 
-    client = ScriptedClient(DOWN, *[fail] * 20)
+    client = ScriptedClient(*[fail_together] * 4, *[fail] * 16)
     with Outbox.open(url, policy=Policy(batch_size=1)) as outbox:
         outbox.enqueue_many([rule_fired()] * 30)
         with Worker(outbox, client, concurrency=4, poll_interval_ms=1):
-            until(lambda: all_sent_or_waiting(outbox))
-    assert len(most) == 20
-    assert most[4:] == [True] * 16  # the others had begun when the first one failed
+            until(lambda: len(most) == 16 and all_sent_or_waiting(outbox))
+    assert most == [True] * 16
 
 
 def all_sent_or_waiting(outbox: Outbox) -> bool:
@@ -251,13 +254,24 @@ def test_no_enqueue_shortens_the_pause_after_a_failure(outbox: Outbox, monkeypat
     with idle(outbox, client, concurrency=2) as running:
         bell, (lane,) = running._threads.wakeup, running._threads._lanes
         waits: list[int] = []
+        is_asleep, has_failed = threading.Event(), threading.Event()
         sleep = bell.sleep
-        bell.sleep = lambda longest_s: waits.append(threading.get_ident()) or sleep(longest_s)
+
+        def sleep_until_one_failed(longest_s: float) -> bool:
+            waits.append(threading.get_ident())
+            if client.threads and waits[-1] not in client.threads:
+                # This one keeps the turn. If it looked once more, the one that failed could take its place.
+                is_asleep.set()
+                assert has_failed.wait(FOREVER_S)
+            return sleep(longest_s)
+
+        bell.sleep = sleep_until_one_failed
         outbox.enqueue(rule_fired())
         client.wait_for_upload()
-        until(lambda: lane._idle_rounds > 1)  # the other one has looked, too, and is asleep
+        assert is_asleep.wait(FOREVER_S)
         client.gate.set()
         until(lambda: lane._failed_rounds)
+        has_failed.set()
         outbox.enqueue(rule_fired())
         waits.clear()
         until(lambda: len(waits) > 2)

@@ -337,10 +337,10 @@ def test_flush_sends_nothing_while_capture_is_off(run, outbox, server, logged_in
     assert server.requests == []
 
 
-def start_run(url, server, token_file, *options):
+def start_run(url, server, token_file, *options, program=("-m", "outbox")):
     """Start `outbox run`; return once it delivers."""
     run = process(
-        *("-m", "outbox", "--database", url, "run", "--url", server.url, *options),
+        *(*program, "--database", url, "run", "--url", server.url, *options),
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
@@ -413,7 +413,9 @@ def test_a_new_token_brings_back_the_events_of_its_destination_only(run, outbox,
 
 def test_run_gives_back_what_it_can_not_finish_in_time(url, outbox, server, token_file):
     server.set_mode("hang")
-    with start_run(url, server, token_file, "--grace", "1") as run:
+    # All but 0.4 s of the grace are for giving back, which takes long on a slow machine.
+    code = "from outbox import threads; threads._RELEASE_SHARE = 0.98; from outbox.cli import main; main()"
+    with start_run(url, server, token_file, "--grace", "20", program=("-c", code)) as run:
         outbox.enqueue(rule_fired())
         until(lambda: server.requests)
         run.send_signal(signal.SIGINT)
@@ -443,6 +445,7 @@ def test_run_replaces_a_worker_that_died(run, outbox, logged_in, monkeypatch):
         if threads.Threads._work is work:
             until(lambda: statuses(outbox) == ["sent"])
             raise KeyboardInterrupt
+        until(lambda: died)  # a thread counts as started before it works
         (thread,) = died
         thread.join()  # a thread that is no longer listed may still count as alive
         monkeypatch.setattr(threads.Threads, "_work", work)
@@ -507,14 +510,14 @@ def test_run_tries_again_what_is_parked_when_the_token_changes(url, outbox, serv
 
 
 def test_run_retries_nothing_when_the_token_is_taken_away(url, outbox, server, token_file):
+    server.set_mode("revoked")  # an acceptance before the token is taken away would bring all back
     for _ in range(3):
         add_row(outbox, status="parked")
     with start_run(url, server, token_file) as run:
         token_file.write_text("")
-        said = run.stderr.readline()
+        assert any(" WARNING can't deliver: not logged in" in line for line in iter(run.stderr.readline, ""))
         run.terminate()
         run.communicate(timeout=240)
-    assert logged(said)[0].startswith("WARNING can't deliver: not logged in")
     # Before, as one parked event a minute is, one may have been tried.
     assert statuses(outbox).count("parked") >= 2
 
