@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
@@ -203,15 +203,17 @@ def left_out(number: int) -> StorageError:
     return StorageError(f"a trigger of the database left out some of {number} events")
 
 
-def waits_s(patience_ms: int) -> Iterator[float]:
-    """Yield how long to wait before each further try, until `patience_ms` are over.
+def waits_s(patience_ms: float) -> Iterator[float]:
+    """Yield how long to wait before each further try, until `patience_ms` are over. The last try is made then.
 
     The times are random, so that programs that lost their connections together do not all reconnect together.
     """
     end_s = monotonic_s() + patience_ms / 1_000
-    waits = chain(_WAITS_S, repeat(_WAITS_S[-1]))
-    varied = (wait_s * random.uniform(0.5, 1.5) for wait_s in waits)  # noqa: S311 - no secret depends on it
-    yield from takewhile(lambda wait_s: monotonic_s() + wait_s <= end_s, varied)
+    for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
+        left_s = end_s - monotonic_s()
+        if left_s <= 0:
+            return
+        yield min(wait_s * random.uniform(0.5, 1.5), left_s)  # noqa: S311 - no secret depends on it
 
 
 class Writer:
