@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,8 @@ REVISIONS = tuple(f"outbox_{number:04}" for number in range(1, 13))
 
 TABLES = frozenset({*Base.metadata.tables, VERSION_TABLE})
 
-_PATIENCE_MS = 10_000
+# Tries are counted, not time: an upgrade may have waited long for another one before the database aborts it.
+_TRIES = 9
 
 # Alembic uses module globals, so two upgrades in one process would interfere, even on different databases.
 # The lock is held only inside a transaction. No fork happens there, so no child inherits the lock in use.
@@ -93,12 +96,12 @@ def _read_revision(engine: Engine) -> str | None:
 
 
 def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
-    """Run an operation, and again for `_PATIENCE_MS` if the database aborted it to end a deadlock or a conflict.
+    """Run an operation, and up to `_TRIES` times if the database aborts it to end a deadlock or a conflict.
 
     A Galera cluster aborts even the query of a table that another server creates.
     """
     dialect = dialect_of(engine)
-    waits = waits_s(_PATIENCE_MS)
+    waits = islice(waits_s(inf), _TRIES - 1)
     while True:
         try:
             return operation(engine)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, event, inspect
 from sqlalchemy.exc import DBAPIError, NoSuchTableError
@@ -14,9 +14,12 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from outbox.clock import monotonic_s
 from outbox.failures import StorageError
+from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import shown_url
 
 log = logging.getLogger("outbox")
+
+Result = TypeVar("Result")
 
 UPGRADE_TABLE = "observation_upgrade"
 """This table exists while a server of the cluster upgrades the schema."""
@@ -25,6 +28,7 @@ _IS_CLUSTERED = "SHOW SESSION VARIABLES LIKE 'wsrep_on'"
 # The table exists; a conflict with a statement of another server.
 _HELD = frozenset({1050, 1205, 1213})
 _LOOK_EVERY_S = 0.1
+_DROPS_AT_MOST = 100
 
 
 def see_all_commits(engine: Engine) -> None:
@@ -72,26 +76,41 @@ def upgrading_alone(connection: Connection, *, patience_s: float) -> Iterator[No
     try:
         yield
     finally:
-        connection.exec_driver_sql(f"DROP TABLE {UPGRADE_TABLE}")
+        _drop(connection)
 
 
 def _is_on(found: Any) -> bool:
     return found is not None and found[1] == "ON"
 
 
+def _drop(connection: Connection) -> None:
+    """Drop the table, also if this conflicts with other servers, which wait for it until it is gone."""
+    drop = f"DROP TABLE {UPGRADE_TABLE}"
+    for _ in range(_DROPS_AT_MOST):
+        if _runs(connection, drop):
+            return
+        time.sleep(_LOOK_EVERY_S)
+    connection.exec_driver_sql(drop)
+
+
 def _runs(connection: Connection, statement: str) -> bool:
-    try:
-        connection.exec_driver_sql(statement)
-    except DBAPIError as error:
-        if error.orig is None or error.orig.args[0] not in _HELD:
-            raise
-        return False
-    return True
+    return _unless_held(connection, lambda: connection.exec_driver_sql(statement)) is not None
 
 
 def _holder(connection: Connection) -> str | None:
+    """Return the server that upgrades; None if there is none, or if it begins or ends at this moment."""
     try:
-        holder: str | None = inspect(connection).get_table_comment(UPGRADE_TABLE)["text"]
+        found = _unless_held(connection, lambda: inspect(connection).get_table_comment(UPGRADE_TABLE))
     except NoSuchTableError:
         return None
-    return holder
+    return found["text"] if found else None
+
+
+def _unless_held(connection: Connection, call: Callable[[], Result]) -> Result | None:
+    """Return the result of a call; None if another server is in the way."""
+    try:
+        return call()
+    except DBAPIError as error:
+        if _HELD.isdisjoint(dialect_of(connection).codes(error.orig)):
+            raise
+    return None

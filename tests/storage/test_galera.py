@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from conditions import until
 from crowd import Crowd
 from outbox import StorageError, schema
-from outbox.storage import galera
+from outbox.storage import galera, transactions
 from outbox.storage.engines import open_engine, writing
 from servers import Servers
 
@@ -92,14 +93,26 @@ def test_an_upgrade_waits_for_the_one_of_another_server(engine: Engine, caplog: 
     assert caplog.text.count("elsewhere:3306") == 1
 
 
-def test_an_upgrade_that_waited_for_long_says_what_to_do(engine: Engine) -> None:
+@pytest.mark.parametrize(
+    ("driver", "module"),
+    [
+        ("pymysql", "pymysql"),
+        ("mysqldb", "MySQLdb"),
+        ("mysqlconnector", "mysql.connector"),
+        ("mariadbconnector", "mariadb"),
+    ],
+)
+def test_an_upgrade_that_waited_for_long_says_what_to_do(engine: Engine, driver: str, module: str) -> None:
+    pytest.importorskip(module)
     begin_elsewhere(engine, "elsewhere:3306")
+    here = open_engine(engine.url.set(drivername=f"mysql+{driver}"))
     with (
         pytest.raises(StorageError, match="if that was killed, drop the table observation_upgrade"),
-        writing(engine) as connection,
+        writing(here) as connection,
         galera.upgrading_alone(connection, patience_s=0),
     ):
         pytest.fail("it went on")
+    here.dispose()
 
 
 def test_a_conflict_with_another_server_is_no_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,16 +123,20 @@ def test_a_conflict_with_another_server_is_no_error(engine: Engine, monkeypatch:
 
 
 class Conflict:
-    """Lets the server abort one statement, as a server of a cluster does for a conflict with another server."""
+    """Lets the server abort one statement, as a server of a cluster does for a conflict with another server.
 
-    def __init__(self, engine: Engine, number: int) -> None:
+    It is the one with this number, of those that begin with these words.
+    """
+
+    def __init__(self, engine: Engine, number: int, begin: str = "") -> None:
         self.left = number
+        self._begin = begin
         event.listen(engine, "before_cursor_execute", self._count, retval=True)
 
     def _count(
         self, _connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _is_many: bool
     ) -> tuple[str, Any]:
-        if "_LOCK(" in statement:  # it reads no table
+        if "_LOCK(" in statement or not statement.startswith(self._begin):  # a lock reads no table
             return statement, parameters
         self.left -= 1
         return (
@@ -139,6 +156,61 @@ def test_any_statement_of_an_upgrade_may_be_aborted_once(servers: Servers, datab
             engine.dispose()
         is_aborted, number = conflict.left < 0, number + 1
     assert number > 20
+
+
+def test_a_look_at_another_upgrade_may_be_aborted(engine: Engine) -> None:
+    begin_elsewhere(engine, "elsewhere:3306")
+    conflict = Conflict(engine, 0, "SHOW CREATE TABLE")
+    looks: list[str] = []
+
+    def look(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if conflict.left < 0 and statement.startswith(f"CREATE TABLE {galera.UPGRADE_TABLE}"):
+            looks.append(statement)
+
+    event.listen(engine, "before_cursor_execute", look)
+    crowd = Crowd()
+
+    def upgrade_alone() -> None:
+        with writing(engine) as connection, galera.upgrading_alone(connection, patience_s=60):
+            pass
+
+    crowd.start("upgrade", upgrade_alone)
+    until(lambda: looks or crowd.returned)
+    end_elsewhere(engine)
+    assert crowd.join() == {"upgrade": None}
+
+
+def test_an_upgrade_leaves_no_table_though_a_conflict_aborts_its_last_statement(engine: Engine) -> None:
+    conflict = Conflict(engine, 0, "DROP TABLE")
+    with writing(engine) as connection, galera.upgrading_alone(connection, patience_s=0):
+        pass
+    assert conflict.left < 0
+    assert not inspect(engine).has_table(galera.UPGRADE_TABLE)
+
+
+def test_an_upgrade_that_never_stops_to_conflict_at_its_end_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(galera, "_DROPS_AT_MOST", 1)
+    for _ in range(2):
+        Conflict(engine, 0, "DROP TABLE")
+    with (
+        pytest.raises((DBAPIError, StorageError), match="1213"),
+        writing(engine) as connection,
+        galera.upgrading_alone(connection, patience_s=0),
+    ):
+        pass
+
+
+def test_an_upgrade_may_be_aborted_after_it_waited_for_long(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = count()
+    monkeypatch.setattr(transactions, "monotonic_s", lambda: 3_600 * next(hours))
+    conflict = Conflict(engine, 10)
+    schema.upgrade(engine)
+    assert conflict.left < 0
+    assert_upgraded(engine)
 
 
 def test_an_upgrade_that_may_not_create_tables_says_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
