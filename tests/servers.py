@@ -34,9 +34,10 @@ NOBODY = "nobody"
 # The name of the connection to PostgreSQL that clears the tables between tests. No test kills or counts it.
 _CLEARER = "outbox_tests_clear"
 
-# A starting server is asked at this interval, and at most so many times, whether it listens.
+# A starting server is asked at this interval, and at most so many times, whether it listens. On a busy machine, a
+# server that joins a cluster takes a minute.
 _LOOK_EVERY_S = 0.05
-_LOOKS = 1_200
+_LOOKS = 2_400
 
 
 class MissingError(Exception):
@@ -123,12 +124,20 @@ def find_program(name: str, package: str) -> str:
     return found
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port below those that systems give to outgoing connections, which could take it before its server does."""
+    """Return a port below those that systems give to outgoing connections, which could take it before its server does.
+
+    No port is given twice: a cluster asks for many before the first of its servers listens.
+    """
     while True:
         port = 10_000 + secrets.randbelow(20_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+        if port not in _given_ports:
+            with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                _given_ports.add(port)
+                return port
 
 
 class _PrivateServer:
@@ -223,7 +232,7 @@ class PrivatePostgresql(_PrivateServer):
             " -c dynamic_shared_memory_type=mmap"  # a server that is killed leaves nothing outside of its data
         )
         log = self.data / "log"
-        self._run(self._pg_ctl, "-D", self.data, "-w", "-t", "60", "-o", settings, "-l", log, "start")
+        self._run(self._pg_ctl, "-D", self.data, "-w", "-t", "120", "-o", settings, "-l", log, "start")
 
     def stop(self) -> None:
         self._run(self._pg_ctl, "-D", self.data, "-w", "-m", "immediate", "stop")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pymysql
+from sqlalchemy import make_url
 
 from conditions import until
 from servers import NOBODY, MissingError, PrivateMariadb, find_program, free_port
@@ -85,6 +86,12 @@ class Node(PrivateMariadb):
             cursor.execute(statement)
             return list(cursor.fetchall())
 
+    def catch_up(self) -> None:
+        """Wait until the server has done all that the other servers did before."""
+        with closing(self._connect()) as connection, connection.cursor() as cursor:
+            cursor.execute("SET SESSION wsrep_sync_wait = 15")
+            cursor.execute("SHOW TABLES FROM " + DATABASE)
+
     def kill(self) -> None:
         self._tell(b"kill\n")
         until(lambda: not self.is_ready())
@@ -150,10 +157,17 @@ class Cluster:
         """Each connection goes to the next server."""
 
     def empty(self) -> None:
-        """Wait until all servers are in the cluster, and make the database empty."""
+        """Wait until all servers are in the cluster, and make the database empty on each of them.
+
+        A connection fails at a server that does not have the new database yet.
+        """
         until(lambda: all(node.is_ready() for node in self.nodes))
         self.nodes[0].run(f"DROP DATABASE IF EXISTS {DATABASE}")
         self.nodes[0].run(f"CREATE DATABASE {DATABASE}")
+        for node in self.nodes:
+            node.catch_up()
+        port = make_url(self.round_robin).port
+        until(lambda: {_answers(port) for _ in self.nodes} == {node._port for node in self.nodes})
 
 
 @contextmanager
@@ -198,7 +212,8 @@ def _settings(nodes: list[Node], ports: list[int], asked: list[int]) -> str:
         " mode tcp",
         " balance roundrobin",
         " timeout connect 1s",
-        " timeout check 3s",
+        # A server that was killed or isolated answers at once. A slow answer only says that the machine is busy.
+        " timeout check 10s",
         " timeout client 1h",
         " timeout server 1h",
         " option redispatch",
@@ -216,8 +231,13 @@ def _settings(nodes: list[Node], ports: list[int], asked: list[int]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _answers(port: int) -> bool:
-    with suppress(pymysql.Error):
-        pymysql.connect(host="127.0.0.1", port=port, user="root").close()
-        return True
-    return False
+def _answers(port: int) -> int | None:
+    """Return the port of the server to which haproxy leads."""
+    with (
+        suppress(pymysql.Error),
+        closing(pymysql.connect(host="127.0.0.1", port=port, user="root")) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("SELECT @@port")
+        return int(cursor.fetchone()[0])
+    return None

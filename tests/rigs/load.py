@@ -8,6 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from itertools import count, takewhile
+from math import inf
 
 from sqlalchemy import URL, select
 
@@ -20,7 +23,11 @@ IS_FULL = bool(os.environ.get("OUTBOX_RIGS_FULL"))
 
 # Shorter than the lease of the default policy: a row that waits for its end is not delivered in time.
 PATIENCE_S = 50
-SHORT_LEASE = Policy(lease_ms=20_000)
+# How soon servers agree that one of them is gone, or one of them takes over, depends on the machine. The full set, which
+# runs on a machine of its own, has the default patience.
+_PATIENT = Policy() if IS_FULL else Policy(enqueue_patience_ms=30_000)
+SHORT_LEASE = replace(_PATIENT, lease_ms=20_000)
+VERY_SHORT_LEASE = replace(_PATIENT, lease_ms=5_000)
 _IDLE_S = 0.02
 _events = ObservationEvent.__table__.c
 
@@ -37,7 +44,7 @@ class Load:
     as long as a lease, so an event that is uploaded twice was uploaded under valid leases.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy = _PATIENT) -> None:
         self._policy = policy
         self.accepted: list[str] = []
         self.uploaded: Counter[str] = Counter()
@@ -56,12 +63,12 @@ class Load:
         with self._lock:
             self.uploaded.update(item.event_id for item in batch)
 
-    def enqueue(self, url: str | URL, name: str, at_most: int, *, every_s: float = 0) -> None:
+    def enqueue(self, url: str | URL, name: str, at_most: float = inf, *, every_s: float = 0) -> None:
         """Start an enqueuer, which goes on until it is told that it is enough."""
 
         def work(outbox: Outbox) -> None:
-            for count in range(at_most):
-                self._enqueue_one(outbox, f"{name}-{count}")
+            for number in takewhile(lambda number: number < at_most, count()):
+                self._enqueue_one(outbox, f"{name}-{number}")
                 self.worked_at[name] = time.monotonic()
                 if self._is_enough.wait(every_s):
                     return
@@ -126,7 +133,7 @@ class Load:
         after()
         done = time.monotonic()
         names = [thread.name for thread in self._enqueuers + self._flushers]
-        self.until(lambda: all(self.worked_at[name] > done for name in names))
+        self.until(lambda: all(self.worked_at.get(name, -inf) > done for name in names))
         return time.monotonic() - since
 
     def enough(self) -> None:

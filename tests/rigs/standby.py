@@ -44,6 +44,16 @@ class Pair:
         self.standby_url = standby.url
         self.promote = standby.promote
 
+    def catch_up(self) -> None:
+        """Wait until the standby has all that the primary has now."""
+        with closing(Server("postgresql", self._primary.url)) as primary:
+            self._wait_for(_value(primary, "SELECT pg_current_wal_lsn()"))
+
+    def _wait_for(self, position: str) -> None:
+        # The primary may write more by itself, such as a checkpoint, so the standby may be ahead of the position.
+        with closing(Server("postgresql", self._standby.url)) as standby:
+            until(lambda: _value(standby, f"SELECT pg_last_wal_replay_lsn() >= '{position}'"))
+
     def make_synchronous(self) -> None:
         """Let each commit wait for the standby."""
         with closing(Server("postgresql", self._primary.url)) as primary:
@@ -57,8 +67,9 @@ class Pair:
             standby.run("ALTER SYSTEM SET primary_conninfo = ''")
             standby.run("SELECT pg_reload_conf()")
             until(lambda: _value(standby, "SELECT count(*) FROM pg_stat_wal_receiver") == 0)
-            is_replayed = "SELECT pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()"
-            until(lambda: _value(standby, is_replayed))
+            # It waits when it has replayed all that it received. The last record may be there in part.
+            waits = "SELECT wait_event FROM pg_stat_activity WHERE backend_type = 'startup'"
+            until(lambda: _value(standby, waits) == "RecoveryRetrieveRetryInterval")
 
     def kill(self) -> None:
         """Kill all processes of the primary at once."""
@@ -72,10 +83,7 @@ class Pair:
 
     def make_read_only(self) -> None:
         """Make the primary read-only, and let the standby catch up. Connections to the primary stay open."""
-        with (
-            closing(Server("postgresql", self._primary.url)) as primary,
-            closing(Server("postgresql", self._standby.url)) as standby,
-        ):
+        with closing(Server("postgresql", self._primary.url)) as primary:
             primary.run("ALTER SYSTEM SET default_transaction_read_only = on")
             primary.run("SELECT pg_reload_conf()")
             seen: list[Any] = []
@@ -85,7 +93,7 @@ class Pair:
                 return len(set(seen[-_LOOKS:])) == 1 and len(seen) >= _LOOKS
 
             until(is_quiet)
-            until(lambda: _value(standby, "SELECT pg_last_wal_replay_lsn()") == seen[-1])
+        self._wait_for(seen[-1])
 
 
 @contextmanager

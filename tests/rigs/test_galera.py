@@ -45,7 +45,7 @@ def test_eight_upgrades_at_once_on_three_servers_succeed(three: Cluster) -> None
 def start(load: Load, three: Cluster) -> None:
     Outbox.open(three.urls[0]).close()
     for number in range(3):
-        load.enqueue(three.urls[number], f"e{number}", 1_000, every_s=0.02)
+        load.enqueue(three.urls[number], f"e{number}", every_s=0.02)
     for number in range(6):
         load.flush(three.urls[number % 3], f"f{number}")
     load.until_more(events(60, 300))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from builders import ScriptedClient, rule_fired, statuses
-from outbox import Outbox, Policy
-from rigs.load import IS_FULL, SHORT_LEASE, Load, events, rows
+from outbox import Outbox
+from rigs.load import IS_FULL, SHORT_LEASE, VERY_SHORT_LEASE, Load, events, rows
 from rigs.standby import Pair, pair
 from servers import MissingError, skip
 
@@ -21,6 +21,7 @@ def two() -> Iterator[Pair]:
     try:
         with pair() as started:
             Outbox.open(started.url).close()
+            started.catch_up()
             yield started
     except MissingError as missing:
         skip(missing)
@@ -28,7 +29,7 @@ def two() -> Iterator[Pair]:
 
 def start(load: Load, two: Pair) -> None:
     for number in range(2):
-        load.enqueue(two.url, f"e{number}", 1_500, every_s=0.01)
+        load.enqueue(two.url, f"e{number}", every_s=0.01)
     for number in range(3):
         load.flush(two.url, f"f{number}")
     load.until_more(events(50, 300))
@@ -64,7 +65,7 @@ def test_a_synchronous_failover_loses_nothing(two: Pair) -> None:
 
 
 def test_an_asynchronous_failover_loses_what_the_standby_never_had_and_nothing_else(two: Pair) -> None:
-    load = Load(Policy(lease_ms=5_000))
+    load = Load(VERY_SHORT_LEASE)
     start(load, two)
     two.cut()
     with Outbox(two.standby_url) as outbox:
