@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from flask import Flask
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
+from conditions import FOREVER_S
 from outbox.web.serving import Server
 from servers import MissingError, skip
 
 CHROMIUM = shutil.which("chromium")
+
+# How long a page is waited for. Playwright itself expects what a page shows within 5 s.
+PATIENCE_MS = FOREVER_S * 1_000
 
 
 @contextmanager
@@ -25,7 +29,8 @@ def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Root has no sandbox. /dev/shm may be as small as Docker makes it.
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=4 * PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
         yield browser
         browser.close()
 

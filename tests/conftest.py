@@ -15,7 +15,7 @@ from typing import Any
 
 import freezegun.api
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Dialect
 
 import outbox
@@ -43,8 +43,8 @@ UNTRACED = {"policy_model", "promises", "simulation"}
 # Folders whose tests take seconds each.
 BEGINS = {"policy_model", "simulation"}
 
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("outbox", deadline=None)
+# How long an example takes, or its generation, says more about the machine than about the code.
+settings.register_profile("outbox", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("outbox")
 
 

@@ -76,7 +76,7 @@ def test_status_has_a_line_for_each_destination_if_there_are_several(run, outbox
     add_row(outbox, destination="billing", waits_for="service", last_error="503")
     add_row(outbox, destination="billing", status="parked")
     add_row(outbox, destination="search", status="sent", sent_at_ms=NOON_MS)
-    until_ms = now_ms() + 10_000
+    until_ms = now_ms() + 600_000
     outbox.store.pauses.change("billing", lambda _: SharedPause(failures=1, until_ms=until_ms, last_error="503"))
     shown = run("status").stdout
     lines = [" ".join(line.split()) for line in shown.splitlines()]

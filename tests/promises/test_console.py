@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 from sqlalchemy import text
 
-from browsers import chromium, served
+from browsers import PATIENCE_MS, chromium, served
 from builders import NOON_MS, add_row, row, rule_fired, statuses
 from outbox.clock import now_ms
 from outbox.storage.engines import writing
@@ -45,7 +45,7 @@ def open_page(browser, console):
 
     def open_page(path="/", url=console, **settings):
         context = browser.new_context(**settings)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(PATIENCE_MS)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
