@@ -18,10 +18,11 @@ from outbox.failures import SchemaError, StorageError
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import migrating, reading, shown_url
 from outbox.storage.tables import VERSION_TABLE, Base
-from outbox.storage.transactions import Result, waits_s
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+    from outbox.storage.transactions import Result
 
 REVISIONS = tuple(f"outbox_{number:04}" for number in range(1, 13))
 """The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
@@ -101,7 +102,7 @@ def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
     A Galera cluster aborts even the query of a table that another server creates.
     """
     dialect = dialect_of(engine)
-    waits = islice(waits_s(inf), _TRIES - 1)
+    waits = _waits()
     while True:
         try:
             return operation(engine)
@@ -110,6 +111,12 @@ def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
             if wait_s is None or dialect.codes(error.__cause__ or error).isdisjoint(dialect.given_up):
                 raise
         time.sleep(wait_s)
+
+
+def _waits() -> Iterator[float]:
+    from outbox.storage.transactions import waits_s  # noqa: PLC0415 - it loads statements that no check needs
+
+    yield from islice(waits_s(inf), _TRIES - 1)
 
 
 @contextmanager
