@@ -107,7 +107,10 @@ def read_request(connection):
     head, _, body = received.partition(b"\r\n\r\n")
     length = int((head.lower() + b"\r\n").partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
     while len(body) < length:
-        body += connection.recv(65536)
+        piece = connection.recv(65536)
+        if not piece:
+            raise ConnectionError
+        body += piece
     return head.decode("latin-1"), body
 
 

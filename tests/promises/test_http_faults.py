@@ -96,8 +96,8 @@ class Fault(NamedTuple):
     deadline_ms: int
 
 
-def delivers(serve, deadline_ms=FAR_DEADLINE_MS):
-    return Fault(serve, "sent", None, deadline_ms)
+def delivers(serve):
+    return Fault(serve, "sent", None, FAR_DEADLINE_MS)
 
 
 def delays(serve, error):
@@ -130,7 +130,7 @@ FAULTS = {
     "dripping status line": delays(drips(b"HTTP/1.1 "), OVER),
     "dripping headers": delays(drips(HEAD + b"X-Header: "), OVER),
     "dripping body": delays(drips(HEAD + b"Content-Length: 100000\r\n\r\n"), OVER),
-    "dripping body of a success": delivers(drips(head(b"200 OK", b"Content-Length: 100000\r\n")), DEADLINE_MS),
+    "dripping body of a success": delivers(drips(head(b"200 OK", b"Content-Length: 100000\r\n"))),
     "endless body": delays(repeats(HEAD + b"\r\n", PIECE), "500 Internal Server Error: x{200}"),
     "endless body of a success": delivers(repeats(b"HTTP/1.1 200 OK\r\n\r\n", PIECE)),
     "endless chunk": delays(repeats(HEAD + CHUNKED + b"ffffffff\r\n", PIECE), "500 Internal Server Error: x{200}"),
