@@ -22,14 +22,24 @@ def _ask(address: str, arguments: list[str]) -> None:
     if not is_known or any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
         os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - it is this Python
     peer = socket.socket(socket.AF_UNIX)
-    peer.connect(address)
-    folder = os.getcwd()  # noqa: PTH109 - pathlib would take longer to load
-    job = {"arguments": arguments, "folder": folder, "environment": dict(os.environ)}
-    socket.send_fds(peer, [b"job"], [0, 1, 2])
-    peer.sendall(json.dumps(job).encode() + b"\n")
+
+    def pass_on(number: int, _: object) -> None:
+        try:  # noqa: SIM105 - contextlib would take longer to load
+            peer.send(bytes([number]))
+        except OSError:  # the fork has just ended, and how it did is on its way
+            pass
+
+    # A signal may come as soon as the program runs, and must not end this process. It can only follow the job.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     for number in _PASSED_ON:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: peer.send(bytes([number])))
+            signal.signal(number, pass_on)
+    peer.connect(address)
+    folder = os.getcwd()  # noqa: PTH109 - pathlib would take longer to load
+    job = json.dumps({"arguments": arguments, "folder": folder, "environment": dict(os.environ)}).encode()
+    socket.send_fds(peer, [len(job).to_bytes(4, "big")], [0, 1, 2])
+    peer.sendall(job)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     code = int(peer.makefile().readline() or 1)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)

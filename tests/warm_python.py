@@ -91,8 +91,9 @@ def _become(arguments: list[str], folder: str, environment: dict[str, str], stre
 
 def _look_after(peer: socket.socket) -> None:
     """Run the client's program in a fork, pass signals on to it, and tell the client how it ended."""
-    _, streams, _, _ = socket.recv_fds(peer, 3, 3)
-    job = json.loads(peer.makefile().readline())
+    size, streams, _, _ = socket.recv_fds(peer, 4, 3)
+    # Not a byte more: a signal may follow.
+    job = json.loads(peer.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     child = os.fork()
     if child == 0:
         peer.close()
