@@ -18,7 +18,7 @@ import pytest
 
 from builders import DOWN, NOON, NOON_MS, OK, REJECTED, ROOT, ScriptedClient, row, rule_fired, statuses
 from children import Child, beside_threads, can_fork
-from conditions import until
+from conditions import FOREVER_S, until
 from outbox import Outbox, Policy, SchemaError, events, registry, schema
 from outbox.testing.answers import Answer, Hang
 
@@ -221,7 +221,7 @@ class Slow:
     def find_spec(self, name, *_):
         if name == "outbox.flusher":
             has_begun.set()
-            end = time.monotonic() + 5
+            end = time.monotonic() + 60
             while not forks._forking and time.monotonic() < end:
                 time.sleep(0.001)
 
@@ -233,7 +233,7 @@ thread.start()
 has_begun.wait()
 pid = os.fork()
 if pid == 0:
-    signal.alarm(10)
+    signal.alarm(120)
     outbox.flush(Client())
     os._exit(0)
 thread.join()
@@ -244,7 +244,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 @can_fork
 def test_a_child_that_was_forked_during_the_first_flush_can_flush(outbox: Outbox, url: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORKS_DURING_THE_FIRST_FLUSH, url]
-    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert subprocess.run(command, timeout=4 * FOREVER_S, check=False).returncode == 0
 
 
 # --- workers and sudden ends ---
@@ -511,9 +511,10 @@ def test_an_older_program_and_this_one_work_on_one_file(outbox: Outbox, url: str
     older = [python(OLDER_PROGRAM, path, server.url.rpartition(":")[2], name) for name in ("old a", "old b")]
     number = 0
     while any(program.poll() is None for program in older) or number < 100:
-        outbox.enqueue(rule_fired(session_id=f"new {number}"))
+        if number < 5_000:  # above the cap, delivered events are deleted
+            outbox.enqueue(rule_fired(session_id=f"new {number}"))
+            number += 1
         outbox.flush(client)
-        number += 1
     for program in older:
         program.communicate()
         assert program.returncode == 0
