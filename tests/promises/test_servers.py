@@ -176,20 +176,32 @@ from outbox import Outbox
 
 class Client:
     logged_in = True
+    has_begun = False
     def upload(self, batch):
+        if not self.has_begun:
+            # Once all have a batch, whoever was slow to begin has one too.
+            self.has_begun = True
+            print("ready", flush=True)
+            sys.stdin.readline()
         for item in batch:
             print(item.id)
 
+client = Client()
 with Outbox(sys.argv[1]) as outbox:
     print("ready", flush=True)
     sys.stdin.readline()
     while outbox.pending_count():
-        outbox.flush_all(Client())
+        outbox.flush_all(client)
 """
 
 
-def run_at_once(python: WarmPython, program: str, url: URL | str, processes: int) -> list[list[str]]:
-    """Run a program several times at once; return the lines that each printed after "ready"."""
+def run_at_once(
+    python: WarmPython, program: str, url: URL | str, processes: int, *, starts: int = 1
+) -> list[list[str]]:
+    """Run a program several times at once; return the lines that each printed after "ready".
+
+    Nobody goes on until all have said that they are ready, as often as there are `starts`.
+    """
     started = [
         subprocess.Popen(
             [*python.command, "-c", program, shown(url)],
@@ -200,11 +212,12 @@ def run_at_once(python: WarmPython, program: str, url: URL | str, processes: int
         )
         for _ in range(processes)
     ]
-    for one in started:
-        assert one.stdout.readline() == "ready\n"
-    for one in started:
-        one.stdin.write("go\n")
-        one.stdin.flush()
+    for _ in range(starts):
+        for one in started:
+            assert one.stdout.readline() == "ready\n"
+        for one in started:
+            one.stdin.write("go\n")
+            one.stdin.flush()
     outputs: list[list[str]] = [[] for _ in started]
 
     def read(one, lines):
@@ -223,7 +236,7 @@ def test_processes_that_drain_one_table_at_once_send_each_row_once(
     outbox: Outbox, url: str, warm_python: WarmPython
 ) -> None:
     ids = outbox.enqueue_many([rule_fired()] * 5_000)
-    uploaded = run_at_once(warm_python, DRAIN, url, 4)
+    uploaded = run_at_once(warm_python, DRAIN, url, 4, starts=2)
     assert Counter(int(line) for lines in uploaded for line in lines) == Counter(ids)
     assert all(uploaded)
     assert Counter(statuses(outbox)) == {"sent": 5_000}
