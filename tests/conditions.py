@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-FOREVER_S = 30
+# Longer than anything takes on a busy machine. Only a test that fails waits so long.
+FOREVER_S = 60
 
 
 def until(condition: Callable[[], object], within_s: float = 2 * FOREVER_S, *, pause_s: float = 0.001) -> None:

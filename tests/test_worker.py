@@ -812,9 +812,11 @@ def test_a_start_that_gets_too_few_threads_leaves_none(outbox: Outbox, monkeypat
 def test_it_does_not_keep_the_interpreter_from_ending(url: str, server) -> None:
     program = """
 import sys
-from outbox import HttpClient, Outbox, Worker
+from outbox import HttpClient, Outbox, Policy, Worker
 from builders import rule_fired
-outbox, client = Outbox.open(sys.argv[1]), HttpClient(sys.argv[2], token="t")
+HOUR_MS = 3_600_000
+outbox = Outbox.open(sys.argv[1], policy=Policy(lease_ms=2 * HOUR_MS))
+client = HttpClient(sys.argv[2], token="t", read_timeout_ms=HOUR_MS, deadline_ms=HOUR_MS)
 Worker(outbox, client).start()
 outbox.enqueue(rule_fired())
 while not sys.stdin.read(1):
