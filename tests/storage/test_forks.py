@@ -168,12 +168,16 @@ def test_a_signal_handler_that_raises_while_a_fork_waits_blocks_nobody(outbox: O
     def interrupt(*_: object) -> None:
         raise TimeoutError
 
+    def interrupt_when_a_fork_waits() -> None:
+        until(lambda: forks._forking)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
     outbox.enqueue(rule_fired())
     before = signal.signal(signal.SIGALRM, interrupt)
     crowd = Crowd()
     try:
         with in_use(crowd):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            crowd.start("interrupts", interrupt_when_a_fork_waits)
             child = Child(refused(lambda: outbox.enqueue(rule_fired()), "had this file open"))
             child.act()
             child.end()
