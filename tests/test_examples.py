@@ -280,19 +280,26 @@ def prices(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_hook_records_what_the_tool_found(run, outbox: Outbox, prices: Path) -> None:
-    # On a busy machine a program may need longer to start than the hook waits for it.
-    patient = "import sys, hook; hook.PATIENCE_S = 240; sys.exit(hook.main(sys.argv[1:]))"
-    done = run("-c", patient, prices, exit_code=1)
+@pytest.fixture
+def hook(tmp_path: Path) -> Path:
+    """The hook, with more patience: on a busy machine a program may need longer to start than the hook waits for it."""
+    own = (EXAMPLES / "hook.py").read_text(encoding="utf-8")
+    patient = own.replace("PATIENCE_S = 5\n", "PATIENCE_S = 240\n")
+    assert patient != own
+    file = tmp_path / "patient_hook.py"
+    file.write_text(patient, encoding="utf-8")
+    return file
+
+
+def test_the_hook_records_what_the_tool_found(run, outbox: Outbox, hook: Path, prices: Path) -> None:
+    done = run(hook, prices, exit_code=1)
     assert (done.stdout, done.stderr) == (f"{prices}: a price is no float\n", "")
     (row,) = outbox.find()
     assert (row.event_type, row.rule_ids_json, row.file_path) == ("rule_fired", '["no-float-money"]', str(prices))
 
 
-def test_the_tool_goes_on_without_an_outbox(run, prices: Path) -> None:
-    done = run(
-        EXAMPLES / "hook.py", prices, exit_code=1, OUTBOX_DATABASE_URL="sqlite:////no/such/folder/outbox.db"
-    )
+def test_the_tool_goes_on_without_an_outbox(run, hook: Path, prices: Path) -> None:
+    done = run(hook, prices, exit_code=1, OUTBOX_DATABASE_URL="sqlite:////no/such/folder/outbox.db")
     assert done.stdout == f"{prices}: a price is no float\n"
     assert "can't create the database" in done.stderr
     assert "hook: the event is not recorded: " in done.stderr

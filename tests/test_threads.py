@@ -84,6 +84,6 @@ def test_an_exception_from_another_thread_at_any_step_ends_no_delivery(url: str,
             background.stop()
             if strike.steps < step:
                 break
-    assert not worker_threads()
+    until(lambda: not worker_threads())
     assert step > 80
     assert len(fatal_lines) < 12, "a strike ends the thread at too many lines"
