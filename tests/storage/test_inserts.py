@@ -239,6 +239,19 @@ def enqueue_all(url: str, barrier: Any, number: int) -> dict[str, int]:
 
 
 def enqueue_in(outbox: Outbox, engine: Engine, name: str, *, undoes: bool) -> int | None:
+    """Enqueue in a transaction of the application, which it repeats if the database aborts it.
+
+    If two transactions wait for one with the same id, and this rolls back, then MariaDB aborts one of the two.
+    """
+    while True:
+        try:
+            return enqueue_once_in(outbox, engine, name, undoes=undoes)
+        except StorageError as error:
+            if "Deadlock found" not in str(error):
+                raise
+
+
+def enqueue_once_in(outbox: Outbox, engine: Engine, name: str, *, undoes: bool) -> int | None:
     with Session(engine) as session:
         if undoes:
             outbox.enqueue(rule_fired(session_id="undone"), event_id=name, session=session)
