@@ -57,8 +57,8 @@ def test_the_failed_requests_are_shown_the_last_one_first(open_console, outbox, 
     shown = re.search(r"Latest failures(.*?)Put billing", browser.text)[1]
     body = "…" if hide_payloads else "4111"
     assert re.fullmatch(
-        rf" \d \w+ ago 503 Down: {body} transient, 2 events, after \d+ ms, from \S+"
-        r" \d \w+ ago 502 Bad Gateway transient, 2 events, after \d+ ms, from \S+ ",
+        rf" \d+ \w+ ago 503 Down: {body} transient, 2 events, after \d+ ms, from \S+"
+        r" \d+ \w+ ago 502 Bad Gateway transient, 2 events, after \d+ ms, from \S+ ",
         shown,
     ), shown
 
