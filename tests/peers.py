@@ -98,12 +98,13 @@ class Peer:
 
 def read_request(connection):
     """Return the head and the body of a request."""
-    received = b""
+    received = bytearray()
     while b"\r\n\r\n" not in received:
         piece = connection.recv(65536)
         if not piece:
             raise ConnectionError
         received += piece
+    # Bytes would be copied with each piece of a large body, which could outlast the deadline of an upload.
     head, _, body = received.partition(b"\r\n\r\n")
     length = int((head.lower() + b"\r\n").partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
     while len(body) < length:
@@ -111,7 +112,7 @@ def read_request(connection):
         if not piece:
             raise ConnectionError
         body += piece
-    return head.decode("latin-1"), body
+    return head.decode("latin-1"), bytes(body)
 
 
 def answers(text):

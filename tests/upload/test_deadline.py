@@ -331,6 +331,6 @@ with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(
 def test_an_interrupt_while_an_answer_is_prepared_prints_nothing():
     # In development mode, each Python prints what a destructor raises.
     command = [sys.executable, "-X", "dev", "-c", INTERRUPTS_EACH_LINE]
-    interrupted = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    interrupted = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     assert interrupted.stderr == ""
     assert int(interrupted.stdout) > 10
