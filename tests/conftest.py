@@ -22,7 +22,9 @@ import outbox
 from builders import NOON
 from conditions import forget_earlier_threads
 from outbox import HttpClient, Outbox
+from outbox.clock import SharedClock
 from outbox.storage import transactions
+from outbox.storage.store import Store
 from outbox.testing import ScriptedServer, TimeMachine
 from peers import certificate, forget_environment
 from servers import NOT_TESTED, Servers, folder_in_memory
@@ -188,6 +190,39 @@ def _compiled_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transactions, "Compiled", shared)
+        yield
+
+
+_latest_ms = [0]
+_MOST_AHEAD_MS = 5_000
+
+
+@pytest.fixture(autouse=True)
+def _new_time() -> None:
+    _latest_ms[0] = 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clocks_agree() -> Iterator[None]:
+    """No outbox of this process sees an earlier time of a server than another one saw before.
+
+    Each reads the server's clock by itself, and is ahead of it by as long as that took. On a busy machine, what one
+    enqueues would not be due yet for another one that the test lets flush at once.
+    """
+    read = SharedClock.now_ms
+
+    def never_earlier(clock: SharedClock) -> int:
+        found = read(clock)
+        is_of_a_store = isinstance(getattr(clock._read_ms, "__self__", None), Store)
+        if is_of_a_store and not freezegun.api.freeze_factories:
+            # A clock that is further apart is set wrong on purpose.
+            if not found < _latest_ms[0] < found + _MOST_AHEAD_MS:
+                _latest_ms[0] = found
+            return _latest_ms[0]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedClock, "now_ms", never_earlier)
         yield
 
 
