@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, inspect
 
 from outbox.failures import SchemaError, StorageError
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import migrating, reading, shown_url
+from outbox.storage.patience import waits_s
 from outbox.storage.tables import VERSION_TABLE, Base
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-    from outbox.storage.transactions import Result
+Result = TypeVar("Result")
 
 REVISIONS = tuple(f"outbox_{number:04}" for number in range(1, 13))
 """The revisions that this program knows, oldest first. Listed here so that a check need not load Alembic."""
@@ -102,7 +103,7 @@ def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
     A Galera cluster aborts even the query of a table that another server creates.
     """
     dialect = dialect_of(engine)
-    waits = _waits()
+    waits = islice(waits_s(inf), _TRIES - 1)
     while True:
         try:
             return operation(engine)
@@ -111,12 +112,6 @@ def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
             if wait_s is None or dialect.codes(error.__cause__ or error).isdisjoint(dialect.given_up):
                 raise
         time.sleep(wait_s)
-
-
-def _waits() -> Iterator[float]:
-    from outbox.storage.transactions import waits_s  # noqa: PLC0415 - it loads statements that no check needs
-
-    yield from islice(waits_s(inf), _TRIES - 1)
 
 
 @contextmanager

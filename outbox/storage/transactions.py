@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
@@ -12,18 +11,16 @@ from typing import Any, TypeAlias, TypeVar
 from sqlalchemy import CompoundSelect, Dialect, Engine, Insert, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 
-from outbox.clock import monotonic_s
 from outbox.failures import OutcomeUnknown, StorageError
 from outbox.storage import forks
 from outbox.storage.dialects import dialect_of
 from outbox.storage.engines import begun, in_words, is_own, refusals, translated
+from outbox.storage.patience import waits_s
 from outbox.storage.sql import CHUNK, LISTED_TEXT
 
 Result = TypeVar("Result")
 Returning: TypeAlias = UpdateBase | Select[Any] | CompoundSelect[Any]
 
-# Average waits between tries; the last one repeats.
-_WAITS_S = (0.02, 0.05, 0.1, 0.5, 2.0)
 _LISTED_AT_ONCE = 500
 _ID_NAMES = [f"id_{number}" for number in range(CHUNK)]
 _CREATED_NAMES = [f"created_at_ms_{number}" for number in range(CHUNK)]
@@ -201,19 +198,6 @@ def without_nul(values: dict[str, Any]) -> dict[str, Any]:
 def left_out(number: int) -> StorageError:
     """Return the error for events that were not inserted though nothing refused them."""
     return StorageError(f"a trigger of the database left out some of {number} events")
-
-
-def waits_s(patience_ms: float) -> Iterator[float]:
-    """Yield how long to wait before each further try, until `patience_ms` are over. The last try is made then.
-
-    The times are random, so that programs that lost their connections together do not all reconnect together.
-    """
-    end_s = monotonic_s() + patience_ms / 1_000
-    for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
-        left_s = end_s - monotonic_s()
-        if left_s <= 0:
-            return
-        yield min(wait_s * random.uniform(0.5, 1.5), left_s)  # noqa: S311 - no secret depends on it
 
 
 class Writer:

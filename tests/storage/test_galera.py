@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from conditions import until
 from crowd import Crowd
 from outbox import StorageError, schema
-from outbox.storage import galera, transactions
+from outbox.storage import galera, patience
 from outbox.storage.engines import open_engine, writing
 from servers import Servers
 
@@ -206,7 +206,7 @@ def test_an_upgrade_may_be_aborted_after_it_waited_for_long(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hours = count()
-    monkeypatch.setattr(transactions, "monotonic_s", lambda: 3_600 * next(hours))
+    monkeypatch.setattr(patience, "monotonic_s", lambda: 3_600 * next(hours))
     conflict = Conflict(engine, 10)
     schema.upgrade(engine)
     assert conflict.left < 0
