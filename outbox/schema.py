@@ -98,7 +98,7 @@ def _read_revision(engine: Engine) -> str | None:
 
 
 def _repeated(engine: Engine, operation: Callable[[Engine], Result]) -> Result:
-    """Run an operation, and up to `_TRIES` times if the database aborts it to end a deadlock or a conflict.
+    """Run an operation. If the database aborts it to end a deadlock or a conflict, try `_TRIES` times in all.
 
     A Galera cluster aborts even the query of a table that another server creates.
     """

@@ -84,7 +84,7 @@ def _is_on(found: Any) -> bool:
 
 
 def _drop(connection: Connection) -> None:
-    """Drop the table, also if this conflicts with other servers, which wait for it until it is gone."""
+    """Drop the table. If that conflicts with other servers, which wait until the table is gone, try again."""
     drop = f"DROP TABLE {UPGRADE_TABLE}"
     for _ in range(_DROPS_AT_MOST):
         if _runs(connection, drop):

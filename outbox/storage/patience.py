@@ -18,8 +18,6 @@ def waits_s(patience_ms: float) -> Iterator[float]:
     The times are random, so that programs that lost their connections together do not all reconnect together.
     """
     end_s = monotonic_s() + patience_ms / 1_000
-    for wait_s in chain(_WAITS_S, repeat(_WAITS_S[-1])):
-        left_s = end_s - monotonic_s()
-        if left_s <= 0:
-            return
-        yield min(wait_s * random.uniform(0.5, 1.5), left_s)  # noqa: S311 - no secret depends on it
+    averages_s = chain(_WAITS_S, repeat(_WAITS_S[-1]))
+    while (left_s := end_s - monotonic_s()) > 0:
+        yield min(next(averages_s) * random.uniform(0.5, 1.5), left_s)  # noqa: S311 - no secret depends on it

@@ -188,7 +188,7 @@ def test_an_upgrade_leaves_no_table_though_a_conflict_aborts_its_last_statement(
     assert not inspect(engine).has_table(galera.UPGRADE_TABLE)
 
 
-def test_an_upgrade_that_never_stops_to_conflict_at_its_end_says_so(
+def test_an_upgrade_whose_last_statement_always_conflicts_says_so(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(galera, "_DROPS_AT_MOST", 1)

@@ -200,9 +200,8 @@ def test_what_a_flusher_deletes_does_not_wait_for_the_disk(url: str, outbox_time
     assert {one for one in seen if one.startswith("COMMIT")} == {"COMMIT 1"}
 
 
-@pytest.mark.usefixtures(
-    "noon"
-)  # the second flush comes during the pause after the first one, which lasts a second
+# The time stands still, so that the second flush comes during the pause after the first one.
+@pytest.mark.usefixtures("noon")
 def test_what_is_enqueued_waits_for_the_disk_and_what_a_flusher_writes_does_not(url: str) -> None:
     with Outbox.open(url) as outbox:
         seen = statements_and_levels(outbox)
