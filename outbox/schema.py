@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -71,15 +72,19 @@ def upgrade(engine: Engine) -> str | None:
     revision = _repeated(engine, _read_revision)
     if revision == REVISIONS[-1]:
         return revision
+    found: list[str | None] = []
     with _quiet_alembic():
-        return _repeated(engine, _upgrade)
+        _repeated(engine, partial(_upgrade, found=found))
+    return found[0]
 
 
-def _upgrade(engine: Engine) -> str | None:
+def _upgrade(engine: Engine, *, found: list[str | None]) -> None:
+    """Upgrade the schema, and append its revision before that to `found`."""
     from alembic import command  # noqa: PLC0415 - slow to load, and only an upgrade needs it
 
     with migrating(engine) as connection, _alembic_lock:
         revision = current_revision(connection)
+        found.append(revision)
         if revision is not None:
             _refuse_newer(revision, shown_url(engine))
         config = alembic_config()
@@ -89,7 +94,6 @@ def _upgrade(engine: Engine) -> str | None:
             command.stamp(config, "head")
         else:
             command.upgrade(config, "head")
-    return revision
 
 
 def _read_revision(engine: Engine) -> str | None:

@@ -76,7 +76,8 @@ def upgrading_alone(connection: Connection, *, patience_s: float) -> Iterator[No
     try:
         yield
     finally:
-        _drop(connection)
+        if not connection.invalidated:  # else the next upgrade takes the table over
+            _drop(connection)
 
 
 def _is_on(found: Any) -> bool:
@@ -85,7 +86,7 @@ def _is_on(found: Any) -> bool:
 
 def _drop(connection: Connection) -> None:
     """Drop the table. If that conflicts with other servers, which wait until the table is gone, try again."""
-    drop = f"DROP TABLE {UPGRADE_TABLE}"
+    drop = f"DROP TABLE IF EXISTS {UPGRADE_TABLE}"
     for _ in range(_DROPS_AT_MOST):
         if _runs(connection, drop):
             return

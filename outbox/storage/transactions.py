@@ -295,7 +295,8 @@ class Writer:
                     raise OutcomeUnknown(
                         f"{words}; the connection broke during the commit, it is not known whether that was done"
                     ) from error.orig
-                if error.connection_invalidated or not codes.isdisjoint(self._database.given_up):
+                passing = self._database.given_up | self._database.timed_out
+                if error.connection_invalidated or not codes.isdisjoint(passing):
                     raise _UndoneError(words) from error.orig
                 raise
         return result

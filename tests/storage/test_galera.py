@@ -123,14 +123,15 @@ def test_a_conflict_with_another_server_is_no_error(engine: Engine, monkeypatch:
 
 
 class Conflict:
-    """Lets the server abort one statement, as a server of a cluster does for a conflict with another server.
+    """Lets the server refuse one statement, as a server of a cluster does for a conflict with another server.
 
     It is the one with this number, of those that begin with these words.
     """
 
-    def __init__(self, engine: Engine, number: int, begin: str = "") -> None:
+    def __init__(self, engine: Engine, number: int, begin: str = "", *, error: int = 1213) -> None:
         self.left = number
         self._begin = begin
+        self._refusal = f"SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = {error}"
         event.listen(engine, "before_cursor_execute", self._count, retval=True)
 
     def _count(
@@ -139,9 +140,7 @@ class Conflict:
         if "_LOCK(" in statement or not statement.startswith(self._begin):  # a lock reads no table
             return statement, parameters
         self.left -= 1
-        return (
-            ("SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213", ()) if self.left == -1 else (statement, parameters)
-        )
+        return (self._refusal, ()) if self.left == -1 else (statement, parameters)
 
 
 @pytest.mark.usefixtures("_clustered")
@@ -151,7 +150,7 @@ def test_any_statement_of_an_upgrade_may_be_aborted_once(servers: Servers, datab
         with servers.get(database).database() as url:
             engine = open_engine(url)
             conflict = Conflict(engine, number)
-            schema.upgrade(engine)
+            assert schema.upgrade(engine) is None
             schema.check(engine)
             engine.dispose()
         is_aborted, number = conflict.left < 0, number + 1
@@ -178,6 +177,57 @@ def test_a_look_at_another_upgrade_may_be_aborted(engine: Engine) -> None:
     until(lambda: looks or crowd.returned)
     end_elsewhere(engine)
     assert crowd.join() == {"upgrade": None}
+
+
+def test_an_upgrade_that_waits_too_long_for_a_lock_is_not_repeated(empty: URL) -> None:
+    """Each ALTER that waits for a transaction keeps all others waiting."""
+    engine = open_engine(empty)
+    Conflict(engine, 10, error=1205)
+    with pytest.raises(StorageError, match="1205"):
+        schema.upgrade(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE observation_events", "UPDATE outbox_alembic_version"])
+@pytest.mark.parametrize("is_clustered", [False, True])
+def test_an_upgrade_whose_connection_breaks_says_so(
+    empty: URL, request: pytest.FixtureRequest, statement: str, is_clustered: bool
+) -> None:
+    if is_clustered:
+        request.getfixturevalue("_clustered")
+    engine = open_engine(empty)
+
+    def kill(cursor: Any, words: str, _parameters: Any, _context: Any) -> None:
+        if words.lstrip().startswith(statement):
+            cursor.execute("SELECT connection_id()")
+            cursor.execute(f"KILL {cursor.fetchone()[0]}")
+
+    event.listen(engine, "do_execute", kill)
+    with pytest.raises(StorageError, match="1927|2013|1317"):
+        schema.upgrade(engine)
+    event.remove(engine, "do_execute", kill)
+    schema.upgrade(engine)
+    assert_upgraded(engine)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("begin", ["CREATE TABLE observation_events", "DROP TABLE"])
+def test_an_upgrade_can_be_interrupted(engine: Engine, begin: str) -> None:
+    def interrupt(_cursor: Any, words: str, _parameters: Any, _context: Any) -> None:
+        if words.lstrip().startswith(begin):
+            raise KeyboardInterrupt
+
+    event.listen(engine, "do_execute", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        schema.upgrade(engine)
+    event.remove(engine, "do_execute", interrupt)
+    schema.upgrade(engine)
+    schema.check(engine)
+
+
+def test_an_upgrade_succeeds_though_an_administrator_drops_its_table(engine: Engine) -> None:
+    with writing(engine) as connection, galera.upgrading_alone(connection, patience_s=0):
+        end_elsewhere(engine)
 
 
 def test_an_upgrade_leaves_no_table_though_a_conflict_aborts_its_last_statement(engine: Engine) -> None:

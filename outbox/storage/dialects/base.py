@@ -158,10 +158,7 @@ class Dialect:
         return nullcontext()
 
     begins_at_head: ClassVar[bool] = True
-    """Whether an empty database gets the tables as they are declared, at the newest revision.
-
-    Released migrations support only the databases that existed when they were written.
-    """
+    """Whether an empty database gets the declared tables: released migrations support only older dialects."""
 
     # Errors
 
@@ -169,6 +166,8 @@ class Dialect:
     """The attributes in which drivers keep the code of an error, beside the first argument."""
     given_up: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a transaction that the database aborted, to end a deadlock or a conflict."""
+    timed_out: ClassVar[frozenset[object]] = frozenset()
+    """The error codes of a statement that waited too long for a lock."""
     unknown: ClassVar[frozenset[object]] = frozenset()
     """The error codes of a COMMIT that may have succeeded nevertheless."""
     outdated: ClassVar[frozenset[object]] = frozenset()

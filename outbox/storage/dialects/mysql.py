@@ -96,10 +96,11 @@ class MySQL(Dialect):
     begins_at_head = False
     # From UTC: a time of the session's zone is ambiguous for an hour when summer ends.
     clock = select(literal_column("timestampdiff(MICROSECOND, '1970-01-01', utc_timestamp(6)) DIV 1000"))
-    # Error numbers. `given_up`: lock timeout, deadlock. `unknown`: a server left the cluster during the COMMIT.
+    # Error numbers. `given_up`: deadlock. `unknown`: a server left the cluster during the COMMIT.
     # `outdated`: the server takes no writes any more.
     code_attributes = ("errno",)
-    given_up = frozenset({1205, 1213})
+    given_up = frozenset({1213})
+    timed_out = frozenset({1205})
     unknown = frozenset({1180})
     outdated = frozenset({1047, 1290, 1836})
     duplicate = frozenset({1062})
@@ -177,7 +178,8 @@ class MySQL(Dialect):
                 yield
                 connection.exec_driver_sql("COMMIT")  # before another migration is let in
         finally:
-            connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{MIGRATION_LOCK}')")
+            if not connection.invalidated:  # else the server has released the lock
+                connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{MIGRATION_LOCK}')")
 
     def table_options(self, table: Table) -> dict[str, Any]:  # noqa: ARG002 - every table has the same options
         """Let texts be equal only if they are the same: the default collations treat "A" and "a" as equal."""
