@@ -94,7 +94,13 @@ def status_in_words(stats: Stats, database: str, *, now_ms: int) -> str:
     if stats.next_due_at_ms is not None:
         facts.append(("next due", when(stats.next_due_at_ms, now_ms=now_ms)))
     facts += [("on hold", hold_in_words(hold)) for hold in stats.holds]
-    facts += [("paused", _of(pause) + pause_in_words(pause, now_ms=now_ms)) for pause in stats.pauses]
+    held = {hold.destination for hold in stats.holds}
+    facts += [
+        ("paused", _of(pause) + pause_in_words(pause, now_ms=now_ms))
+        for pause in stats.pauses
+        # A pause that is over says what the next flush sends. During a hold, it sends nothing.
+        if pause.destination not in held or max(pause.paused_until_ms, pause.probe_until_ms) > now_ms
+    ]
     facts += [("waiting", f"{_waiting(count)} {_WAITS[kind]}") for kind, count in stats.waits_for.items() if count]
     if stats.filling is not None:
         facts.append(("filling up", stats.filling))

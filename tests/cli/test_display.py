@@ -70,6 +70,13 @@ def test_status_says_which_pause_holds_the_events(run, outbox, pause, words):
     assert [text for name, text in status(run) if name == "paused"] == [words]
 
 
+def test_during_a_hold_no_line_says_what_the_next_flush_sends(run, outbox):
+    over = SharedPause(number=1, last_error="503 Down", until_ms=NOON_MS + 1, failures=1)
+    outbox.store.pauses.change("", lambda _: over)
+    outbox.hold("default", why="they move")
+    assert [name for name, _ in status(run) if name in ("on hold", "paused")] == ["on hold"]
+
+
 def test_status_has_a_line_for_each_destination_if_there_are_several(run, outbox, monkeypatch):
     add_row(outbox)
     assert "paused until" not in run("status").stdout
