@@ -283,8 +283,8 @@ class Outbox(Operations):
 
         Raises `ConfigurationError` if the name is invalid or the client's `deadline_ms` is over three quarters of
         the policy's `lease_ms`, and `StorageError`. Any other `Exception` of the client is a bug and is raised;
-        the events are retried as after a failure of the service, with `client error: …` as `last_error`. An
-        interrupt releases the events and is raised.
+        the events are retried as after a failure of the service, with `client error: …` as `last_error`.
+        An interrupt, such as KeyboardInterrupt, is raised after the events are released.
         """
         with forks.held_back():  # a forked child would wait for ever for an import that a thread had begun
             from outbox import flusher  # noqa: PLC0415 - programs that only enqueue need not load the code that delivers

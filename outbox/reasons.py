@@ -11,6 +11,7 @@ _UNDECODABLE = f"{_PERMANENT}decode observation event: "
 _AGED_OUT = "aged-out"
 _CLIENT_ERROR = "client error: "
 _CANCELLED = "cancelled: "
+_NO_ROUTE = "the service accepts no events at this URL; check the URL and its path"
 
 
 def rejected(failure: str) -> str:
@@ -91,8 +92,8 @@ _MEANINGS = (
         "an integer column holds an invalid value, which another program wrote",
     ),
     (_UNDECODABLE, "the payload is not a JSON object"),
-    (f"{_PERMANENT}404", "the service accepts no events at this URL; check the URL and its path"),
-    (f"{_PERMANENT}405", "the service accepts no events at this URL; check the URL and its path"),
+    (f"{_PERMANENT}404", _NO_ROUTE),
+    (f"{_PERMANENT}405", _NO_ROUTE),
     (_PERMANENT, "the service rejected this event"),
     (_CANCELLED, "the event was cancelled"),
     (_AGED_OUT, "the event is too old for another try"),
@@ -102,8 +103,8 @@ _MEANINGS = (
     ("425", "the service was not ready"),
     ("429", "the service asks to slow down"),
     ("3", "the service redirects, and redirects are not followed; check the URL"),
-    ("404", "the service accepts no events at this URL; check the URL and its path"),
-    ("405", "the service accepts no events at this URL; check the URL and its path"),
+    ("404", _NO_ROUTE),
+    ("405", _NO_ROUTE),
     ("4", "the service rejected the request; check the URL and what the service accepts"),
     ("5", "the service is failing"),
 )

@@ -155,7 +155,7 @@ class Claims:
 
         return self._writer.run(renew, survives_power_cut=False)
 
-    def settle(  # noqa: PLR0913 - the outcomes, and what only the holder of the claim knows about its rows
+    def settle(  # noqa: PLR0913 - the fence, the record of failures and the chores each need a value
         self,
         decided: Iterable[tuple[int, Outcome]],
         *,

@@ -107,7 +107,7 @@ class Finding:
         return found
 
     def count(self, where: Where, scan: Scan) -> EventCount:
-        """Return how many rows match. A search for text reads only the newest `scan.at_most` rows."""
+        """Return the number of rows that match. A search for text reads at most the newest `scan.at_most` rows."""
         with reading(self._engine) as connection:
             conditions = self._conditions(connection, where)
             if where.has_text:

@@ -183,7 +183,7 @@ def claim_rows(transaction: Transaction, row_ids: Iterable[int], wanted: Wanted)
 
 
 def deliver(transaction: Transaction, delivery: Delivery) -> int:
-    """Mark the rows with these ids and creation times as sent. Return how many rows changed."""
+    """Mark the rows of a delivery as sent. Return the number of rows that changed."""
     events = zip(delivery.row_ids, delivery.created_at_ms, strict=True)
     pairs = [f"({row_id:d},{created:d})" for row_id, created in events]
     return transaction.change_listed(_DELIVER_LISTED, pairs, new_sent_at_ms=delivery.sent_at_ms)

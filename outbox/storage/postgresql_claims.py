@@ -243,7 +243,7 @@ def take_never_due(transaction: Transaction, wanted: Wanted) -> Claim:
 
 
 def deliver(transaction: Transaction, delivery: Delivery) -> int:
-    """Mark the rows with these ids and creation times as sent. Return how many rows changed."""
+    """Mark the rows of a delivery as sent. Return the number of rows that changed."""
     return transaction.change(DELIVER, **_parameters_of(delivery))
 
 

@@ -105,7 +105,7 @@ def prepare_nothing_behind_a_pooler(engine: Engine) -> None:
 
 
 def psycopgs_options(url: URL) -> tuple[URL, dict[str, Any]]:
-    """Return the URL without the psycopg options that are not texts, and the values of these options."""
+    """Return the URL without `prepare_threshold`, and this option as psycopg expects it: a number or None."""
     if url.get_driver_name() != "psycopg":
         return url, {}
     for name in ("autocommit", "context", "cursor_factory", "row_factory"):

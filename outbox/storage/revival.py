@@ -233,7 +233,7 @@ class Revival:
     ) -> dict[str, int]:
         """Bring back the abandoned rows created before the cutoff. None means all destinations.
 
-        Return how many by event type, by name.
+        Return the number of these rows for each event type, sorted by its name.
         """
         these = {"cutoff": cutoff_ms} if destination is None else {"cutoff": cutoff_ms, "destination": destination}
         look_up, lock_up = (

@@ -50,7 +50,7 @@ _rank_under_lease = case((claims_alone, _ALONE), (waits_for_row, _LAST), else_=_
 
 
 def places(*conditions: Any, rank: ColumnElement[int] = _rank) -> Select[Any]:
-    """Return a query for the places of rows."""
+    """Return a query for the places of the destination's rows that meet the conditions."""
     place = (rank, columns.created_at_ms, columns.id, columns.next_attempt_at_ms)
     return select(*place).where(of_destination, *conditions)
 

@@ -319,7 +319,7 @@ def test_a_claim_locks_only_the_rows_that_it_takes(watched: Outbox, server: Serv
         changed.extend([statement] * statement.startswith("UPDATE"))
         if statement == "COMMIT" and changed:
             transactions = "SELECT trx_rows_locked FROM information_schema.innodb_trx WHERE trx_mysql_thread_id ="
-            # MariaDB repeats its last answer to whoever asks again within 0.1 s.
+            # MariaDB fills this table at most every 0.1 s, so an earlier query would get the old rows.
             until(
                 lambda: locked.extend(server.run(f"{transactions} {connection.thread_id()}")) or locked,
                 pause_s=0.2,
