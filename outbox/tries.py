@@ -1,4 +1,4 @@
-"""The failed tries of an event, as they are kept.
+"""The failed tries of an event, as the database stores them.
 
 This module does no I/O and reads no clock.
 """

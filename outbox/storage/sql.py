@@ -141,7 +141,7 @@ def _sources(element: is_source, compiler: Any, **options: Any) -> str:
 
 
 class _Target(FunctionElement[Any]):
-    """The status to which a move leads. The machine is asked when a statement is compiled, as by `is_source`."""
+    """The status to which a move leads. Like `is_source`, it asks the machine when the statement is compiled."""
 
     type = Text()
     inherit_cache = True

@@ -175,7 +175,7 @@ class PostgreSQL(Dialect):
             connection.prepare_threshold = threshold
 
     def begin(self, connection: Connection, *, writes: bool, is_own: bool) -> Ending:
-        """Begin by a statement where the driver commits each statement: it then ignores `commit()`.
+        """Begin with a statement if the driver commits each statement, because such a driver ignores `commit()`.
 
         A transaction that only reads gets planner settings of its own.
         """
